@@ -1,0 +1,55 @@
+# The front door. Everything happens in build/; cmake --preset NAME does the same by hand.
+
+SHELL := /bin/bash
+JOBS ?= $(shell nproc)
+PREFIX ?= /usr/local
+FUZZ_SECONDS ?= 60
+
+.PHONY: all demo test test-asan test-tsan bench lint format fuzz install clean
+
+all: ## Build the tool: build/release/qcow
+	@cmake --preset release >/dev/null
+	@cmake --build --preset release -j $(JOBS)
+
+demo: ## Install what the build needs, build, and convert a real file-system image
+	@scripts/install-dependencies build
+	@$(MAKE) --no-print-directory all
+	@scripts/demo build/release/qcow
+
+test: ## Install what the tests need, build, and run them all
+	@scripts/install-dependencies build test
+	@cmake --preset release-tests >/dev/null
+	@cmake --build --preset release-tests -j $(JOBS)
+	@ctest --test-dir build/release --output-on-failure -j $(JOBS)
+
+test-asan test-tsan: test-%: ## The same tests under the address and undefined-behaviour sanitizers, or the thread sanitizer
+	@scripts/install-dependencies build test
+	@cmake --preset $* >/dev/null
+	@cmake --build --preset $* -j $(JOBS)
+	@ctest --test-dir build/$* --output-on-failure -j $(JOBS)
+
+bench: ## Measure against qemu-img
+	@scripts/install-dependencies build test
+	@cmake --preset bench >/dev/null
+	@cmake --build --preset bench -j $(JOBS)
+	@bench/run --qcow build/release/qcow
+
+lint: ## clang-format and clang-tidy
+	@scripts/install-dependencies build test lint
+	@scripts/lint
+
+format: ## Bring all sources into shape
+	@scripts/install-dependencies lint
+	@git ls-files '*.cpp' '*.h' | xargs clang-format-19 -i
+
+fuzz: ## Run every fuzzer for FUZZ_SECONDS (60)
+	@scripts/install-dependencies build fuzz
+	@cmake --preset fuzz >/dev/null
+	@cmake --build --preset fuzz -j $(JOBS)
+	@scripts/fuzz build/fuzz $(FUZZ_SECONDS)
+
+install: all ## Install below PREFIX (/usr/local)
+	@cmake --install build/release --prefix $(PREFIX)
+
+clean: ## Remove everything that was built
+	@rm -rf build

@@ -1,0 +1,81 @@
+#pragma once
+// Disk: what a guest sees. Whole-disk jobs and servers are written against this and nothing below it.
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+
+#include "qcow/error.h"
+#include "qcow/export.h"
+#include "qcow/offset.h"
+
+namespace qcow {
+
+class Storage;
+
+/// A run of guest bytes that are alike.
+struct Extent {
+    enum class Kind : std::uint8_t {
+        data,         ///< stored bytes
+        zero,         ///< reads as zeros, because a layer says so
+        unallocated,  ///< reads as zeros, because no layer of the chain says anything
+    };
+
+    GuestOffset start = {};
+    std::uint64_t length = 0;  ///< bytes, never 0
+    Kind kind = Kind::unallocated;
+    bool compressed = false;
+    unsigned depth = 0;  ///< the layer that decides: 0 is the disk itself, 1 its backing file, ...
+
+    /// Where the first byte lies in `storage`, and the others behind it; for data that is stored as it is, and for
+    /// zeros that keep a preallocated place. None for compressed or encrypted data.
+    std::optional<HostOffset> host = {};
+    const Storage* storage = nullptr;  ///< which file `host` is in; lives as long as the disk
+};
+
+/// A fixed number of bytes. All functions may be called from any number of threads at once.
+class QCOW_API Disk {
+public:
+    Disk() = default;
+    Disk(const Disk&) = delete;
+    Disk& operator=(const Disk&) = delete;
+    virtual ~Disk() = default;
+
+    /// The virtual size in bytes.
+    [[nodiscard]] virtual std::uint64_t size() const = 0;
+
+    /// A power of two: reads and writes of whole, aligned blocks of this many bytes do no work twice. The cluster size,
+    /// for formats that have one.
+    [[nodiscard]] virtual std::uint64_t block_size() const = 0;
+
+    /// Fills `to` with the guest's bytes from `at` on. The range must lie within size(): Errc::invalid_argument.
+    /// On any error the contents of `to` are unspecified; other ranges stay readable.
+    virtual Result<void> read(GuestOffset at, std::span<std::byte> to) = 0;
+
+    /// The run of alike bytes that begins at `at` (< size()), at most `limit` bytes (> 0). It may end earlier than the
+    /// bytes cease to be alike: extents that come in pieces are merged by each_extent.
+    virtual Result<Extent> extent(GuestOffset at, std::uint64_t limit) = 0;
+
+    /// Writes all of `from` at `at`. The range must lie within size(). Errc::read_only where the disk is.
+    virtual Result<void> write(GuestOffset at, std::span<const std::byte> from);
+
+    /// Makes the range read as zeros, giving up its storage where that is possible.
+    virtual Result<void> write_zeroes(GuestOffset at, std::uint64_t length);
+
+    /// Lets the kernel copy or share `length` bytes of `source` to `at` without passing them through the process.
+    /// Returns the bytes done, from the front; 0 where that is impossible. See Storage::copy_from.
+    virtual Result<std::uint64_t> copy_from(GuestOffset at, const Storage& source, HostOffset from,
+                                            std::uint64_t length);
+
+    /// When it returns, every write that completed before it began survives power loss.
+    virtual Result<void> flush();
+};
+
+/// Visits the extents of [begin, begin + length) in guest order, merged as far as they are alike: same kind, layer and
+/// file, and stored one behind the other. Stops at the first error, of the disk or of `visit`.
+QCOW_API Result<void> each_extent(Disk& disk, GuestOffset begin, std::uint64_t length,
+                                  const std::function<Result<void>(const Extent&)>& visit);
+
+}  // namespace qcow

@@ -1,0 +1,150 @@
+#pragma once
+// Image: a Disk that is stored in one of the formats, and what its metadata say about it.
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "qcow/check.h"
+#include "qcow/disk.h"
+#include "qcow/storage.h"
+
+namespace qcow {
+
+enum class Format : std::uint8_t { raw, qcow, qcow2 };
+
+/// "raw", "qcow" (version 1), "qcow2" (versions 2 and 3), as in headers and on QEMU's command lines.
+QCOW_API std::string_view format_name(Format format);
+QCOW_API std::optional<Format> format_from_name(std::string_view name);
+
+/// A file that an image names: someone else's wish, until a Gate grants it.
+struct FileReference {
+    enum class Role : std::uint8_t { backing_file, data_file };
+    Role role = Role::backing_file;
+    std::string name;      ///< exactly as the image has it: a path, "file:..." or "json:{...}"
+    std::string path;      ///< what that comes to, relative names resolved against the directory of `named_by`
+    std::string named_by;  ///< the name of the Storage that holds the image
+};
+
+/// Decides what becomes of a file that an image names: opens it, or refuses with Errc::refused_by_policy.
+using Gate = std::function<Result<std::shared_ptr<Storage>>(const FileReference&)>;
+
+/// Refuses every file.
+QCOW_API Gate no_files();
+
+/// Opens whatever file or block device is named, read-only, as the user of the process: for images that are trusted.
+QCOW_API Gate local_files(bool force_share = false);
+
+struct OpenOptions {
+    /// Nothing: told from the first bytes. Anything that is not qcow or qcow2 is then raw.
+    std::optional<Format> format;
+    /// What happens to backing files and external data files. Nothing is opened that it does not open.
+    Gate gate = no_files();
+    /// False: this image alone. What it says of itself can be asked; reading what lies in other files fails.
+    bool follow = true;
+    /// Memory for cached metadata, in bytes, for the whole chain.
+    std::size_t cache_bytes = std::size_t{32} << 20;
+    /// Told what is odd but not wrong, a sentence at a time.
+    std::function<void(const std::string&)> warn = {};
+};
+
+struct Feature {
+    enum class Kind : std::uint8_t { incompatible, compatible, autoclear };
+    Kind kind = Kind::incompatible;
+    unsigned bit = 0;
+    std::string name;    ///< from the specification, else from the image's own feature name table, else "bit N"
+    bool known = false;  ///< to this library
+};
+
+struct SnapshotInfo {
+    std::string id;
+    std::string name;
+    std::uint64_t date_seconds = 0;  ///< since 1970
+    std::uint32_t date_nanoseconds = 0;
+    std::uint64_t vm_clock_nanoseconds = 0;
+    std::uint64_t vm_state_bytes = 0;
+    std::uint64_t virtual_size = 0;
+    std::optional<std::uint64_t> icount;
+};
+
+struct BitmapInfo {
+    std::string name;
+    std::uint64_t granularity = 0;  ///< guest bytes a bit
+    bool in_use = false;            ///< a writer did not close it: its contents cannot be trusted
+    bool enabled = false;           ///< QEMU's "auto": every write is to be recorded
+};
+
+struct EncryptionInfo {
+    std::string method;  ///< "aes" or "luks"
+    std::string cipher;  ///< e.g. "aes-128-cbc", "aes-xts-plain64"
+    std::string hash;    ///< LUKS: what the key is derived with; else empty
+    unsigned key_bits = 0;
+    unsigned slots = 0;  ///< LUKS: key slots there are
+    std::vector<unsigned> used_slots;
+};
+
+struct ReferenceInfo {
+    std::string name;    ///< as the image has it
+    std::string path;    ///< resolved; empty where it cannot be
+    std::string format;  ///< as recorded; empty: not recorded
+};
+
+struct ExtensionInfo {
+    std::uint32_t type = 0;
+    std::uint32_t length = 0;
+};
+
+/// What header and tables say, without a walk over the mapping.
+struct ImageInfo {
+    std::string filename;
+    Format format = Format::raw;
+    std::uint64_t virtual_size = 0;
+    std::uint64_t file_size = 0;
+    std::uint64_t disk_size = 0;     ///< bytes that the file occupies
+    unsigned version = 0;            ///< 0 for raw
+    std::uint64_t cluster_size = 0;  ///< bytes; 0 for raw
+    std::string compression;         ///< "zlib" or "zstd"; empty for raw
+    unsigned refcount_bits = 0;      ///< 0 where there are none
+    bool dirty = false;
+    bool corrupt = false;
+    bool lazy_refcounts = false;
+    bool extended_l2 = false;
+    std::vector<Feature> features;  ///< the bits that are set
+    std::optional<ReferenceInfo> backing;
+    std::optional<ReferenceInfo> data_file;
+    bool data_file_raw = false;
+    std::optional<EncryptionInfo> encryption;
+    std::vector<SnapshotInfo> snapshots;
+    std::vector<BitmapInfo> bitmaps;
+    bool bitmaps_stale = false;  ///< there are bitmaps, but a writer that does not know them has been here
+    std::vector<ExtensionInfo> unknown_extensions;
+};
+
+/// An opened image. Thread-safe as every Disk is.
+class QCOW_API Image : public Disk {
+public:
+    [[nodiscard]] virtual Format format() const = 0;
+
+    /// Everything that can be said without a walk. Errc::corrupt where a table cannot be read.
+    [[nodiscard]] virtual Result<ImageInfo> info() const = 0;
+
+    /// The layer below; nothing where there is none or it was not followed.
+    [[nodiscard]] virtual std::shared_ptr<Image> backing() const { return nullptr; }
+
+    /// An internal snapshot, found by id, else by name, as a read-only disk of its own that keeps the image open.
+    virtual Result<std::shared_ptr<Disk>> snapshot(std::string_view id_or_name);
+
+    /// Verifies the metadata of this image, not of its backing files. Errc::unsupported for formats that have none.
+    /// The image must not be written meanwhile.
+    virtual Result<CheckReport> check(const CheckOptions& options);
+};
+
+/// Opens an image, and the chain below it as far as `options` allow. Memory is bounded by the cache budget and the
+/// length of the chain (256 files at most), whatever the image claims.
+QCOW_API Result<std::shared_ptr<Image>> open_image(std::shared_ptr<Storage> storage, const OpenOptions& options = {});
+
+}  // namespace qcow

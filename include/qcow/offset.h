@@ -1,0 +1,29 @@
+#pragma once
+// The two spaces of bytes, kept apart by the type system.
+
+#include <compare>
+#include <cstdint>
+
+namespace qcow {
+
+/// A position in bytes in one of the two spaces. Offsets of different spaces neither compare nor subtract.
+template <class Space>
+struct Offset {
+    std::uint64_t value = 0;
+
+    friend constexpr auto operator<=>(Offset, Offset) = default;
+    friend constexpr Offset operator+(Offset at, std::uint64_t bytes) { return {at.value + bytes}; }
+    friend constexpr std::uint64_t operator-(Offset end, Offset begin) { return end.value - begin.value; }
+    constexpr Offset& operator+=(std::uint64_t bytes) {
+        value += bytes;
+        return *this;
+    }
+};
+
+/// A position in the virtual disk, as the guest sees it.
+using GuestOffset = Offset<struct GuestSpace>;
+
+/// A position in a Storage: in an image file or a data file.
+using HostOffset = Offset<struct HostSpace>;
+
+}  // namespace qcow

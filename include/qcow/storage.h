@@ -1,0 +1,111 @@
+#pragma once
+// Storage: where the bytes of an image file live.
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "qcow/error.h"
+#include "qcow/export.h"
+#include "qcow/offset.h"
+
+namespace qcow {
+
+/// A flat, growable space of bytes. All functions may be called from any number of threads at once; what
+/// overlapping concurrent writes leave behind is unspecified, as it is with pwrite(2).
+class QCOW_API Storage {
+public:
+    Storage() = default;
+    Storage(const Storage&) = delete;
+    Storage& operator=(const Storage&) = delete;
+    virtual ~Storage() = default;
+
+    /// How messages name it: for a file the path that it was opened by.
+    [[nodiscard]] virtual const std::string& name() const = 0;
+
+    /// Equal for two Storages exactly when they are the same object underneath (for files: device and inode).
+    [[nodiscard]] virtual std::string identity() const = 0;
+
+    /// The length in bytes, now.
+    [[nodiscard]] virtual Result<std::uint64_t> size() const = 0;
+
+    /// Bytes that it occupies where it lives; less than size() for a sparse file.
+    [[nodiscard]] virtual Result<std::uint64_t> allocated() const = 0;
+
+    /// Fills `to` from `at` on. Past the end there are zeros; returns how many bytes came from before the end.
+    virtual Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const = 0;
+
+    /// Writes all of `from`; grows when it ends past the end. Errc::read_only, no_space or io.
+    virtual Result<void> write(HostOffset at, std::span<const std::byte> from) = 0;
+
+    /// Makes `length` bytes read as zeros, as holes where that is possible. Does not grow.
+    virtual Result<void> write_zeroes(HostOffset at, std::uint64_t length) = 0;
+
+    /// Sets the length; new bytes read as zeros.
+    virtual Result<void> resize(std::uint64_t size) = 0;
+
+    /// Makes everything that was written before survive power loss.
+    virtual Result<void> flush() = 0;
+
+    struct Run {
+        bool data = true;  ///< false: a hole, reads as zeros
+        std::uint64_t length = 0;
+    };
+    /// The longest run from `at` on that is known to be all data or all hole, at most `limit` bytes (`limit` > 0).
+    /// Where holes cannot be told, or past the end, the whole is reported as data or hole respectively.
+    [[nodiscard]] virtual Result<Run> run(HostOffset at, std::uint64_t limit) const = 0;
+
+    /// Lets the kernel copy or share `length` bytes of `source` into this Storage without passing them through
+    /// the process. Returns the bytes done, less than `length` where the kernel stopped: go on with read and write.
+    /// 0 where these two cannot do it at all.
+    virtual Result<std::uint64_t> copy_from(const Storage& source, HostOffset from, HostOffset to,
+                                            std::uint64_t length);
+};
+
+/// How a file is opened.
+struct FileOptions {
+    bool writable = false;
+    /// Open without taking locks, although another process may be writing. Reads may then see half a change.
+    bool force_share = false;
+};
+
+/// Opens a regular file or block device. Takes open-file-description locks in the layout that QEMU uses (permission
+/// p at byte 100 + p, "nobody else may" p at byte 200 + p), so that both respect each other: a reader excludes
+/// writers, a writer excludes everybody but readers that force it. Errc::locked names the remedy.
+QCOW_API Result<std::shared_ptr<Storage>> open_file(const std::string& path, const FileOptions& options = {});
+
+/// A file that appears under its name only when it is complete. Until then the name stays as it was: absent, or with
+/// the old contents; and whatever happens to the process, nothing is left over (where the file system has unnamed
+/// files, else a file whose name ends in ".part" may be). A block device is written in place. Not thread-safe itself.
+class QCOW_API NewFile {
+public:
+    /// Begins the file that is to become `path`. Errc::locked if a file of that name is in use by another process.
+    static Result<NewFile> begin(const std::string& path);
+
+    NewFile(NewFile&&) noexcept;
+    NewFile& operator=(NewFile&&) = delete;
+    ~NewFile();
+
+    /// Where the contents go.
+    [[nodiscard]] const std::shared_ptr<Storage>& storage() const;
+
+    /// Whether everything reads as zeros at first: not so for a block device.
+    [[nodiscard]] bool starts_as_zeros() const;
+
+    /// Gives it its name, in place of a file that had it. Does not flush.
+    Result<void> publish();
+
+private:
+    struct State;
+    explicit NewFile(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+/// Bytes in memory, for tests and for embedding; growable and writable.
+QCOW_API std::shared_ptr<Storage> memory_storage(std::vector<std::byte> bytes = {}, std::string name = "memory");
+
+}  // namespace qcow

@@ -1,0 +1,55 @@
+#include "qcow/text.h"
+
+#include <fmt/format.h>
+
+#include <cstdint>
+
+namespace qcow {
+namespace {
+
+/// Length of the well-formed UTF-8 sequence at the front of `text` (RFC 3629, section 4), 0 if there is none.
+std::size_t utf8_length(std::string_view text) {
+    const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<std::uint8_t>(text[i]) : 0U; };
+    const auto continues = [&](std::size_t i, unsigned low = 0x80, unsigned high = 0xbf) {
+        return byte(i) >= low && byte(i) <= high;
+    };
+    const unsigned first = byte(0);
+    if (first < 0x80) return 1;
+    if (first >= 0xc2 && first <= 0xdf) return continues(1) ? 2 : 0;
+    if (first >= 0xe0 && first <= 0xef) {
+        const bool second = continues(1, first == 0xe0 ? 0xa0 : 0x80, first == 0xed ? 0x9f : 0xbf);
+        return second && continues(2) ? 3 : 0;
+    }
+    if (first >= 0xf0 && first <= 0xf4) {
+        const bool second = continues(1, first == 0xf0 ? 0x90 : 0x80, first == 0xf4 ? 0x8f : 0xbf);
+        return second && continues(2) && continues(3) ? 4 : 0;
+    }
+    return 0;
+}
+
+bool is_control(std::string_view sequence) {
+    const auto first = static_cast<std::uint8_t>(sequence[0]);
+    // U+0080 to U+009F, the C1 controls, are encoded as c2 80 to c2 9f.
+    const bool c1 = sequence.size() == 2 && first == 0xc2 && static_cast<std::uint8_t>(sequence[1]) < 0xa0;
+    return c1 || first < 0x20 || first == 0x7f;
+}
+
+}  // namespace
+
+std::string printable(std::string_view text) {
+    std::string result;
+    result.reserve(text.size());
+    while (!text.empty()) {
+        const std::size_t length = utf8_length(text);
+        const std::size_t taken = length == 0 ? 1 : length;
+        if (length == 0 || is_control(text.substr(0, length))) {
+            for (const char c : text.substr(0, taken)) result += fmt::format("\\x{:02x}", static_cast<std::uint8_t>(c));
+        } else {
+            result += text.substr(0, length);
+        }
+        text.remove_prefix(taken);
+    }
+    return result;
+}
+
+}  // namespace qcow

@@ -1,0 +1,50 @@
+#include <libdeflate.h>
+#include <zlib.h>
+
+#include <memory>
+
+#include "base/try.h"
+#include "codec/codec.h"
+
+namespace qcow::codec {
+namespace {
+
+struct FreeDecompressor {
+    void operator()(libdeflate_decompressor* d) const { libdeflate_free_decompressor(d); }
+};
+
+std::unexpected<Error> damaged(std::string what) { return fail(Errc::corrupt, "deflate stream", std::move(what)); }
+
+/// zlib can stop when the output is full, which libdeflate takes for an error.
+Result<void> inflate_prefix(std::span<const std::byte> in, std::span<std::byte> out) {
+    z_stream stream = {};
+    if (inflateInit2(&stream, -MAX_WBITS) != Z_OK)
+        return fail(Errc::limit_exceeded, "deflate stream", "no memory for zlib");
+    stream.next_in = const_cast<Bytef*>(reinterpret_cast<const Bytef*>(in.data()));
+    stream.avail_in = static_cast<uInt>(in.size());
+    stream.next_out = reinterpret_cast<Bytef*>(out.data());
+    stream.avail_out = static_cast<uInt>(out.size());
+    const int status = ::inflate(&stream, Z_FINISH);
+    const bool full = stream.avail_out == 0;
+    inflateEnd(&stream);
+    if (full && (status == Z_STREAM_END || status == Z_BUF_ERROR || status == Z_OK)) return {};
+    return damaged("it cannot be decoded");
+}
+
+}  // namespace
+
+Result<void> inflate(std::span<const std::byte> in, std::span<std::byte> out) {
+    thread_local const std::unique_ptr<libdeflate_decompressor, FreeDecompressor> decompressor(
+        libdeflate_alloc_decompressor());
+    if (!decompressor) return fail(Errc::limit_exceeded, "deflate stream", "no memory for libdeflate");
+    std::size_t decoded = 0;
+    switch (libdeflate_deflate_decompress(decompressor.get(), in.data(), in.size(), out.data(), out.size(), &decoded)) {
+        case LIBDEFLATE_SUCCESS:
+            if (decoded == out.size()) return {};
+            return damaged("it ends before the cluster is full");
+        case LIBDEFLATE_INSUFFICIENT_SPACE: return inflate_prefix(in, out);
+        default: return damaged("it cannot be decoded");
+    }
+}
+
+}  // namespace qcow::codec

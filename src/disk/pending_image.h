@@ -1,0 +1,40 @@
+#pragma once
+// An image whose header has been read and verified, but whose neighbours (backing file, data file) are not there yet.
+// Each format offers one function that gives it; whoever opens chains knows nothing else of formats.
+
+#include <cstddef>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "qcow/image.h"
+
+namespace qcow {
+
+class PendingImage {
+public:
+    PendingImage() = default;
+    PendingImage(const PendingImage&) = delete;
+    PendingImage& operator=(const PendingImage&) = delete;
+    virtual ~PendingImage() = default;
+
+    /// The name of the backing file, as the header has it, and its format where that is recorded.
+    struct Backing {
+        std::string name;
+        std::optional<std::string> format;
+    };
+    [[nodiscard]] virtual std::optional<Backing> backing() const { return std::nullopt; }
+
+    /// The name of the external data file.
+    [[nodiscard]] virtual std::optional<std::string> data_file() const { return std::nullopt; }
+
+    /// What the image is to work with. Absent neighbours that the header names make reads of what they hold fail.
+    struct Neighbours {
+        std::shared_ptr<Image> backing;
+        std::shared_ptr<Storage> data_file;
+        std::size_t cache_bytes = 0;
+    };
+    virtual Result<std::shared_ptr<Image>> open(Neighbours neighbours) = 0;
+};
+
+}  // namespace qcow

@@ -1,0 +1,120 @@
+#pragma once
+// The qcow2 header, versions 2 and 3, with its extensions: bytes in, checked structure out.
+// Source: the published qcow2 specification (QEMU, docs/interop/qcow2), "Header" and "Header extensions".
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "qcow/error.h"
+#include "qcow/image.h"
+#include "qcow/offset.h"
+
+namespace qcow::format {
+
+inline constexpr std::uint32_t magic = 0x514649fb;  // "QFI\xfb", shared by all versions
+inline constexpr std::size_t fixed_header_v2 = 72;
+inline constexpr std::size_t fixed_header_v3 = 104;
+inline constexpr unsigned min_cluster_bits = 9;
+inline constexpr unsigned max_cluster_bits = 21;
+inline constexpr std::size_t max_cluster_size = std::size_t{1} << max_cluster_bits;
+inline constexpr std::size_t max_name_length = 1023;  // of a backing file
+
+// Limits beyond the specification's, the same as QEMU's: images past them do not exist in practice.
+inline constexpr std::uint64_t max_l1_bytes = std::uint64_t{32} << 20;
+inline constexpr std::uint64_t max_refcount_table_bytes = std::uint64_t{8} << 20;
+inline constexpr std::uint32_t max_snapshots = 65536;
+inline constexpr std::uint32_t max_bitmaps = 65535;
+
+namespace incompatible {
+inline constexpr std::uint64_t dirty = 1 << 0;
+inline constexpr std::uint64_t corrupt = 1 << 1;
+inline constexpr std::uint64_t external_data = 1 << 2;
+inline constexpr std::uint64_t compression_type = 1 << 3;
+inline constexpr std::uint64_t extended_l2 = 1 << 4;
+inline constexpr std::uint64_t known = dirty | corrupt | external_data | compression_type | extended_l2;
+}  // namespace incompatible
+
+namespace compatible {
+inline constexpr std::uint64_t lazy_refcounts = 1 << 0;
+}
+
+namespace autoclear {
+inline constexpr std::uint64_t bitmaps = 1 << 0;
+inline constexpr std::uint64_t raw_external_data = 1 << 1;
+}  // namespace autoclear
+
+enum class Crypt : std::uint32_t { none = 0, aes = 1, luks = 2 };
+enum class Compression : std::uint8_t { zlib = 0, zstd = 1 };
+
+/// A header extension that this library does not know; kept so that it can be written back.
+struct Extension {
+    std::uint32_t type = 0;
+    std::vector<std::byte> data;
+};
+
+struct FeatureName {
+    std::uint8_t kind = 0;  // 0 incompatible, 1 compatible, 2 autoclear
+    std::uint8_t bit = 0;
+    std::string name;
+};
+
+struct BitmapsExtension {
+    std::uint32_t count = 0;
+    std::uint64_t directory_size = 0;
+    HostOffset directory;
+};
+
+struct EncryptionExtension {
+    HostOffset offset;
+    std::uint64_t length = 0;
+};
+
+struct Header {
+    std::uint32_t version = 3;
+    unsigned cluster_bits = 16;
+    std::uint64_t size = 0;  // virtual, bytes
+    Crypt crypt = Crypt::none;
+    std::uint32_t l1_entries = 0;
+    HostOffset l1_table;
+    HostOffset refcount_table;
+    std::uint32_t refcount_table_clusters = 0;
+    std::uint32_t snapshot_count = 0;
+    HostOffset snapshot_table;
+    std::uint64_t incompatible = 0;
+    std::uint64_t compatible = 0;
+    std::uint64_t autoclear = 0;
+    unsigned refcount_order = 4;
+    std::uint32_t header_length = fixed_header_v2;
+    Compression compression = Compression::zlib;
+
+    std::string backing_name;  // empty: none
+    std::optional<std::string> backing_format;
+    std::optional<std::string> data_file_name;
+    std::vector<FeatureName> feature_names;
+    std::optional<BitmapsExtension> bitmaps;
+    std::optional<EncryptionExtension> encryption;
+    std::vector<Extension> unknown_extensions;
+
+    [[nodiscard]] bool has(std::uint64_t incompatible_bit) const { return (incompatible & incompatible_bit) != 0; }
+    [[nodiscard]] std::uint64_t cluster_size() const { return std::uint64_t{1} << cluster_bits; }
+    /// Whether the bitmaps extension may be believed.
+    [[nodiscard]] bool bitmaps_consistent() const { return bitmaps && (autoclear & autoclear::bitmaps) != 0; }
+};
+
+/// How many bytes parse_header wants to see, from the first `fixed_header_v2` bytes: the first cluster.
+Result<std::size_t> header_bytes(std::span<const std::byte> start);
+
+/// Parses and verifies the header, from the image's first cluster or as much of it as the file has. Everything is
+/// checked that can be checked without the file: ranges, alignment, limits, unknown incompatible features. `file_size`
+/// bounds the tables that reading needs.
+Result<Header> parse_header(std::span<const std::byte> cluster, std::uint64_t file_size);
+
+/// The set feature bits by name, for people.
+std::vector<Feature> features_of(const Header& header);
+
+}  // namespace qcow::format

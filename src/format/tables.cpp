@@ -1,0 +1,88 @@
+#include "format/tables.h"
+
+#include <fmt/format.h>
+
+#include "base/bits.h"
+#include "base/endian.h"
+#include "base/try.h"
+
+namespace qcow::format {
+namespace {
+
+std::string text(std::span<const std::byte> bytes) {
+    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+std::unexpected<Error> too_short(std::size_t needed, std::size_t there) {
+    return fail(
+        Errc::corrupt, "",
+        fmt::format("an entry of {} bytes does not fit in the {} bytes that are left of the table", needed, there));
+}
+
+}  // namespace
+
+Result<SnapshotEntry> parse_snapshot(std::span<const std::byte> in, unsigned version, std::uint64_t disk_size) {
+    constexpr std::size_t fixed = 40;
+    if (in.size() < fixed) return too_short(fixed, in.size());
+    SnapshotEntry entry;
+    entry.l1_table = {load_be<std::uint64_t>(in, 0)};
+    entry.l1_entries = load_be<std::uint32_t>(in, 8);
+    const std::size_t id_length = load_be<std::uint16_t>(in, 12);
+    const std::size_t name_length = load_be<std::uint16_t>(in, 14);
+    entry.info.date_seconds = load_be<std::uint32_t>(in, 16);
+    entry.info.date_nanoseconds = load_be<std::uint32_t>(in, 20);
+    entry.info.vm_clock_nanoseconds = load_be<std::uint64_t>(in, 24);
+    entry.info.vm_state_bytes = load_be<std::uint32_t>(in, 32);
+    entry.info.virtual_size = disk_size;
+    const std::size_t extra_length = load_be<std::uint32_t>(in, 36);
+
+    const std::size_t total = fixed + extra_length + id_length + name_length;
+    if (total > in.size()) return too_short(total, in.size());
+    if (version >= 3 && extra_length < 16) {
+        return fail(Errc::corrupt, "",
+                    fmt::format("{} bytes of extra data, but version 3 needs at least 16", extra_length));
+    }
+    const auto extra = in.subspan(fixed, extra_length);
+    if (extra_length >= 8) entry.info.vm_state_bytes = load_be<std::uint64_t>(extra, 0);
+    if (extra_length >= 16) entry.info.virtual_size = load_be<std::uint64_t>(extra, 8);
+    if (extra_length >= 24) {
+        if (const auto icount = load_be<std::uint64_t>(extra, 16); icount != ~std::uint64_t{0})
+            entry.info.icount = icount;
+    }
+    entry.info.id = text(in.subspan(fixed + extra_length, id_length));
+    entry.info.name = text(in.subspan(fixed + extra_length + id_length, name_length));
+    entry.encoded_bytes = std::min<std::size_t>(align_down(total + 7, 8), in.size());
+    return entry;
+}
+
+Result<BitmapEntry> parse_bitmap(std::span<const std::byte> in) {
+    constexpr std::size_t fixed = 24;
+    constexpr unsigned dirty_tracking = 1;
+    if (in.size() < fixed) return too_short(fixed, in.size());
+    BitmapEntry entry;
+    entry.table = {load_be<std::uint64_t>(in, 0)};
+    entry.table_entries = load_be<std::uint32_t>(in, 8);
+    const auto flags = load_be<std::uint32_t>(in, 12);
+    const auto type = static_cast<std::uint8_t>(in[16]);
+    entry.granularity_bits = static_cast<std::uint8_t>(in[17]);
+    const std::size_t name_length = load_be<std::uint16_t>(in, 18);
+    const std::size_t extra_length = load_be<std::uint32_t>(in, 20);
+
+    const std::size_t total = fixed + extra_length + name_length;
+    if (total > in.size()) return too_short(total, in.size());
+    if (type != dirty_tracking)
+        return fail(Errc::unsupported, "", fmt::format("type {} is not dirty tracking (1)", type));
+    if (entry.granularity_bits > 63) {
+        return fail(Errc::corrupt, "", fmt::format("granularity_bits {} is more than 63", entry.granularity_bits));
+    }
+    if ((flags & ~std::uint32_t{7}) != 0)
+        return fail(Errc::corrupt, "", fmt::format("reserved flags are set ({:#x})", flags));
+    entry.info.granularity = bit(entry.granularity_bits);
+    entry.info.in_use = (flags & 1) != 0;
+    entry.info.enabled = (flags & 2) != 0;
+    entry.info.name = text(in.subspan(fixed + extra_length, name_length));
+    entry.encoded_bytes = std::min<std::size_t>(align_down(total + 7, 8), in.size());
+    return entry;
+}
+
+}  // namespace qcow::format

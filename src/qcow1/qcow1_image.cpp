@@ -1,0 +1,210 @@
+#include "qcow1/qcow1_image.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "base/try.h"
+#include "codec/codec.h"
+#include "disk/below.h"
+#include "disk/compressed.h"
+#include "disk/range.h"
+#include "format/file_name.h"
+#include "format/qcow1.h"
+#include "storage/word_cache.h"
+
+namespace qcow::qcow1 {
+namespace {
+
+using format::Qcow1Entry;
+
+/// A run of guest bytes within one L2 table; `entry` is the first cluster's.
+struct Mapped {
+    Qcow1Entry entry;
+    std::uint64_t length = 0;
+};
+
+class Qcow1Image final : public Image {
+public:
+    Qcow1Image(format::Qcow1Header header, std::string backing_name, std::shared_ptr<Storage> file,
+               std::shared_ptr<Image> backing, std::size_t cache_bytes)
+        : header_(header),
+          backing_name_(std::move(backing_name)),
+          file_(std::move(file)),
+          below_(std::move(backing), !backing_name_.empty()),
+          words_(file_, 512, cache_bytes) {}
+
+    [[nodiscard]] std::uint64_t size() const override { return header_.size; }
+    [[nodiscard]] Format format() const override { return Format::qcow; }
+    [[nodiscard]] std::uint64_t block_size() const override { return header_.cluster_size(); }
+    [[nodiscard]] std::shared_ptr<Image> backing() const override { return below_.image(); }
+
+    Result<void> read(GuestOffset at, std::span<std::byte> to) override {
+        TRY_VOID(verify_range(*this, at, to.size()));
+        if (header_.encrypted) {
+            return fail(Errc::encrypted, file_->name(),
+                        "the image is encrypted (AES), and reading encrypted images is not supported yet; its metadata "
+                        "can be examined");
+        }
+        while (!to.empty()) {
+            const auto mapped = TRY(lookup(at, to.size()));
+            const std::uint64_t skip = offset_in_cluster(at);
+            const auto piece =
+                mapped.entry.compressed() ? std::min(mapped.length, header_.cluster_size() - skip) : mapped.length;
+            const auto part = to.first(piece);
+            if (mapped.entry.compressed()) {
+                const auto range = mapped.entry.compressed_range(header_.cluster_bits);
+                TRY_VOID(read_compressed(*file_, range, codec::inflate, header_.cluster_size(), skip, part));
+            } else if (mapped.entry.allocated()) {
+                TRY_VOID(read_data(mapped.entry.cluster() + skip, at, part));
+            } else {
+                TRY_VOID(below_.read(at, part));
+            }
+            at += piece;
+            to = to.subspan(piece);
+        }
+        return {};
+    }
+
+    Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
+        TRY_VOID(verify_range(*this, at, 1));
+        const auto mapped = TRY(lookup(at, std::min(limit, header_.size - at.value)));
+        if (!mapped.entry.allocated()) return below_.extent(at, mapped.length);
+        Extent extent;
+        extent.start = at;
+        extent.length = mapped.length;
+        extent.kind = Extent::Kind::data;
+        extent.compressed = mapped.entry.compressed();
+        if (!extent.compressed && !header_.encrypted) {
+            extent.host = mapped.entry.cluster() + offset_in_cluster(at);
+            extent.storage = file_.get();
+        }
+        return extent;
+    }
+
+    [[nodiscard]] Result<ImageInfo> info() const override {
+        ImageInfo info;
+        info.filename = file_->name();
+        info.format = Format::qcow;
+        info.virtual_size = header_.size;
+        info.file_size = TRY(file_->size());
+        info.disk_size = TRY(file_->allocated());
+        info.version = 1;
+        info.cluster_size = header_.cluster_size();
+        info.compression = "zlib";
+        if (header_.encrypted) info.encryption = EncryptionInfo{"aes", "aes-cbc-plain64", "", 128, 0, {}};
+        if (!backing_name_.empty()) {
+            info.backing = ReferenceInfo{backing_name_, "", ""};
+            if (const auto parsed = format::parse_file_name(backing_name_))
+                info.backing->path = format::resolve(parsed->path, file_->name());
+        }
+        return info;
+    }
+
+private:
+    [[nodiscard]] std::uint64_t offset_in_cluster(GuestOffset at) const {
+        return at.value & low_bits(header_.cluster_bits);
+    }
+
+    Result<Mapped> lookup(GuestOffset at, std::uint64_t limit) {
+        const HostOffset l1_at = header_.l1_table + at.value / header_.l2_coverage() * 8;
+        const HostOffset table{TRY(load_word(l1_at, "L1"))};
+        if (table.value == 0) {
+            return Mapped{{}, std::min(limit, header_.l2_coverage() - at.value % header_.l2_coverage())};
+        }
+        const std::uint64_t index = at.value >> header_.cluster_bits & low_bits(header_.l2_bits);
+        const std::uint64_t wanted =
+            std::min(divide_up(offset_in_cluster(at) + std::min(limit, header_.l2_coverage()), header_.cluster_size()),
+                     bit(header_.l2_bits) - index);
+        Mapped mapped;
+        std::uint64_t count = 0;
+        for (; count < wanted; ++count) {
+            const Qcow1Entry entry{TRY(load_word(table + (index + count) * 8, "L2"))};
+            if (count == 0) {
+                mapped.entry = entry;
+            } else if (!continues(mapped.entry, entry, count)) {
+                break;
+            }
+        }
+        mapped.length = std::min(limit, count * header_.cluster_size() - offset_in_cluster(at));
+        return mapped;
+    }
+
+    [[nodiscard]] bool continues(Qcow1Entry first, Qcow1Entry next, std::uint64_t distance) const {
+        if (first.compressed() || !first.allocated())
+            return first.compressed() == next.compressed() && first.allocated() == next.allocated();
+        return next.word == first.word + distance * header_.cluster_size();
+    }
+
+    /// A word of a table, which in this format need not be aligned to anything.
+    Result<std::uint64_t> load_word(HostOffset at, std::string_view table) {
+        if (!lies_within(at.value, 8, TRY(file_->size()))) {
+            return fail(
+                Errc::corrupt, file_->name(),
+                fmt::format("an {} entry at host offset {:#x} would lie past the end of the file", table, at.value));
+        }
+        if (at.value >= format::max_host_offset)
+            return fail(Errc::corrupt, file_->name(), fmt::format("an {} entry at host offset {:#x}", table, at.value));
+        const auto shift = static_cast<unsigned>(at.value % 8) * 8;
+        const HostOffset aligned{at.value - at.value % 8};
+        const auto high = TRY(words_.load(aligned));
+        if (shift == 0) return high;
+        return high << shift | TRY(words_.load(aligned + 8)) >> (64 - shift);
+    }
+
+    [[nodiscard]] Result<void> read_data(HostOffset host, GuestOffset at, std::span<std::byte> to) const {
+        const std::size_t there = TRY(file_->read(host, to));
+        if (there == to.size()) return {};
+        const auto file_clusters = divide_up(TRY(file_->size()), header_.cluster_size());
+        if (divide_up(host.value + to.size(), header_.cluster_size()) <= file_clusters) return {};
+        return fail(Errc::corrupt, file_->name(),
+                    fmt::format("the data of guest offset {:#x} would lie at host offset {:#x}, past the end of the "
+                                "file; is the image a truncated copy?",
+                                at.value + there, host.value + there));
+    }
+
+    format::Qcow1Header header_;
+    std::string backing_name_;
+    std::shared_ptr<Storage> file_;
+    Below below_;
+    WordCache words_;
+};
+
+class PendingQcow1 final : public PendingImage {
+public:
+    PendingQcow1(std::shared_ptr<Storage> storage, format::Qcow1Header header, std::string backing_name)
+        : storage_(std::move(storage)), header_(header), backing_name_(std::move(backing_name)) {}
+
+    [[nodiscard]] std::optional<Backing> backing() const override {
+        if (backing_name_.empty()) return std::nullopt;
+        return Backing{backing_name_, std::nullopt};
+    }
+
+    Result<std::shared_ptr<Image>> open(Neighbours neighbours) override {
+        return std::make_shared<Qcow1Image>(header_, backing_name_, storage_, std::move(neighbours.backing),
+                                            neighbours.cache_bytes);
+    }
+
+private:
+    std::shared_ptr<Storage> storage_;
+    format::Qcow1Header header_;
+    std::string backing_name_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<PendingImage>> begin(std::shared_ptr<Storage> storage) {
+    std::array<std::byte, format::qcow1_header_bytes> start = {};
+    const auto there = TRY(storage->read({0}, start));
+    const auto header = TRY(format::parse_qcow1_header(std::span(start).first(there), TRY(storage->size())));
+    std::string backing_name;
+    if (header.backing_name_offset != 0) {
+        backing_name.resize(header.backing_name_length);
+        TRY(storage->read({header.backing_name_offset}, std::as_writable_bytes(std::span(backing_name))));
+    }
+    return std::make_unique<PendingQcow1>(std::move(storage), header, std::move(backing_name));
+}
+
+}  // namespace qcow::qcow1

@@ -1,0 +1,503 @@
+#include "qcow2/check.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <vector>
+
+#include "base/try.h"
+#include "base/workers.h"
+#include "format/luks.h"
+#include "format/refcount.h"
+#include "qcow/text.h"
+#include "qcow2/findings.h"
+#include "qcow2/reference_map.h"
+#include "qcow2/tables.h"
+
+namespace qcow::qcow2 {
+namespace {
+
+using format::ClusterKind;
+using format::L1Entry;
+using format::L2Entry;
+using Severity = CheckFinding::Severity;
+
+constexpr std::uint64_t piece_bytes = 64 * KiB;
+
+/// An L2 table and who refers to it.
+struct L2Reference {
+    HostOffset table;
+    std::uint64_t l1_index = 0;
+    std::uint64_t count = 1;
+    bool active = false;  // from the active L1 table
+};
+
+/// What the walk over the active mapping adds up.
+struct Tally {
+    std::uint64_t allocated = 0;
+    std::uint64_t compressed = 0;
+    std::uint64_t fragmented = 0;
+};
+
+class Checker {
+public:
+    Checker(const Core& core, const CheckOptions& options, std::uint64_t file_size, ReferenceMap& references)
+        : core_(core),
+          options_(options),
+          geometry_(core.rules.geometry),
+          file_size_(file_size),
+          file_clusters_(geometry_.clusters(file_size)),
+          references_(references),
+          findings_(options.max_findings),
+          workers_(options.workers == 0 ? default_workers() : options.workers) {}
+
+    Result<CheckReport> run() {
+        const auto& header = core_.header;
+        TRY_VOID(add_table("header", {0}, 1));
+        TRY_VOID(add_table("refcount table", header.refcount_table,
+                           std::uint64_t{header.refcount_table_clusters} << geometry_.cluster_bits));
+        TRY_VOID(add_encryption());
+        TRY_VOID(add_refcount_blocks());
+        TRY_VOID(add_bitmaps());
+        TRY_VOID(add_l1_table("active L1 table", header.l1_table, header.l1_entries, true));
+        TRY_VOID(add_snapshots());
+        merge_l2_references();
+        TRY_VOID(walk_l2_tables());
+        TRY_VOID(compare_refcounts());
+
+        CheckReport report;
+        report.total_clusters = geometry_.clusters(header.size);
+        report.allocated_clusters = tally_.allocated;
+        report.compressed_clusters = tally_.compressed;
+        report.fragmented_clusters = tally_.fragmented;
+        report.image_end = image_end_clusters_ * geometry_.cluster_size();
+        findings_.move_to(report);
+        return report;
+    }
+
+private:
+    void corrupt(std::uint64_t order, std::string place, std::string what) {
+        findings_.add(Severity::corruption, order, std::move(place), std::move(what));
+    }
+
+    /// Counts a reference to each cluster that [begin, begin + bytes) touches; false, and a finding, if it is not in
+    /// the file.
+    Result<bool> add_range(const std::string& what, HostOffset begin, std::uint64_t bytes, std::uint64_t count,
+                           std::uint32_t kind) {
+        if (begin.value >= file_size_ || bytes > file_clusters_ * geometry_.cluster_size() - begin.value) {
+            corrupt(begin.value, what,
+                    fmt::format("its {} bytes at host offset {:#x} reach past the end of the file ({} bytes)", bytes,
+                                begin.value, file_size_));
+            return false;
+        }
+        const std::uint64_t last = (begin.value + bytes - 1) >> geometry_.cluster_bits;
+        for (std::uint64_t cluster = begin.value >> geometry_.cluster_bits; cluster <= last; ++cluster)
+            TRY_VOID(references_.add(cluster, count, kind));
+        return true;
+    }
+
+    Result<bool> add_table(const std::string& what, HostOffset begin, std::uint64_t bytes) {
+        if (bytes == 0) return true;
+        if (!is_aligned(begin.value, geometry_.cluster_size())) {
+            corrupt(begin.value, what,
+                    fmt::format("host offset {:#x} is not a multiple of the cluster size", begin.value));
+            return false;
+        }
+        return add_range(what, begin, bytes, 1, References::metadata);
+    }
+
+    /// Calls `visit(index, word)` for each word of a table that lies in the file. Holes are zeros and are not read.
+    template <class Visit>
+    Result<void> each_word(HostOffset table, std::uint64_t entries, Visit visit) {
+        std::vector<std::byte> buffer(std::min(entries * 8, piece_bytes));
+        for (std::uint64_t first = 0; first < entries;) {
+            const auto run = TRY(core_.file->run(table + first * 8, (entries - first) * 8));
+            if (!run.data && run.length >= 8) {
+                first += run.length / 8;
+                continue;
+            }
+            const auto piece = std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), (entries - first) * 8));
+            TRY(core_.file->read(table + first * 8, piece));
+            for (std::size_t at = 0; at < piece.size(); at += 8) {
+                if (const auto word = load_be<std::uint64_t>(piece, at); word != 0)
+                    TRY_VOID(visit(first + at / 8, word));
+            }
+            first += piece.size() / 8;
+        }
+        return {};
+    }
+
+    Result<void> add_encryption() {
+        if (!core_.header.encryption) return {};
+        const auto& extension = *core_.header.encryption;
+        if (TRY(add_table("encryption header", extension.offset, extension.length)) &&
+            extension.length < format::luks1_header_bytes) {
+            corrupt(extension.offset.value, "encryption header",
+                    fmt::format("{} bytes are too few for a LUKS header", extension.length));
+        }
+        return {};
+    }
+
+    Result<void> add_refcount_blocks() {
+        const auto& header = core_.header;
+        blocks_.resize((std::uint64_t{header.refcount_table_clusters} << geometry_.cluster_bits) / 8);
+        return each_word(
+            header.refcount_table, blocks_.size(), [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
+                const format::RefcountTableEntry entry{word};
+                const auto place = fmt::format("refcount table entry {}", index);
+                if (entry.reserved_bits_set())
+                    corrupt(header.refcount_table.value + index * 8, place,
+                            fmt::format("reserved bits are set ({:#x})", word));
+                if (entry.allocated() && TRY(add_table(fmt::format("{}: refcount block", place), entry.block(), geometry_.cluster_size())))
+                    blocks_[index] = entry.block();
+                return {};
+            });
+    }
+
+    Result<void> add_bitmaps() {
+        if (!core_.header.bitmaps_consistent()) return {};
+        const auto& extension = *core_.header.bitmaps;
+        auto bitmaps = read_bitmaps(core_);
+        if (!bitmaps) {
+            corrupt(extension.directory.value, bitmaps.error().place, bitmaps.error().what);
+            return {};
+        }
+        TRY(add_table("bitmap directory", extension.directory, extension.directory_size));
+        std::uint64_t table_bytes = 0;
+        for (const auto& bitmap : *bitmaps) {
+            table_bytes += std::uint64_t{bitmap.table_entries} * 8;
+            TRY_VOID(add_bitmap(bitmap, table_bytes));
+        }
+        return {};
+    }
+
+    Result<void> add_bitmap(const format::BitmapEntry& bitmap, std::uint64_t table_bytes_so_far) {
+        const auto place = fmt::format("bitmap \"{}\"", printable(bitmap.info.name));
+        if (table_bytes_so_far > file_size_) {
+            corrupt(bitmap.table.value, place, "the bitmaps' tables together are larger than the file: they overlap");
+            return {};
+        }
+        const std::uint64_t bits = std::uint64_t{bitmap.table_entries} * geometry_.cluster_size() * 8;
+        if (!bitmap.info.in_use && bits < divide_up(core_.header.size, bitmap.info.granularity)) {
+            corrupt(bitmap.table.value, place,
+                    fmt::format("a table of {} entries is too short for the disk", bitmap.table_entries));
+        }
+        if (!TRY(add_table(place + ": table", bitmap.table, std::uint64_t{bitmap.table_entries} * 8))) return {};
+        return each_word(bitmap.table, bitmap.table_entries,
+                         [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
+                             const format::BitmapTableEntry entry{word};
+                             const auto entry_place = fmt::format("{}: table entry {}", place, index);
+                             if (entry.reserved_bits_set())
+                                 corrupt(bitmap.table.value + index * 8, entry_place,
+                                         fmt::format("reserved bits are set ({:#x})", word));
+                             if (entry.cluster().value != 0) TRY(add_table(entry_place, entry.cluster(), geometry_.cluster_size()));
+                             return {};
+                         });
+    }
+
+    Result<void> add_snapshots() {
+        auto table = read_snapshots(core_);
+        if (!table) {
+            corrupt(core_.header.snapshot_table.value, table.error().place, table.error().what);
+            return {};
+        }
+        TRY(add_table("snapshot table", core_.header.snapshot_table, table->bytes));
+        std::uint64_t l1_bytes = 0;
+        for (const auto& snapshot : table->entries) {
+            const auto place = fmt::format("L1 table of snapshot \"{}\"", printable(snapshot.info.name));
+            l1_bytes += std::uint64_t{snapshot.l1_entries} * 8;
+            if (l1_bytes > file_size_) {
+                corrupt(snapshot.l1_table.value, place,
+                        "the snapshots' L1 tables together are larger than the file: they overlap");
+                return {};
+            }
+            if (auto verified = verify_snapshot_l1(core_, snapshot); !verified) {
+                corrupt(snapshot.l1_table.value, place, verified.error().what);
+                continue;
+            }
+            TRY_VOID(add_l1_table(place, snapshot.l1_table, snapshot.l1_entries, false));
+        }
+        return {};
+    }
+
+    Result<void> add_l1_table(const std::string& what, HostOffset table, std::uint64_t entries, bool active) {
+        if (!TRY(add_table(what, table, entries * 8))) return {};
+        return each_word(table, entries, [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
+            const L1Entry entry{word};
+            const auto place = [&] { return fmt::format("{}: entry {}", what, index); };
+            if (entry.reserved_bits_set())
+                corrupt(table.value + index * 8, place(), fmt::format("reserved bits are set ({:#x})", word));
+            if (!entry.allocated()) return {};
+            if (!is_aligned(entry.l2_table().value, geometry_.cluster_size())) {
+                corrupt(table.value + index * 8, place(),
+                        fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size",
+                                    entry.l2_table().value));
+                return {};
+            }
+            if (!lies_within(entry.l2_table().value, geometry_.cluster_size(), file_size_)) {
+                corrupt(table.value + index * 8, place(),
+                        fmt::format("the L2 table at {:#x} reaches past the end of the file ({} bytes)",
+                                    entry.l2_table().value, file_size_));
+                return {};
+            }
+            const auto copied = !active ? 0 : entry.copied() ? References::copied : References::not_copied;
+            TRY_VOID(references_.add(entry.l2_table().value >> geometry_.cluster_bits, 1, References::l2_table | copied));
+            l2_references_.push_back({entry.l2_table(), index, 1, active});
+            if (l2_references_.size() * sizeof(L2Reference) > options_.memory_bytes) {
+                return fail(Errc::limit_exceeded, "",
+                            "the image has more L2 tables than fit in the memory that was allowed");
+            }
+            return {};
+        });
+    }
+
+    /// Shared tables become one entry, in the order of the file.
+    void merge_l2_references() {
+        std::ranges::sort(l2_references_, [](const auto& a, const auto& b) {
+            return std::pair(a.table, !a.active) < std::pair(b.table, !b.active);
+        });
+        std::size_t kept = 0;
+        for (std::size_t i = 0; i < l2_references_.size(); ++i) {
+            if (i != 0 && l2_references_[i].table == l2_references_[kept - 1].table) {
+                l2_references_[kept - 1].count += l2_references_[i].count;
+            } else {
+                l2_references_[kept++] = l2_references_[i];
+            }
+        }
+        l2_references_.resize(kept);
+    }
+
+    Result<void> walk_l2_tables() {
+        std::atomic<std::size_t> next = 0;
+        std::mutex mutex;
+        return run_workers(workers_, [&](unsigned) -> Result<void> {
+            std::vector<std::byte> buffer(geometry_.cluster_size());
+            Tally tally;
+            for (std::size_t i = next++; i < l2_references_.size(); i = next++) {
+                TRY_VOID(walk_l2_table(l2_references_[i], buffer, tally));
+                if (options_.progress && i % 16 == 0) {
+                    const std::lock_guard lock(mutex);
+                    options_.progress(i, l2_references_.size());
+                }
+            }
+            const std::lock_guard lock(mutex);
+            tally_.allocated += tally.allocated;
+            tally_.compressed += tally.compressed;
+            tally_.fragmented += tally.fragmented;
+            return {};
+        });
+    }
+
+    Result<void> walk_l2_table(const L2Reference& reference, std::span<std::byte> buffer, Tally& tally) {
+        const auto run = TRY(core_.file->run(reference.table, buffer.size()));
+        if (!run.data && run.length == buffer.size()) return {};
+        TRY(core_.file->read(reference.table, buffer));
+        HostOffset contiguous{0};
+        const unsigned entry_bytes = geometry_.entry_words() * 8;
+        for (std::uint64_t index = 0; index < geometry_.l2_entries(); ++index) {
+            const auto at = static_cast<std::size_t>(index * entry_bytes);
+            const L2Entry entry{load_be<std::uint64_t>(buffer, at),
+                                geometry_.extended_l2 ? load_be<std::uint64_t>(buffer, at + 8) : 0};
+            if (entry.word == 0 && entry.bitmap == 0) continue;
+            TRY_VOID(add_l2_entry(reference, index, entry, contiguous, tally));
+        }
+        return {};
+    }
+
+    Result<void> add_l2_entry(const L2Reference& reference, std::uint64_t index, L2Entry entry, HostOffset& contiguous,
+                              Tally& tally) {
+        const GuestOffset guest{(reference.l1_index << (geometry_.l2_bits() + geometry_.cluster_bits)) +
+                                (index << geometry_.cluster_bits)};
+        const std::uint64_t entry_at = reference.table.value + index * geometry_.entry_words() * 8;
+        const auto place = [&] {
+            return fmt::format("L2 entry at host offset {:#x} (guest offset {:#x})", entry_at, guest.value);
+        };
+        if (const auto flaw = core_.rules.flaw(entry)) {
+            corrupt(entry_at, place(), fmt::format("{} ({:#018x})", flaw->what, entry.word));
+            if (flaw->unreadable) return {};
+        }
+        if (entry.compressed()) {
+            const auto range = entry.compressed_range(geometry_.cluster_bits);
+            if (reference.active) ++tally.allocated, ++tally.compressed, ++tally.fragmented;
+            return add_compressed(place, range, reference.count);
+        }
+        if (!core_.rules.has_cluster(entry)) return {};
+        if (reference.active) {
+            ++tally.allocated;
+            if (contiguous.value != 0 && entry.cluster() != contiguous) ++tally.fragmented;
+            contiguous = entry.cluster() + geometry_.cluster_size();
+        }
+        if (core_.rules.external_data) {
+            if (entry.cluster().value != guest.value)
+                corrupt(entry_at, place(),
+                        fmt::format("host offset {:#x} in the external data file is not the guest's",
+                                    entry.cluster().value));
+            return {};
+        }
+        const std::uint64_t cluster = entry.cluster().value >> geometry_.cluster_bits;
+        const bool preallocated = core_.rules.run(entry, 0).kind == ClusterKind::zero_allocated;
+        if (cluster >= file_clusters_ + (preallocated ? 1 : 0)) {
+            corrupt(entry_at, place(),
+                    fmt::format("the cluster at host offset {:#x} lies past the end of the file ({} bytes)",
+                                entry.cluster().value, file_size_));
+            return {};
+        }
+        const auto copied = !reference.active ? 0 : entry.copied() ? References::copied : References::not_copied;
+        return references_.add(cluster, reference.count, References::data | copied);
+    }
+
+    template <class Place>
+    Result<void> add_compressed(Place place, const format::CompressedRange& range, std::uint64_t count) {
+        if (range.offset.value >= file_size_) {
+            corrupt(range.offset.value, place(),
+                    fmt::format("the compressed cluster at host offset {:#x} lies past the end of the file ({} bytes)",
+                                range.offset.value, file_size_));
+            return {};
+        }
+        // Its last sectors may reach past the end of the file, within the file's last cluster.
+        const std::uint64_t first = range.offset.value >> geometry_.cluster_bits;
+        const std::uint64_t last = (range.offset.value + range.length - 1) >> geometry_.cluster_bits;
+        if (last >= file_clusters_) {
+            corrupt(
+                range.offset.value, place(),
+                fmt::format("the compressed cluster at host offset {:#x} reaches past the end of the file ({} bytes)",
+                            range.offset.value, file_size_));
+        }
+        for (std::uint64_t cluster = first; cluster <= std::min(last, file_clusters_ - 1); ++cluster)
+            TRY_VOID(references_.add(cluster, count, References::compressed));
+        return {};
+    }
+
+    Result<void> compare_refcounts() {
+        std::atomic<std::size_t> next = 0;
+        const std::uint64_t per_block =
+            format::refcounts_per_block(geometry_.cluster_bits, core_.header.refcount_order);
+        std::mutex mutex;
+        TRY_VOID(run_workers(
+            workers_,
+            [&](unsigned) -> Result<void> {
+                std::vector<std::byte> buffer(geometry_.cluster_size());
+                std::uint64_t end = 0;
+                for (std::size_t i = next++; i < blocks_.size(); i = next++)
+                    TRY_VOID(compare_block(i * per_block, per_block, blocks_[i], buffer, end));
+                const std::lock_guard lock(mutex);
+                image_end_clusters_ = std::max(image_end_clusters_, end);
+                return {};
+            }));
+        compare_range(blocks_.size() * per_block, references_.clusters(), image_end_clusters_,
+                      [](std::uint64_t) { return 0; });
+        return {};
+    }
+
+    /// One block, or, where there is none, the zeros that it stands for.
+    Result<void> compare_block(std::uint64_t first, std::uint64_t per_block, HostOffset block,
+                               std::span<std::byte> buffer, std::uint64_t& end) {
+        if (block.value == 0) {
+            compare_range(first, std::min(first + per_block, references_.clusters()), end,
+                          [](std::uint64_t) { return 0; });
+            return {};
+        }
+        if (references_.at(block.value >> geometry_.cluster_bits).count() != 1)
+            return {};  // reported as an overlap: not to be believed
+        const auto run = TRY(core_.file->run(block, buffer.size()));
+        if (!run.data && run.length == buffer.size()) {
+            compare_range(first, std::min(first + per_block, references_.clusters()), end,
+                          [](std::uint64_t) { return 0; });
+            return {};
+        }
+        TRY(core_.file->read(block, buffer));
+        const unsigned order = core_.header.refcount_order;
+        const auto bytes = std::span<const std::byte>(buffer);
+        for (std::uint64_t i = 0; i < per_block; ++i)
+            compare(first + i, format::refcount_at(bytes, i, order), references_.at(first + i), end);
+        return {};
+    }
+
+    template <class RefcountAt>
+    void compare_range(std::uint64_t first, std::uint64_t last, std::uint64_t& end, RefcountAt refcount_at) {
+        for (std::uint64_t cluster = references_.next_used(first); cluster < last;
+             cluster = references_.next_used(cluster + 1)) {
+            compare(cluster, refcount_at(cluster), references_.at(cluster), end);
+        }
+    }
+
+    void compare(std::uint64_t cluster, std::uint64_t refcount, References references, std::uint64_t& end) {
+        if (refcount == 0 && references.word == 0) return;
+        end = std::max(end, cluster + 1);
+        const std::uint64_t counted = references.count();
+        const bool sound = std::min<std::uint64_t>(refcount, References::max_count) == counted &&
+                           std::has_single_bit(references.word & References::uses) &&
+                           ((references.word & References::metadata) == 0 || counted == 1) &&
+                           (references.word & (refcount == 1 ? References::not_copied : References::copied)) == 0;
+        if (!sound) report(cluster, refcount, references);
+    }
+
+    void report(std::uint64_t cluster, std::uint64_t refcount, References references) {
+        const std::uint64_t at = cluster << geometry_.cluster_bits;
+        const auto place = fmt::format("host cluster at {:#x}", at);
+        const std::uint64_t counted = references.count();
+        const auto uses = references.word & References::uses;
+        if (std::popcount(uses) > 1 || ((uses & References::metadata) != 0 && counted > 1)) {
+            corrupt(at, place, fmt::format("overlap: it is used as {}, {} times in all", use_names(uses), counted));
+        }
+        if (refcount < counted) {
+            corrupt(at, place,
+                    fmt::format("refcount {} is less than its {} references ({})", refcount, counted, use_names(uses)));
+        } else if (refcount > counted) {
+            findings_.add(Severity::leak, at, place,
+                          fmt::format("leaked: refcount {}, but {} references", refcount, counted));
+        }
+        if (refcount != 1 && (references.word & References::copied) != 0) {
+            corrupt(at, place,
+                    fmt::format("its {} entry is marked COPIED, but its refcount is {}",
+                                uses == References::l2_table ? "L1" : "L2", refcount));
+        }
+        if (refcount == 1 && (references.word & References::not_copied) != 0) {
+            corrupt(at, place,
+                    fmt::format("its {} entry is not marked COPIED, but its refcount is 1",
+                                uses == References::l2_table ? "L1" : "L2"));
+        }
+    }
+
+    static std::string use_names(std::uint32_t uses) {
+        std::string names;
+        const auto add = [&](std::uint32_t use, std::string_view name) {
+            if ((uses & use) != 0) names += (names.empty() ? "" : " and ") + std::string(name);
+        };
+        add(References::metadata, "metadata");
+        add(References::l2_table, "L2 table");
+        add(References::data, "data");
+        add(References::compressed, "compressed data");
+        return names;
+    }
+
+    const Core& core_;
+    const CheckOptions& options_;
+    const format::Geometry& geometry_;
+    std::uint64_t file_size_;
+    std::uint64_t file_clusters_;
+    ReferenceMap& references_;
+    Findings findings_;
+    unsigned workers_;
+
+    std::vector<HostOffset> blocks_;  // by index in the refcount table; 0: none, or one that cannot be read
+    std::vector<L2Reference> l2_references_;
+    Tally tally_;
+    std::uint64_t image_end_clusters_ = 0;
+};
+
+}  // namespace
+
+Result<CheckReport> check_image(const Core& core, const CheckOptions& options) {
+    const auto file_size = TRY(core.file->size());
+    // One more than the file has: a preallocated cluster may lie right behind its end.
+    auto references = ReferenceMap::create(core.rules.geometry.clusters(file_size) + 1, options.memory_bytes);
+    if (!references) return std::unexpected(std::move(references).error().in("check").in(core.file->name()));
+    auto report = Checker(core, options, file_size, **references).run();
+    if (!report) return std::unexpected(std::move(report).error().in("check"));
+    return report;
+}
+
+}  // namespace qcow::qcow2

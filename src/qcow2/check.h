@@ -1,0 +1,14 @@
+#pragma once
+// Verification of a qcow2 image: every reference counted, and held against every refcount.
+
+#include "qcow/check.h"
+#include "qcow2/core.h"
+
+namespace qcow::qcow2 {
+
+/// Reads all of the metadata once, tables in the order in which they lie in the file, on several threads. An L2 table
+/// that several L1 tables share is read once and counted as often as it is shared, so that neither many snapshots nor a
+/// hostile image multiply the work. Memory: see CheckOptions::memory_bytes.
+Result<CheckReport> check_image(const Core& core, const CheckOptions& options);
+
+}  // namespace qcow::qcow2

@@ -1,0 +1,132 @@
+#include "qcow2/mapping.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+
+#include "base/try.h"
+
+namespace qcow::qcow2 {
+namespace {
+
+using format::ClusterKind;
+using format::L2Entry;
+
+constexpr std::size_t max_words = 512;  // a page of the cache
+
+std::unexpected<Error> damaged(const Core& core, std::string place, std::string_view what) {
+    return fail(Errc::corrupt, fmt::format("{}: {}", core.file->name(), place), std::string(what));
+}
+
+/// By how much a word grows from one cluster of a contiguous run to the next.
+std::uint64_t stride(ClusterKind kind, std::uint64_t cluster_size) {
+    return kind == ClusterKind::data || kind == ClusterKind::zero_allocated ? cluster_size : 0;
+}
+
+}  // namespace
+
+Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
+    const auto& geometry = core_->rules.geometry;
+    const HostOffset l1_at = l1_table_ + geometry.l1_index(at) * 8;
+    const format::L1Entry l1{TRY(core_->words.load(l1_at))};
+    const auto l1_place = [&] { return fmt::format("L1 entry at host offset {:#x}", l1_at.value); };
+    if (!l1.allocated()) {
+        const std::uint64_t rest = geometry.l2_coverage() - (at.value & (geometry.l2_coverage() - 1));
+        return Mapped{ClusterKind::unallocated, std::min(limit, rest), {}, {}};
+    }
+    const HostOffset table = l1.l2_table();
+    if (!is_aligned(table.value, geometry.cluster_size()))
+        return damaged(*core_, l1_place(),
+                       fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size", table.value));
+
+    const std::uint64_t index = geometry.l2_index(at);
+    const unsigned entry_words = geometry.entry_words();
+    const HostOffset entry_at = table + index * entry_words * 8;
+    const std::uint64_t wanted =
+        std::min(geometry.clusters(geometry.offset_in_cluster(at.value) + std::min(limit, geometry.l2_coverage())),
+                 geometry.l2_entries() - index);
+    std::array<std::uint64_t, max_words> buffer;
+    const auto loaded = TRY(
+        core_->words.load(entry_at, std::span(buffer).first(std::min<std::uint64_t>(wanted * entry_words, max_words))));
+    const auto words = std::span<const std::uint64_t>(buffer).first(loaded);
+    if (words[0] == 0) {
+        // Zeros are also what lies past the end of the file: there, no table can be.
+        const auto file_size = TRY(core_->file->size());
+        if (!lies_within(table.value, geometry.cluster_size(), file_size)) {
+            return damaged(*core_, l1_place(),
+                           fmt::format("the L2 table at {:#x} reaches past the end of the file ({} bytes)", table.value,
+                                       file_size));
+        }
+    }
+    auto mapped = TRY(scan(words, at, entry_at));
+    mapped.length = std::min(mapped.length, limit);
+    return mapped;
+}
+
+Result<Mapped> Mapping::scan(std::span<const std::uint64_t> words, GuestOffset at, HostOffset entry_at) const {
+    const auto& rules = core_->rules;
+    const auto& geometry = rules.geometry;
+    const L2Entry first{words[0], geometry.extended_l2 ? words[1] : 0};
+    if (const auto flaw = rules.flaw(first); flaw && flaw->unreadable) {
+        return damaged(*core_,
+                       fmt::format("L2 entry at host offset {:#x} (guest offset {:#x})", entry_at.value, at.value),
+                       flaw->what);
+    }
+    if (geometry.extended_l2 && !first.compressed()) return scan_subclusters(words, at);
+
+    Mapped mapped;
+    const std::uint64_t skip = geometry.offset_in_cluster(at.value);
+    mapped.kind = rules.run(first, 0).kind;
+    mapped.length = count_alike(words, mapped.kind) * geometry.cluster_size() - skip;
+    if (mapped.kind == ClusterKind::compressed) {
+        mapped.compressed = first.compressed_range(geometry.cluster_bits);
+    } else {
+        mapped.host = first.cluster() + skip;
+    }
+    return mapped;
+}
+
+/// How many entries go on as the first one does. Comparing whole words also finds that they are as well formed as it
+/// is.
+std::uint64_t Mapping::count_alike(std::span<const std::uint64_t> words, ClusterKind kind) const {
+    const auto& geometry = core_->rules.geometry;
+    const unsigned step = geometry.entry_words();
+    std::uint64_t count = 1;
+    if (kind == ClusterKind::compressed) {
+        while (count * step < words.size() && L2Entry{words[count * step]}.compressed()) ++count;
+        return count;
+    }
+    const std::uint64_t grows = stride(kind, geometry.cluster_size());
+    std::uint64_t expected = words[0] + grows;
+    for (; count < words.size() && words[count] == expected; expected += grows) ++count;
+    return count;
+}
+
+Mapped Mapping::scan_subclusters(std::span<const std::uint64_t> words, GuestOffset at) const {
+    const auto& rules = core_->rules;
+    const auto& geometry = rules.geometry;
+    const std::uint64_t subcluster_size = bit(geometry.subcluster_bits());
+    const std::uint64_t skip = geometry.offset_in_cluster(at.value);
+    auto index = static_cast<unsigned>(skip / subcluster_size);
+
+    Mapped mapped;
+    mapped.host = L2Entry{words[0]}.cluster() + skip;
+    mapped.kind = rules.run({words[0], words[1]}, index).kind;
+    const std::uint64_t grows = stride(mapped.kind, geometry.cluster_size());
+    std::uint64_t cluster = L2Entry{words[0]}.cluster().value;
+    std::uint64_t subclusters = 0;
+    for (std::size_t i = 0; i + 1 < words.size(); i += 2, index = 0, cluster += grows) {
+        const L2Entry entry{words[i], words[i + 1]};
+        if (i != 0 && (entry.compressed() || rules.flaw(entry) || (grows != 0 && entry.cluster().value != cluster)))
+            break;
+        const auto run = rules.run(entry, index);
+        if (run.kind != mapped.kind) break;
+        subclusters += run.count;
+        if (index + run.count < 32) break;
+    }
+    mapped.length = subclusters * subcluster_size - skip % subcluster_size;
+    return mapped;
+}
+
+}  // namespace qcow::qcow2

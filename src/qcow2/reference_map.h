@@ -1,0 +1,68 @@
+#pragma once
+// How often, and as what, each host cluster is referenced: what a check counts.
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "qcow/error.h"
+
+namespace qcow::qcow2 {
+
+/// What the references to one cluster are, summed up.
+struct References {
+    std::uint32_t word = 0;
+
+    static constexpr unsigned count_bits = 26;
+    static constexpr std::uint32_t max_count = (1U << count_bits) - 1;  // more are counted as this many
+
+    // As what it is referenced. More than one of these is an overlap.
+    static constexpr std::uint32_t metadata = 1U << 26;  // header, L1, refcounts, snapshots, bitmaps, encryption header
+    static constexpr std::uint32_t l2_table = 1U << 27;
+    static constexpr std::uint32_t data = 1U << 28;
+    static constexpr std::uint32_t compressed = 1U << 29;
+    static constexpr std::uint32_t uses = metadata | l2_table | data | compressed;
+    // What the active mapping says of its refcount.
+    static constexpr std::uint32_t copied = 1U << 30;
+    static constexpr std::uint32_t not_copied = 1U << 31;
+
+    [[nodiscard]] std::uint32_t count() const { return word & max_count; }
+};
+
+/// Thread-safe. Four bytes a cluster, taken in chunks where there are references.
+class ReferenceMap {
+public:
+    /// For host clusters 0 to `clusters` - 1. Errc::limit_exceeded if even an empty map would not fit in the budget.
+    static Result<std::unique_ptr<ReferenceMap>> create(std::uint64_t clusters, std::size_t budget_bytes);
+
+    /// Adds `count` references of a kind (bits of References) to a cluster < clusters(). Errc::limit_exceeded.
+    Result<void> add(std::uint64_t cluster, std::uint64_t count, std::uint32_t kind);
+
+    [[nodiscard]] References at(std::uint64_t cluster) const;
+
+    /// The first cluster at or after `cluster` that may have references; clusters() if there is none.
+    [[nodiscard]] std::uint64_t next_used(std::uint64_t cluster) const;
+
+    [[nodiscard]] std::uint64_t clusters() const { return clusters_; }
+
+private:
+    static constexpr std::uint64_t chunk_clusters = 4096;
+    using Cell = std::atomic<std::uint32_t>;
+
+    ReferenceMap(std::uint64_t clusters, std::size_t budget_bytes);
+    Result<Cell*> chunk_for(std::uint64_t cluster);
+    [[nodiscard]] const Cell* chunk_if_used(std::uint64_t cluster) const {
+        return chunks_[cluster / chunk_clusters].load(std::memory_order_acquire);
+    }
+
+    std::uint64_t clusters_;
+    std::size_t budget_bytes_;
+    std::vector<std::atomic<Cell*>> chunks_;
+    std::mutex growth_;
+    std::vector<std::unique_ptr<Cell[]>> owned_;
+};
+
+}  // namespace qcow::qcow2

@@ -1,0 +1,113 @@
+#include "qcow2/tables.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "base/try.h"
+#include "qcow/text.h"
+
+namespace qcow::qcow2 {
+namespace {
+
+Result<std::vector<std::byte>> read_bytes(const Storage& file, HostOffset at, std::uint64_t bytes) {
+    std::vector<std::byte> result(bytes);
+    const auto there = TRY(file.read(at, result));
+    result.resize(there);
+    return result;
+}
+
+}  // namespace
+
+Result<SnapshotTable> read_snapshots(const Core& core) {
+    SnapshotTable table;
+    const auto& header = core.header;
+    if (header.snapshot_count == 0) return table;
+    const auto file_size = TRY(core.file->size());
+    // How long the table is shows only as it is parsed; nothing is longer than the file.
+    const std::uint64_t bytes =
+        std::min(file_size - std::min(file_size, header.snapshot_table.value), format::max_snapshot_table_bytes);
+
+    // Read in growing steps: a table is usually short, and the file behind it long.
+    std::vector<std::byte> buffer;
+    for (std::uint32_t i = 0; i < header.snapshot_count; ++i) {
+        auto entry = format::parse_snapshot(std::span(buffer).subspan(table.bytes), header.version, header.size);
+        while (!entry && buffer.size() < bytes && entry.error().code == Errc::corrupt) {
+            buffer =
+                TRY(read_bytes(*core.file, header.snapshot_table,
+                               std::min<std::uint64_t>(bytes, std::max<std::uint64_t>(64 * KiB, buffer.size() * 4))));
+            entry = format::parse_snapshot(std::span(buffer).subspan(std::min<std::size_t>(table.bytes, buffer.size())),
+                                           header.version, header.size);
+        }
+        const auto place = [&] {
+            return fmt::format("snapshot table entry {} (host offset {:#x})", i,
+                               (header.snapshot_table + table.bytes).value);
+        };
+        if (!entry) return std::unexpected(std::move(entry).error().in(place()).in(core.file->name()));
+        table.bytes += entry->encoded_bytes;
+        table.entries.push_back(*std::move(entry));
+    }
+    return table;
+}
+
+Result<std::vector<format::BitmapEntry>> read_bitmaps(const Core& core) {
+    std::vector<format::BitmapEntry> result;
+    if (!core.header.bitmaps_consistent()) return result;
+    const auto& extension = *core.header.bitmaps;
+    const auto bad_extension = [&](std::string what) {
+        return fail(
+            Errc::corrupt,
+            fmt::format("{}: bitmap directory at host offset {:#x}", core.file->name(), extension.directory.value),
+            std::move(what));
+    };
+    const auto file_size = TRY(core.file->size());
+    if (extension.count == 0 || extension.count > format::max_bitmaps)
+        return bad_extension(fmt::format("{} bitmaps: there may be 1 to {}", extension.count, format::max_bitmaps));
+    if (!is_aligned(extension.directory.value, core.header.cluster_size()))
+        return bad_extension("its offset is not a multiple of the cluster size");
+    if (!lies_within(extension.directory.value, extension.directory_size, file_size)) {
+        return bad_extension(
+            fmt::format("its {} bytes reach past the end of the file ({} bytes)", extension.directory_size, file_size));
+    }
+    if (extension.directory_size > format::max_bitmap_directory_bytes)
+        return bad_extension(
+            fmt::format("{} bytes are more than {}", extension.directory_size, format::max_bitmap_directory_bytes));
+
+    const auto bytes = TRY(read_bytes(*core.file, extension.directory, extension.directory_size));
+    auto rest = std::span<const std::byte>(bytes);
+    for (std::uint32_t i = 0; i < extension.count; ++i) {
+        auto entry = format::parse_bitmap(rest);
+        if (!entry) return bad_extension(fmt::format("entry {}: {}", i, entry.error().message()));
+        rest = rest.subspan(entry->encoded_bytes);
+        result.push_back(*std::move(entry));
+    }
+    if (!rest.empty())
+        return bad_extension(
+            fmt::format("{} bytes are left behind the last of {} entries", rest.size(), extension.count));
+    return result;
+}
+
+Result<void> verify_snapshot_l1(const Core& core, const format::SnapshotEntry& snapshot) {
+    const auto bad = [&](std::string what) {
+        return fail(Errc::corrupt,
+                    fmt::format("{}: L1 table of snapshot \"{}\" at host offset {:#x}", core.file->name(),
+                                printable(snapshot.info.name), snapshot.l1_table.value),
+                    std::move(what));
+    };
+    const std::uint64_t bytes = std::uint64_t{snapshot.l1_entries} * 8;
+    const auto file_size = TRY(core.file->size());
+    if (bytes > format::max_l1_bytes) return bad(fmt::format("{} entries are more than 32 MiB", snapshot.l1_entries));
+    if (!is_aligned(snapshot.l1_table.value, core.header.cluster_size()))
+        return bad("its offset is not a multiple of the cluster size");
+    if (snapshot.l1_table.value >= format::max_host_offset || !lies_within(snapshot.l1_table.value, bytes, file_size) ||
+        (bytes != 0 && snapshot.l1_table.value == 0)) {
+        return bad(fmt::format("its {} entries do not lie within the file ({} bytes)", snapshot.l1_entries, file_size));
+    }
+    const auto needed = divide_up(snapshot.info.virtual_size, core.rules.geometry.l2_coverage());
+    if (snapshot.l1_entries < needed)
+        return bad(fmt::format("{} entries, but a virtual size of {} bytes needs {}", snapshot.l1_entries,
+                               snapshot.info.virtual_size, needed));
+    return {};
+}
+
+}  // namespace qcow::qcow2

@@ -1,0 +1,93 @@
+#include "qcow2/view.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/try.h"
+#include "codec/codec.h"
+#include "disk/compressed.h"
+
+namespace qcow::qcow2 {
+
+using format::ClusterKind;
+
+Result<void> View::verify_readable() const {
+    if (core_->header.crypt != format::Crypt::none) {
+        return fail(Errc::encrypted, core_->file->name(),
+                    fmt::format("the image is encrypted ({}), and reading encrypted images is not supported yet; its "
+                                "metadata can be examined",
+                                core_->header.crypt == format::Crypt::luks ? "LUKS" : "AES"));
+    }
+    if (!core_->data)
+        return fail(Errc::not_found, core_->file->name(),
+                    "its data lie in an external data file, which was not opened");
+    return {};
+}
+
+Result<void> View::read(GuestOffset at, std::span<std::byte> to) const {
+    TRY_VOID(verify_readable());
+    while (!to.empty()) {
+        const auto mapped = TRY(mapping_.lookup(at, to.size()));
+        std::size_t piece = mapped.length;
+        if (mapped.kind == ClusterKind::compressed) {
+            const auto& geometry = core_->rules.geometry;
+            piece = std::min(piece, geometry.cluster_size() - geometry.offset_in_cluster(at.value));
+        }
+        const auto part = to.first(piece);
+        switch (mapped.kind) {
+            case ClusterKind::data: TRY_VOID(read_data(mapped.host, at, part)); break;
+            case ClusterKind::compressed: TRY_VOID(read_one_compressed(mapped, at, part)); break;
+            case ClusterKind::unallocated: TRY_VOID(core_->below.read(at, part)); break;
+            case ClusterKind::zero:
+            case ClusterKind::zero_allocated: std::memset(part.data(), 0, part.size()); break;
+        }
+        at += piece;
+        to = to.subspan(piece);
+    }
+    return {};
+}
+
+Result<void> View::read_data(HostOffset host, GuestOffset at, std::span<std::byte> to) const {
+    const std::size_t there = TRY(core_->data->read(host, to));
+    if (there == to.size() || core_->rules.external_data)
+        return {};  // an external data file may be shorter than the disk
+    // The last cluster of a file need not be there to its end.
+    const auto& geometry = core_->rules.geometry;
+    const std::uint64_t file_clusters = geometry.clusters(TRY(core_->data->size()));
+    if (geometry.clusters(host.value + to.size()) <= file_clusters) return {};
+    return fail(Errc::corrupt, core_->data->name(),
+                fmt::format("the data of guest offset {:#x} would lie at host offset {:#x}, past the end of the file; "
+                            "is the image a truncated copy?",
+                            at.value + there, host.value + there));
+}
+
+Result<void> View::read_one_compressed(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const {
+    const auto decompress =
+        core_->header.compression == format::Compression::zstd ? codec::decompress_zstd : codec::inflate;
+    const auto& geometry = core_->rules.geometry;
+    auto result = read_compressed(*core_->file, mapped.compressed, decompress, geometry.cluster_size(),
+                                  geometry.offset_in_cluster(at.value), to);
+    if (!result) return std::unexpected(std::move(result).error().in(fmt::format("guest offset {:#x}", at.value)));
+    return {};
+}
+
+Result<Extent> View::extent(GuestOffset at, std::uint64_t limit) const {
+    const auto mapped = TRY(mapping_.lookup(at, limit));
+    if (mapped.kind == ClusterKind::unallocated) return core_->below.extent(at, mapped.length);
+    Extent extent;
+    extent.start = at;
+    extent.length = mapped.length;
+    const bool stored = mapped.kind == ClusterKind::data || mapped.kind == ClusterKind::compressed;
+    extent.kind = stored ? Extent::Kind::data : Extent::Kind::zero;
+    extent.compressed = mapped.kind == ClusterKind::compressed;
+    const bool has_place = mapped.kind == ClusterKind::data || mapped.kind == ClusterKind::zero_allocated;
+    if (has_place && core_->header.crypt == format::Crypt::none) {
+        extent.host = mapped.host;
+        extent.storage = core_->data.get();
+    }
+    return extent;
+}
+
+}  // namespace qcow::qcow2

@@ -1,0 +1,228 @@
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <limits>
+
+#include "base/bits.h"
+#include "base/try.h"
+#include "qcow/storage.h"
+#include "storage/file.h"
+#include "storage/file_lock.h"
+
+namespace qcow {
+namespace {
+
+/// Whether the file system is a network's, so that its server may be able to copy by itself.
+bool on_server(int fd) {
+    constexpr long smb2 = 0xfe534d42;
+    constexpr long ceph = 0x00c36400;
+    struct statfs status = {};
+    if (fstatfs(fd, &status) != 0) return false;
+    const auto type = static_cast<long>(status.f_type);
+    return type == NFS_SUPER_MAGIC || type == smb2 || type == ceph;
+}
+
+class FileStorage final : public Storage {
+public:
+    FileStorage(FileDescriptor fd, std::string path, const struct stat& status, bool writable)
+        : fd_(std::move(fd)),
+          path_(std::move(path)),
+          identity_(S_ISBLK(status.st_mode) ? fmt::format("device:{}", status.st_rdev)
+                                            : fmt::format("file:{}:{}", status.st_dev, status.st_ino)),
+          block_device_(S_ISBLK(status.st_mode)),
+          writable_(writable) {}
+
+    [[nodiscard]] const std::string& name() const override { return path_; }
+    [[nodiscard]] std::string identity() const override { return identity_; }
+
+    [[nodiscard]] Result<std::uint64_t> size() const override {
+        if (block_device_) {
+            std::uint64_t bytes = 0;
+            if (ioctl(fd_.get(), BLKGETSIZE64, &bytes) != 0) return system_error("cannot tell the size", path_, errno);
+            return bytes;
+        }
+        return static_cast<std::uint64_t>(TRY(status()).st_size);
+    }
+
+    [[nodiscard]] Result<std::uint64_t> allocated() const override {
+        if (block_device_) return size();
+        return static_cast<std::uint64_t>(TRY(status()).st_blocks) * 512;
+    }
+
+    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+        std::size_t done = 0;
+        while (done < to.size()) {
+            if (at.value + done > max_offset) break;
+            const ssize_t n = pread(fd_.get(), to.data() + done, to.size() - done, static_cast<off_t>(at.value + done));
+            if (n < 0 && errno == EINTR) continue;
+            if (n < 0)
+                return system_error(fmt::format("cannot read {} bytes at {:#x}", to.size(), at.value), path_, errno);
+            if (n == 0) break;
+            done += static_cast<std::size_t>(n);
+        }
+        std::memset(to.data() + done, 0, to.size() - done);
+        return done;
+    }
+
+    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+        TRY_VOID(verify_writable());
+        while (!from.empty()) {
+            const ssize_t n = pwrite(fd_.get(), from.data(), from.size(), static_cast<off_t>(at.value));
+            if (n < 0 && errno == EINTR) continue;
+            if (n < 0)
+                return system_error(fmt::format("cannot write {} bytes at {:#x}", from.size(), at.value), path_, errno);
+            at += static_cast<std::uint64_t>(n);
+            from = from.subspan(static_cast<std::size_t>(n));
+        }
+        return {};
+    }
+
+    Result<void> write_zeroes(HostOffset at, std::uint64_t length) override {
+        TRY_VOID(verify_writable());
+        const std::uint64_t end = TRY(size());
+        length = at.value >= end ? 0 : std::min(length, end - at.value);
+        if (length == 0) return {};
+        const auto offset = static_cast<off_t>(at.value);
+        if (fallocate(fd_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(length)) == 0)
+            return {};
+        if (errno != EOPNOTSUPP && errno != ENODEV)
+            return system_error(fmt::format("cannot zero {} bytes at {:#x}", length, at.value), path_, errno);
+        return write_zero_bytes(at, length);
+    }
+
+    Result<void> resize(std::uint64_t size) override {
+        TRY_VOID(verify_writable());
+        if (block_device_) {
+            const std::uint64_t there = TRY(this->size());
+            if (size <= there) return {};
+            return fail(Errc::no_space, path_, fmt::format("the device has {} bytes, {} are needed", there, size));
+        }
+        if (ftruncate(fd_.get(), static_cast<off_t>(size)) != 0)
+            return system_error(fmt::format("cannot resize to {} bytes", size), path_, errno);
+        return {};
+    }
+
+    Result<void> flush() override {
+        if (fdatasync(fd_.get()) != 0) return system_error("cannot flush", path_, errno);
+        return {};
+    }
+
+    [[nodiscard]] Result<Run> run(HostOffset at, std::uint64_t limit) const override {
+        const std::uint64_t end = TRY(size());
+        if (at.value >= end) return Run{false, limit};
+        const auto from = static_cast<off_t>(at.value);
+        const auto clip = [&](std::uint64_t run_end) { return std::min(limit, run_end - at.value); };
+        const off_t data = lseek(fd_.get(), from, SEEK_DATA);
+        if (data < 0 && errno == ENXIO) return Run{false, clip(end)};
+        if (data < 0) return Run{true, clip(end)};  // holes cannot be told here
+        if (data > from) return Run{false, clip(static_cast<std::uint64_t>(data))};
+        const off_t hole = lseek(fd_.get(), from, SEEK_HOLE);
+        return Run{true, clip(hole <= from ? end : static_cast<std::uint64_t>(hole))};
+    }
+
+    Result<std::uint64_t> copy_from(const Storage& source, HostOffset from, HostOffset to,
+                                    std::uint64_t length) override;
+
+private:
+    static constexpr auto max_offset = static_cast<std::uint64_t>(std::numeric_limits<off_t>::max());
+
+    [[nodiscard]] Result<struct stat> status() const {
+        struct stat result = {};
+        if (fstat(fd_.get(), &result) != 0) return system_error("cannot tell the size", path_, errno);
+        return result;
+    }
+
+    [[nodiscard]] Result<void> verify_writable() const {
+        if (!writable_) return fail(Errc::read_only, path_, "opened for reading only");
+        return {};
+    }
+
+    Result<void> write_zero_bytes(HostOffset at, std::uint64_t length) {
+        static constexpr std::array<std::byte, 64 * KiB> zeros = {};
+        while (length > 0) {
+            const auto piece = std::min<std::uint64_t>(length, zeros.size());
+            TRY_VOID(write(at, std::span(zeros).first(piece)));
+            at += piece;
+            length -= piece;
+        }
+        return {};
+    }
+
+    FileDescriptor fd_;
+    std::string path_;
+    std::string identity_;
+    bool block_device_;
+    bool writable_;
+};
+
+Result<std::uint64_t> FileStorage::copy_from(const Storage& source, HostOffset from, HostOffset to,
+                                             std::uint64_t length) {
+    const auto* file = dynamic_cast<const FileStorage*>(&source);
+    if (file == nullptr) return 0;
+    TRY_VOID(verify_writable());
+    const file_clone_range range{file->fd_.get(), from.value, length, to.value};
+    if (ioctl(fd_.get(), FICLONERANGE, &range) == 0) return length;
+    // Where both files lie on a server, it copies without sending anything. On a local file system that cannot share,
+    // copy_file_range passes everything through a pipe, more slowly than read and write do.
+    if (!on_server(fd_.get()) || !on_server(file->fd_.get())) return 0;
+    std::uint64_t done = 0;
+    while (done < length) {
+        auto in = static_cast<loff_t>(from.value + done);
+        auto out = static_cast<loff_t>(to.value + done);
+        const ssize_t n = copy_file_range(file->fd_.get(), &in, fd_.get(), &out, length - done, 0);
+        if (n <= 0) break;  // whatever the reason: reading and writing will meet it again and name it
+        done += static_cast<std::uint64_t>(n);
+    }
+    return done;
+}
+
+}  // namespace
+
+std::unexpected<Error> system_error(std::string_view action, const std::string& path, int error) {
+    const auto code = [&] {
+        switch (error) {
+            case ENOENT:
+            case ENOTDIR: return Errc::not_found;
+            case EACCES:
+            case EPERM:
+            case EROFS: return Errc::access_denied;
+            case ENOSPC:
+            case EDQUOT:
+            case EFBIG: return Errc::no_space;
+            default: return Errc::io;
+        }
+    }();
+    return fail(code, path, fmt::format("{}: {}", action, std::strerror(error)));
+}
+
+Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::string& path, bool writable, bool lock) {
+    struct stat status = {};
+    if (fstat(fd.get(), &status) != 0) return system_error("cannot open", path, errno);
+    if (S_ISDIR(status.st_mode)) return fail(Errc::invalid_argument, path, "is a directory, not an image");
+    if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) {
+        return fail(Errc::invalid_argument, path, "is neither a regular file nor a block device");
+    }
+    if (lock) TRY_VOID(lock_file(fd.get(), path, writable));
+    return std::make_shared<FileStorage>(std::move(fd), path, status, writable);
+}
+
+Result<std::uint64_t> Storage::copy_from(const Storage&, HostOffset, HostOffset, std::uint64_t) { return 0; }
+
+Result<std::shared_ptr<Storage>> open_file(const std::string& path, const FileOptions& options) {
+    // O_NONBLOCK: a FIFO is to be refused, not waited for.
+    FileDescriptor fd(open(path.c_str(), (options.writable ? O_RDWR : O_RDONLY) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+    if (fd.get() < 0) return system_error("cannot open", path, errno);
+    return file_storage(std::move(fd), path, options.writable, !options.force_share);
+}
+
+}  // namespace qcow

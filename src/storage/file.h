@@ -1,0 +1,39 @@
+#pragma once
+// Files of the operating system: what those who make Storages of them share.
+
+#include <unistd.h>
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "base/try.h"
+#include "qcow/storage.h"
+
+namespace qcow {
+
+/// Owns an open file; -1 is none.
+class FileDescriptor {
+public:
+    explicit FileDescriptor(int fd) : fd_(fd) {}
+    FileDescriptor(FileDescriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+    FileDescriptor& operator=(FileDescriptor&&) = delete;
+    ~FileDescriptor() { reset(-1); }
+    void reset(int fd) {
+        if (fd_ >= 0) close(fd_);
+        fd_ = fd;
+    }
+    [[nodiscard]] int get() const { return fd_; }
+
+private:
+    int fd_;
+};
+
+/// "path: action: what the system says", with the code that `error` (an errno) amounts to.
+std::unexpected<Error> system_error(std::string_view action, const std::string& path, int error);
+
+/// A Storage on an open file, which must be a regular file or a block device. `path` names it in messages.
+Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::string& path, bool writable, bool lock);
+
+}  // namespace qcow

@@ -1,0 +1,96 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <mutex>
+#include <shared_mutex>
+
+#include "base/bits.h"
+#include "base/try.h"
+#include "qcow/storage.h"
+
+namespace qcow {
+namespace {
+
+class MemoryStorage final : public Storage {
+public:
+    MemoryStorage(std::vector<std::byte> bytes, std::string name) : bytes_(std::move(bytes)), name_(std::move(name)) {}
+
+    [[nodiscard]] const std::string& name() const override { return name_; }
+    [[nodiscard]] std::string identity() const override {
+        return fmt::format("memory:{}", static_cast<const void*>(this));
+    }
+
+    [[nodiscard]] Result<std::uint64_t> size() const override {
+        const std::shared_lock lock(mutex_);
+        return bytes_.size();
+    }
+
+    [[nodiscard]] Result<std::uint64_t> allocated() const override { return size(); }
+
+    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+        const std::shared_lock lock(mutex_);
+        const std::size_t there =
+            at.value >= bytes_.size() ? 0 : std::min<std::size_t>(to.size(), bytes_.size() - at.value);
+        if (there != 0) std::memcpy(to.data(), bytes_.data() + at.value, there);
+        std::memset(to.data() + there, 0, to.size() - there);
+        return there;
+    }
+
+    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+        if (at.value + from.size() > TRY(size())) TRY_VOID(grow(at.value + from.size()));
+        const std::shared_lock lock(mutex_);
+        std::memcpy(bytes_.data() + at.value, from.data(), from.size());
+        return {};
+    }
+
+    Result<void> write_zeroes(HostOffset at, std::uint64_t length) override {
+        const std::shared_lock lock(mutex_);
+        if (at.value >= bytes_.size()) return {};
+        std::memset(bytes_.data() + at.value, 0, std::min<std::uint64_t>(length, bytes_.size() - at.value));
+        return {};
+    }
+
+    Result<void> resize(std::uint64_t size) override {
+        const std::lock_guard lock(mutex_);
+        return set_size(size);
+    }
+
+    Result<void> flush() override { return {}; }
+
+    [[nodiscard]] Result<Run> run(HostOffset at, std::uint64_t limit) const override {
+        const std::uint64_t end = TRY(size());
+        if (at.value >= end) return Run{false, limit};
+        return Run{true, std::min(limit, end - at.value)};
+    }
+
+private:
+    Result<void> grow(std::uint64_t size) {
+        const std::lock_guard lock(mutex_);
+        return size > bytes_.size() ? set_size(size) : Result<void>();
+    }
+
+    Result<void> set_size(std::uint64_t size) {
+        if (size > bytes_.max_size())
+            return fail(Errc::no_space, name_, fmt::format("{} bytes do not fit in memory", size));
+        try {
+            bytes_.resize(size);
+        } catch (const std::bad_alloc&) {
+            return fail(Errc::no_space, name_, fmt::format("{} bytes do not fit in memory", size));
+        }
+        return {};
+    }
+
+    mutable std::shared_mutex
+        mutex_;  // exclusive: the vector moves; shared: its bytes are used, as pread and pwrite would
+    std::vector<std::byte> bytes_;
+    std::string name_;
+};
+
+}  // namespace
+
+std::shared_ptr<Storage> memory_storage(std::vector<std::byte> bytes, std::string name) {
+    return std::make_shared<MemoryStorage>(std::move(bytes), std::move(name));
+}
+
+}  // namespace qcow

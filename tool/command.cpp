@@ -1,0 +1,91 @@
+#include "command.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <cstdio>
+
+#include "qcow/text.h"
+
+namespace tool {
+namespace {
+
+std::optional<std::uint64_t> size_of(const std::string& text) {
+    constexpr std::string_view suffixes = "kmgtpe";
+    if (text.empty() || text[0] < '0' || text[0] > '9') return std::nullopt;
+    const bool hex = text.starts_with("0x") || text.starts_with("0X");
+    std::size_t end = 0;
+    try {
+        const std::uint64_t whole = std::stoull(text, &end, hex ? 16 : 10);
+        if (end == text.size()) return whole;
+        if (hex) return std::nullopt;
+        // A suffix: fractions are fine, exact up to 2^53 units.
+        const double value = std::stod(text, &end);
+        const auto suffix = suffixes.find(static_cast<char>(std::tolower(static_cast<unsigned char>(text[end]))));
+        if (end + 1 == text.size() && (text[end] == 'b' || text[end] == 'B')) return static_cast<std::uint64_t>(value);
+        if (end + 1 != text.size() || suffix == std::string_view::npos) return std::nullopt;
+        const double bytes = std::ldexp(value, 10 * (static_cast<int>(suffix) + 1));
+        if (bytes >= std::ldexp(1.0, 63)) return std::nullopt;
+        return static_cast<std::uint64_t>(std::llround(bytes));
+    } catch (const std::exception&) {
+        return std::nullopt;
+    }
+}
+
+}  // namespace
+
+const CLI::Validator size_text(
+    [](std::string& text) -> std::string {
+        if (size_of(text)) return {};
+        return fmt::format(
+            "\"{}\" is not a size: write bytes (4096, 0x1000) or a number with k, M, G, T, P or E (64k, 1.5G)", text);
+    },
+    "");
+
+std::uint64_t parse_size(const std::string& text) { return size_of(text).value(); }
+
+void complain(const std::string& message) {
+    std::fflush(stdout);
+    fmt::print(stderr, "qcow: {}\n", message);
+}
+
+void print_json(const Json& json) { fmt::print("{}\n", json.dump(2, ' ', false, Json::error_handler_t::replace)); }
+
+CLI::App& declare(CLI::App& root, int& status, const std::string& name, const std::string& summary,
+                  const std::string& help, std::function<qcow::Result<int>()> run) {
+    auto& app = *root.add_subcommand(name, summary);
+    app.footer(help);
+    app.callback([&status, run = std::move(run)] {
+        const auto result = run();
+        if (!result) complain(result.error().message());
+        status = result.value_or(failed);
+    });
+    return app;
+}
+
+void add_source_options(CLI::App& app, Source& source, const std::string& positional) {
+    app.add_option(positional, source.path, "The image: a file or block device")->required();
+    app.add_option("-f,--format", source.format, "Its format, instead of looking at its first bytes")
+        ->check(CLI::IsMember({"raw", "qcow", "qcow2"}));
+    app.add_flag("-U,--force-share", source.force_share,
+                 "Read although another process may be writing it; what is seen may be inconsistent");
+    app.add_flag("--no-backing", source.no_backing, "Refuse to open backing and data files that the image names");
+}
+
+qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow) {
+    auto storage = qcow::open_file(source.path, {.writable = false, .force_share = source.force_share});
+    if (!storage) return std::unexpected(std::move(storage).error());
+    qcow::OpenOptions options;
+    options.format = qcow::format_from_name(source.format);
+    options.gate = source.no_backing ? qcow::no_files() : qcow::local_files(source.force_share);
+    options.follow = follow;
+    options.warn = [](const std::string& message) { complain("warning: " + message); };
+    return qcow::open_image(*std::move(storage), options);
+}
+
+qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source) {
+    if (source.snapshot.empty()) return image;
+    return image->snapshot(source.snapshot);
+}
+
+}  // namespace tool

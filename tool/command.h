@@ -1,0 +1,66 @@
+#pragma once
+// What the commands share: how they are declared, how they open their source, what they return.
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+
+#include "qcow/image.h"
+
+namespace tool {
+
+/// Exit statuses. `check` has more of its own.
+inline constexpr int ok = 0;
+inline constexpr int failed = 1;
+
+using Json = nlohmann::ordered_json;
+
+/// Declares a command under `root`. Its callback puts the exit status into `status`.
+using Declare = void (*)(CLI::App& root, int& status);
+
+void declare_info(CLI::App& root, int& status);
+void declare_map(CLI::App& root, int& status);
+void declare_check(CLI::App& root, int& status);
+void declare_convert(CLI::App& root, int& status);
+void declare_read(CLI::App& root, int& status);
+void declare_snapshot(CLI::App& root, int& status);
+
+/// Declares a command whose work is `run`: an error that it gives is printed, and the status is then `failed`.
+CLI::App& declare(CLI::App& root, int& status, const std::string& name, const std::string& summary,
+                  const std::string& help, std::function<qcow::Result<int>()> run);
+
+/// How an image that is only read is opened.
+struct Source {
+    std::string path;
+    std::string format;    // empty: probed
+    std::string snapshot;  // id or name; empty: the active state
+    bool force_share = false;
+    bool no_backing = false;
+};
+
+/// The positional IMAGE and the options that all readers have. `positional` is its name in the help.
+void add_source_options(CLI::App& app, Source& source, const std::string& positional = "IMAGE");
+
+/// Opens the image with all that it names; with `follow` false by itself.
+qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow = true);
+
+/// The disk to read: the image itself, or the snapshot that was asked for.
+qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source);
+
+/// Prints to standard error, as "qcow: ...".
+void complain(const std::string& message);
+
+/// Prints JSON to standard output, names that are not UTF-8 made printable.
+void print_json(const Json& json);
+
+/// A validator for sizes and offsets: bytes, or with a suffix k, M, G, T, P or E (powers of 1024), fractions allowed.
+extern const CLI::Validator size_text;
+
+/// The value of a text that `size_text` has let through.
+std::uint64_t parse_size(const std::string& text);
+
+}  // namespace tool

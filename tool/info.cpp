@@ -1,0 +1,74 @@
+// qcow info: what an image is.
+
+#include <fmt/format.h>
+
+#include "command.h"
+#include "describe.h"
+
+namespace tool {
+namespace {
+
+struct Options {
+    Source source;
+    bool chain = false;
+    bool usage = false;
+    bool json = false;
+};
+
+qcow::Result<int> run(const Options& options) {
+    const bool follow = options.chain || options.usage;
+    auto image = open_source(options.source, follow);
+    // With a chain that cannot be opened, what the image says of itself is still worth printing.
+    std::optional<qcow::Error> broken_chain;
+    if (!image && follow) {
+        broken_chain = std::move(image).error();
+        image = open_source(options.source, false);
+    }
+    if (!image) return std::unexpected(broken_chain ? std::move(*broken_chain) : std::move(image).error());
+
+    Json json = Json::array();
+    std::uint64_t cluster_size = 0;
+    for (auto layer = *image; layer; layer = options.chain ? layer->backing() : nullptr) {
+        auto info = layer->info();
+        if (!info) return std::unexpected(std::move(info).error());
+        if (layer == *image) cluster_size = info->cluster_size;
+        if (options.json) {
+            json.push_back(info_json(*info));
+        } else {
+            if (layer != *image) fmt::print("\n");
+            print_info(*info);
+        }
+    }
+    if (options.usage && !broken_chain) {
+        const auto usage = qcow::measure_usage(**image);
+        if (!usage) return std::unexpected(usage.error());
+        if (options.json) {
+            json[0]["usage"] = usage_json(*usage, cluster_size);
+        } else {
+            fmt::print("\n");
+            print_usage(*usage, cluster_size);
+        }
+    }
+    if (options.json) print_json(options.chain ? json : json[0]);
+    if (broken_chain) return std::unexpected(std::move(*broken_chain));
+    return ok;
+}
+
+}  // namespace
+
+void declare_info(CLI::App& root, int& status) {
+    const auto options = std::make_shared<Options>();
+    auto& app = declare(root, status, "info", "Show what an image is: format, sizes, features, snapshots, backing file",
+                        "Reads the header and its tables only, unless --usage is given.\n"
+                        "Examples:\n"
+                        "  qcow info disk.qcow2\n"
+                        "  qcow info --backing-chain overlay.qcow2    every image down to the base\n"
+                        "  qcow info --usage disk.qcow2               what takes the space, layer by layer",
+                        [options] { return run(*options); });
+    add_source_options(app, options->source);
+    app.add_flag("--backing-chain", options->chain, "Show all images of the backing chain, from the top down");
+    app.add_flag("--usage", options->usage, "Walk the mapping: data, compressed and zero bytes by layer, fragments");
+    app.add_flag("--json", options->json, "Print JSON: an object, or with --backing-chain an array");
+}
+
+}  // namespace tool

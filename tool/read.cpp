@@ -1,0 +1,88 @@
+// qcow read: guest bytes to standard output.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <vector>
+
+#include "command.h"
+
+namespace tool {
+namespace {
+
+struct Options {
+    Source source;
+    std::string offset;
+    std::string length;
+    bool hex = false;
+};
+
+/// "00000010  51 46 49 fb ...  |QFI.|": sixteen bytes a line.
+void print_hex(std::uint64_t at, std::span<const std::byte> bytes) {
+    for (std::size_t i = 0; i < bytes.size(); i += 16) {
+        const auto line = bytes.subspan(i, std::min<std::size_t>(16, bytes.size() - i));
+        std::string digits;
+        std::string text;
+        for (std::size_t k = 0; k < 16; ++k) {
+            if (k == 8) digits += ' ';
+            if (k >= line.size()) {
+                digits += "   ";
+                continue;
+            }
+            const auto byte = static_cast<std::uint8_t>(line[k]);
+            digits += fmt::format(" {:02x}", byte);
+            text += byte >= 0x20 && byte < 0x7f ? static_cast<char>(byte) : '.';
+        }
+        fmt::print("{:08x} {}  |{}|\n", at + i, digits, text);
+    }
+}
+
+qcow::Result<int> run(const Options& options) {
+    auto image = open_source(options.source);
+    if (!image) return std::unexpected(std::move(image).error());
+    auto disk = disk_of(*image, options.source);
+    if (!disk) return std::unexpected(std::move(disk).error());
+
+    constexpr std::size_t piece = std::size_t{1} << 20;
+    std::uint64_t rest = parse_size(options.length);
+    qcow::GuestOffset at{parse_size(options.offset)};
+    std::vector<std::byte> buffer(std::min<std::uint64_t>(piece, rest));
+    // Refused as a whole, rather than after half of it has been printed.
+    if (at.value > (*disk)->size() || rest > (*disk)->size() - at.value) {
+        return std::unexpected(qcow::Error{
+            qcow::Errc::invalid_argument, options.source.path,
+            fmt::format("{} bytes at {} reach past the end of the disk ({} bytes)", rest, at.value, (*disk)->size())});
+    }
+    while (rest > 0) {
+        const auto part = std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), rest));
+        if (auto done = (*disk)->read(at, part); !done) return std::unexpected(std::move(done).error());
+        if (options.hex) {
+            print_hex(at.value, part);
+        } else if (std::fwrite(part.data(), 1, part.size(), stdout) != part.size()) {
+            return std::unexpected(qcow::Error{qcow::Errc::io, "standard output", "cannot write"});
+        }
+        at += part.size();
+        rest -= part.size();
+    }
+    return ok;
+}
+
+}  // namespace
+
+void declare_read(CLI::App& root, int& status) {
+    const auto options = std::make_shared<Options>();
+    auto& app = declare(root, status, "read", "Print guest bytes",
+                        "The bytes go to standard output as they are, or with --hex as a dump.\n"
+                        "Examples:\n"
+                        "  qcow read --hex disk.qcow2 0 512          the boot sector\n"
+                        "  qcow read disk.qcow2 1M 100M | sha256sum  a digest of a part",
+                        [options] { return run(*options); });
+    add_source_options(app, options->source);
+    app.add_option("OFFSET", options->offset, "Where to begin, in the virtual disk")->required()->check(size_text);
+    app.add_option("LENGTH", options->length, "How much")->required()->check(size_text);
+    app.add_option("-l,--snapshot", options->source.snapshot, "Read this internal snapshot (id or name)");
+    app.add_flag("--hex", options->hex, "Print offset, hexadecimal bytes and text");
+}
+
+}  // namespace tool
