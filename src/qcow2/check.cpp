@@ -78,23 +78,22 @@ public:
     }
 
 private:
-    void corrupt(std::uint64_t order, std::string place, std::string what) {
-        findings_.add(Severity::corruption, order, std::move(place), std::move(what));
+    void corrupt(std::uint64_t order, std::string place, std::string what, std::uint64_t count = 1) {
+        findings_.add(Severity::corruption, order, std::move(place), std::move(what), count);
     }
 
-    /// Counts a reference to each cluster that [begin, begin + bytes) touches; false, and a finding, if it is not in
-    /// the file.
-    Result<bool> add_range(const std::string& what, HostOffset begin, std::uint64_t bytes, std::uint64_t count,
-                           std::uint32_t kind) {
+    /// Counts metadata in each cluster that [begin, begin + bytes) touches; false, and a finding, if it is not in the
+    /// file.
+    Result<bool> add_range(const std::string& what, HostOffset begin, std::uint64_t bytes) {
         if (begin.value >= file_size_ || bytes > file_clusters_ * geometry_.cluster_size() - begin.value) {
             corrupt(begin.value, what,
                     fmt::format("its {} bytes at host offset {:#x} reach past the end of the file ({} bytes)", bytes,
                                 begin.value, file_size_));
             return false;
         }
+        const std::uint64_t first = begin.value >> geometry_.cluster_bits;
         const std::uint64_t last = (begin.value + bytes - 1) >> geometry_.cluster_bits;
-        for (std::uint64_t cluster = begin.value >> geometry_.cluster_bits; cluster <= last; ++cluster)
-            TRY_VOID(references_.add(cluster, count, kind));
+        TRY_VOID(references_.add(first, last - first + 1, 1, References::metadata));
         return true;
     }
 
@@ -105,7 +104,7 @@ private:
                     fmt::format("host offset {:#x} is not a multiple of the cluster size", begin.value));
             return false;
         }
-        return add_range(what, begin, bytes, 1, References::metadata);
+        return add_range(what, begin, bytes);
     }
 
     /// Calls `visit(index, word)` for each word of a table that lies in the file. Holes are zeros and are not read.
@@ -243,7 +242,7 @@ private:
                 return {};
             }
             const auto copied = !active ? 0 : entry.copied() ? References::copied : References::not_copied;
-            TRY_VOID(references_.add(entry.l2_table().value >> geometry_.cluster_bits, 1, References::l2_table | copied));
+            TRY_VOID(references_.add(entry.l2_table().value >> geometry_.cluster_bits, 1, 1, References::l2_table | copied));
             l2_references_.push_back({entry.l2_table(), index, 1, active});
             if (l2_references_.size() * sizeof(L2Reference) > options_.memory_bytes) {
                 return fail(Errc::limit_exceeded, "",
@@ -291,61 +290,88 @@ private:
     }
 
     Result<void> walk_l2_table(const L2Reference& reference, std::span<std::byte> buffer, Tally& tally) {
-        const auto run = TRY(core_.file->run(reference.table, buffer.size()));
-        if (!run.data && run.length == buffer.size()) return {};
+        if (TRY(is_hole(reference.table, buffer.size()))) return {};
         TRY(core_.file->read(reference.table, buffer));
         HostOffset contiguous{0};
-        const unsigned entry_bytes = geometry_.entry_words() * 8;
-        for (std::uint64_t index = 0; index < geometry_.l2_entries(); ++index) {
-            const auto at = static_cast<std::size_t>(index * entry_bytes);
-            const L2Entry entry{load_be<std::uint64_t>(buffer, at),
-                                geometry_.extended_l2 ? load_be<std::uint64_t>(buffer, at + 8) : 0};
-            if (entry.word == 0 && entry.bitmap == 0) continue;
-            TRY_VOID(add_l2_entry(reference, index, entry, contiguous, tally));
+        const auto entries = std::span<const std::byte>(buffer);
+        for (std::uint64_t index = 0; index < geometry_.l2_entries();) {
+            const L2Entry entry = entry_at(entries, index);
+            const std::uint64_t count = entry.compressed() ? 1 : count_contiguous(entries, index, entry);
+            if (entry.word != 0 || entry.bitmap != 0) {
+                TRY_VOID(add_l2_entries(reference, index, count, entry, contiguous, tally));
+            }
+            index += count;
         }
         return {};
     }
 
-    Result<void> add_l2_entry(const L2Reference& reference, std::uint64_t index, L2Entry entry, HostOffset& contiguous,
-                              Tally& tally) {
-        const GuestOffset guest{(reference.l1_index << (geometry_.l2_bits() + geometry_.cluster_bits)) +
-                                (index << geometry_.cluster_bits)};
-        const std::uint64_t entry_at = reference.table.value + index * geometry_.entry_words() * 8;
+    [[nodiscard]] L2Entry entry_at(std::span<const std::byte> table, std::uint64_t index) const {
+        if (!geometry_.extended_l2) return {load_be<std::uint64_t>(table, index * 8)};
+        return {load_be<std::uint64_t>(table, index * 16), load_be<std::uint64_t>(table, index * 16 + 8)};
+    }
+
+    /// How many entries from `index` on are alike and name host clusters one behind the other, or none at all.
+    [[nodiscard]] std::uint64_t count_contiguous(std::span<const std::byte> table, std::uint64_t index,
+                                                 L2Entry entry) const {
+        const std::uint64_t step = core_.rules.has_cluster(entry) ? geometry_.cluster_size() : 0;
+        std::uint64_t count = 1;
+        for (L2Entry expected{entry.word + step, entry.bitmap}; index + count < geometry_.l2_entries();
+             expected.word += step, ++count) {
+            const L2Entry next = entry_at(table, index + count);
+            if (next.word != expected.word || next.bitmap != expected.bitmap) break;
+        }
+        return count;
+    }
+
+    /// `count` entries from `index` on, of which `entry` is the first and the others are alike.
+    Result<void> add_l2_entries(const L2Reference& reference, std::uint64_t index, std::uint64_t count, L2Entry entry,
+                                HostOffset& contiguous, Tally& tally) {
+        const GuestOffset guest{reference.l1_index * geometry_.l2_coverage() + (index << geometry_.cluster_bits)};
+        const std::uint64_t entry_offset = reference.table.value + index * geometry_.entry_words() * 8;
         const auto place = [&] {
-            return fmt::format("L2 entry at host offset {:#x} (guest offset {:#x})", entry_at, guest.value);
+            return fmt::format("L2 entry at host offset {:#x} (guest offset {:#x})", entry_offset, guest.value);
         };
         if (const auto flaw = core_.rules.flaw(entry)) {
-            corrupt(entry_at, place(), fmt::format("{} ({:#018x})", flaw->what, entry.word));
+            corrupt(entry_offset, place(), fmt::format("{} ({:#018x})", flaw->what, entry.word), count);
             if (flaw->unreadable) return {};
         }
         if (entry.compressed()) {
             const auto range = entry.compressed_range(geometry_.cluster_bits);
-            if (reference.active) ++tally.allocated, ++tally.compressed, ++tally.fragmented;
+            if (reference.active) {
+                ++tally.allocated;
+                ++tally.compressed;
+                ++tally.fragmented;
+            }
             return add_compressed(place, range, reference.count);
         }
         if (!core_.rules.has_cluster(entry)) return {};
         if (reference.active) {
-            ++tally.allocated;
+            tally.allocated += count;
             if (contiguous.value != 0 && entry.cluster() != contiguous) ++tally.fragmented;
-            contiguous = entry.cluster() + geometry_.cluster_size();
+            contiguous = entry.cluster() + count * geometry_.cluster_size();
         }
         if (core_.rules.external_data) {
-            if (entry.cluster().value != guest.value)
-                corrupt(entry_at, place(),
+            if (entry.cluster().value != guest.value) {
+                corrupt(entry_offset, place(),
                         fmt::format("host offset {:#x} in the external data file is not the guest's",
-                                    entry.cluster().value));
+                                    entry.cluster().value),
+                        count);
+            }
             return {};
         }
-        const std::uint64_t cluster = entry.cluster().value >> geometry_.cluster_bits;
+        // A preallocated cluster may lie right behind the end of the file.
         const bool preallocated = core_.rules.run(entry, 0).kind == ClusterKind::zero_allocated;
-        if (cluster >= file_clusters_ + (preallocated ? 1 : 0)) {
-            corrupt(entry_at, place(),
+        const std::uint64_t end = file_clusters_ + (preallocated ? 1 : 0);
+        const std::uint64_t first = entry.cluster().value >> geometry_.cluster_bits;
+        const std::uint64_t inside = first >= end ? 0 : std::min(count, end - first);
+        if (inside < count) {
+            corrupt(entry_offset, place(),
                     fmt::format("the cluster at host offset {:#x} lies past the end of the file ({} bytes)",
-                                entry.cluster().value, file_size_));
-            return {};
+                                (first + inside) << geometry_.cluster_bits, file_size_),
+                    count - inside);
         }
         const auto copied = !reference.active ? 0 : entry.copied() ? References::copied : References::not_copied;
-        return references_.add(cluster, reference.count, References::data | copied);
+        return references_.add(first, inside, reference.count, References::data | copied);
     }
 
     template <class Place>
@@ -365,9 +391,7 @@ private:
                 fmt::format("the compressed cluster at host offset {:#x} reaches past the end of the file ({} bytes)",
                             range.offset.value, file_size_));
         }
-        for (std::uint64_t cluster = first; cluster <= std::min(last, file_clusters_ - 1); ++cluster)
-            TRY_VOID(references_.add(cluster, count, References::compressed));
-        return {};
+        return references_.add(first, std::min(last, file_clusters_ - 1) - first + 1, count, References::compressed);
     }
 
     Result<void> compare_refcounts() {
@@ -386,52 +410,70 @@ private:
                 image_end_clusters_ = std::max(image_end_clusters_, end);
                 return {};
             }));
-        compare_range(blocks_.size() * per_block, references_.clusters(), image_end_clusters_,
-                      [](std::uint64_t) { return 0; });
+        compare_with_zero(blocks_.size() * per_block, references_.clusters(), image_end_clusters_);
         return {};
     }
 
-    /// One block, or, where there is none, the zeros that it stands for.
+    /// The clusters that one block describes, `per_block` from `first` on.
     Result<void> compare_block(std::uint64_t first, std::uint64_t per_block, HostOffset block,
                                std::span<std::byte> buffer, std::uint64_t& end) {
-        if (block.value == 0) {
-            compare_range(first, std::min(first + per_block, references_.clusters()), end,
-                          [](std::uint64_t) { return 0; });
+        const std::uint64_t last = first + per_block;
+        if (block.value == 0 || TRY(is_hole(block, buffer.size()))) {
+            compare_with_zero(first, last, end);
             return {};
         }
-        if (references_.at(block.value >> geometry_.cluster_bits).count() != 1)
-            return {};  // reported as an overlap: not to be believed
-        const auto run = TRY(core_.file->run(block, buffer.size()));
-        if (!run.data && run.length == buffer.size()) {
-            compare_range(first, std::min(first + per_block, references_.clusters()), end,
-                          [](std::uint64_t) { return 0; });
-            return {};
-        }
+        const std::uint64_t block_cluster = block.value >> geometry_.cluster_bits;
+        if (references_.at(block_cluster).count() != 1) return {};  // reported as an overlap: not to be believed
         TRY(core_.file->read(block, buffer));
+        const auto refcounts = std::span<const std::byte>(buffer);
         const unsigned order = core_.header.refcount_order;
-        const auto bytes = std::span<const std::byte>(buffer);
-        for (std::uint64_t i = 0; i < per_block; ++i)
-            compare(first + i, format::refcount_at(bytes, i, order), references_.at(first + i), end);
+        for (std::uint64_t cluster = first; cluster < last;) {
+            const auto [piece, references] = piece_from(cluster, last);
+            for (std::uint64_t i = 0; i < piece; ++i, ++cluster) {
+                const auto refcount = format::refcount_at(refcounts, cluster - first, order);
+                compare(cluster, refcount, references.empty() ? References{} : references[i], end);
+            }
+        }
         return {};
     }
 
-    template <class RefcountAt>
-    void compare_range(std::uint64_t first, std::uint64_t last, std::uint64_t& end, RefcountAt refcount_at) {
-        for (std::uint64_t cluster = references_.next_used(first); cluster < last;
-             cluster = references_.next_used(cluster + 1)) {
-            compare(cluster, refcount_at(cluster), references_.at(cluster), end);
+    /// Clusters without a refcount block.
+    void compare_with_zero(std::uint64_t first, std::uint64_t last, std::uint64_t& end) {
+        last = std::min(last, references_.clusters());
+        while (first < last) {
+            const auto [piece, references] = piece_from(first, last);
+            for (std::uint64_t i = 0; i < std::min<std::uint64_t>(piece, references.size()); ++i) {
+                compare(first + i, 0, references[i], end);
+            }
+            first += piece;
         }
+    }
+
+    /// As many of the clusters from `first` to `last` - 1 as lie in one chunk of the map, and their references (none:
+    /// an empty span).
+    [[nodiscard]] std::pair<std::uint64_t, std::span<const References>> piece_from(std::uint64_t first,
+                                                                                   std::uint64_t last) const {
+        if (first >= references_.clusters()) return {last - first, {}};
+        const std::uint64_t chunk_end = align_down(first, ReferenceMap::chunk_clusters) + ReferenceMap::chunk_clusters;
+        return {std::min(last, chunk_end) - first, references_.chunk_from(first)};
+    }
+
+    [[nodiscard]] Result<bool> is_hole(HostOffset at, std::uint64_t bytes) const {
+        const auto run = TRY(core_.file->run(at, bytes));
+        return !run.data && run.length == bytes;
     }
 
     void compare(std::uint64_t cluster, std::uint64_t refcount, References references, std::uint64_t& end) {
         if (refcount == 0 && references.word == 0) return;
         end = std::max(end, cluster + 1);
         const std::uint64_t counted = references.count();
-        const bool sound = std::min<std::uint64_t>(refcount, References::max_count) == counted &&
-                           std::has_single_bit(references.word & References::uses) &&
-                           ((references.word & References::metadata) == 0 || counted == 1) &&
-                           (references.word & (refcount == 1 ? References::not_copied : References::copied)) == 0;
-        if (!sound) report(cluster, refcount, references);
+        const std::uint32_t uses = references.word & References::uses;
+        const bool overlaps = (uses & (uses - 1)) != 0 || ((uses & References::metadata) != 0 && counted > 1);
+        const auto wrong_mark = refcount == 1 ? References::not_copied : References::copied;
+        if (std::min<std::uint64_t>(refcount, References::max_count) != counted || overlaps ||
+            (references.word & wrong_mark) != 0) {
+            report(cluster, refcount, references);
+        }
     }
 
     void report(std::uint64_t cluster, std::uint64_t refcount, References references) {

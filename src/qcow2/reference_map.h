@@ -1,11 +1,13 @@
 #pragma once
 // How often, and as what, each host cluster is referenced: what a check counts.
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "qcow/error.h"
@@ -32,37 +34,41 @@ struct References {
     [[nodiscard]] std::uint32_t count() const { return word & max_count; }
 };
 
-/// Thread-safe. Four bytes a cluster, taken in chunks where there are references.
+/// Four bytes a cluster, taken in chunks where there are references. Adding is thread-safe; looking is, too, once
+/// nobody adds any more.
 class ReferenceMap {
 public:
+    static constexpr std::uint64_t chunk_clusters = 4096;
+
     /// For host clusters 0 to `clusters` - 1. Errc::limit_exceeded if even an empty map would not fit in the budget.
     static Result<std::unique_ptr<ReferenceMap>> create(std::uint64_t clusters, std::size_t budget_bytes);
 
-    /// Adds `count` references of a kind (bits of References) to a cluster < clusters(). Errc::limit_exceeded.
-    Result<void> add(std::uint64_t cluster, std::uint64_t count, std::uint32_t kind);
+    /// Adds `count` references of a kind (bits of References) to each of `length` clusters, all of them < clusters().
+    /// Errc::limit_exceeded.
+    Result<void> add(std::uint64_t first, std::uint64_t length, std::uint64_t count, std::uint32_t kind);
 
     [[nodiscard]] References at(std::uint64_t cluster) const;
 
-    /// The first cluster at or after `cluster` that may have references; clusters() if there is none.
-    [[nodiscard]] std::uint64_t next_used(std::uint64_t cluster) const;
+    /// The references of the clusters from `cluster` (< clusters()) to the end of its chunk; empty: all have none.
+    [[nodiscard]] std::span<const References> chunk_from(std::uint64_t cluster) const;
 
     [[nodiscard]] std::uint64_t clusters() const { return clusters_; }
 
 private:
-    static constexpr std::uint64_t chunk_clusters = 4096;
-    using Cell = std::atomic<std::uint32_t>;
+    /// Guarded by a lock of its own, so that a run of clusters costs one lock and not an atomic operation for each.
+    struct Chunk {
+        std::mutex mutex;
+        std::array<References, chunk_clusters> references = {};
+    };
 
     ReferenceMap(std::uint64_t clusters, std::size_t budget_bytes);
-    Result<Cell*> chunk_for(std::uint64_t cluster);
-    [[nodiscard]] const Cell* chunk_if_used(std::uint64_t cluster) const {
-        return chunks_[cluster / chunk_clusters].load(std::memory_order_acquire);
-    }
+    Result<Chunk*> chunk_for(std::uint64_t cluster);
 
     std::uint64_t clusters_;
     std::size_t budget_bytes_;
-    std::vector<std::atomic<Cell*>> chunks_;
+    std::vector<std::atomic<Chunk*>> chunks_;
     std::mutex growth_;
-    std::vector<std::unique_ptr<Cell[]>> owned_;
+    std::vector<std::unique_ptr<Chunk>> owned_;
 };
 
 }  // namespace qcow::qcow2
