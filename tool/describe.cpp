@@ -60,9 +60,10 @@ std::string encryption_text(const qcow::EncryptionInfo& encryption) {
     std::string text =
         fmt::format("{}, {}, {}-bit key", encryption.method, printable(encryption.cipher), encryption.key_bits);
     if (!encryption.hash.empty()) text += ", " + printable(encryption.hash);
-    if (encryption.slots != 0)
+    if (encryption.slots != 0) {
         text += fmt::format(", {} of {} key slots used ({})", encryption.used_slots.size(), encryption.slots,
                             fmt::join(encryption.used_slots, " "));
+    }
     return text;
 }
 
@@ -107,9 +108,10 @@ Json info_json(const qcow::ImageInfo& info) {
         json["dirty-flag"] = info.dirty;
         json["corrupt"] = info.corrupt;
         json["features"] = Json::array();
-        for (const auto& f : info.features)
+        for (const auto& f : info.features) {
             json["features"].push_back(
                 {{"kind", kind_name(f.kind)}, {"bit", f.bit}, {"name", f.name}, {"known", f.known}});
+        }
     }
     if (info.backing) {
         json["backing-filename"] = info.backing->name;
@@ -133,9 +135,10 @@ Json info_json(const qcow::ImageInfo& info) {
     }
     json["snapshots"] = snapshots_json(info);
     json["bitmaps"] = Json::array();
-    for (const auto& b : info.bitmaps)
+    for (const auto& b : info.bitmaps) {
         json["bitmaps"].push_back(
             {{"name", b.name}, {"granularity", b.granularity}, {"in-use", b.in_use}, {"auto", b.enabled}});
+    }
     json["bitmaps-stale"] = info.bitmaps_stale;
     json["unknown-extensions"] = Json::array();
     for (const auto& e : info.unknown_extensions)
@@ -156,19 +159,23 @@ void print_info(const qcow::ImageInfo& info) {
     if (info.refcount_bits != 0)
         lines.add("refcounts", fmt::format("{} bits{}", info.refcount_bits, info.lazy_refcounts ? ", lazy" : ""));
     std::vector<std::string> features;
-    for (const auto& f : info.features)
+    features.reserve(info.features.size());
+    for (const auto& f : info.features) {
         features.push_back(
             fmt::format("{}{}", printable(f.name), f.known ? "" : fmt::format(" (unknown, {})", kind_name(f.kind))));
+    }
     if (!features.empty()) lines.add("features", join(features));
     if (info.backing) lines.add("backing file", reference_text(*info.backing));
-    if (info.data_file)
+    if (info.data_file) {
         lines.add("data file", fmt::format("{}{}", reference_text(*info.data_file),
                                            info.data_file_raw ? " (a raw image by itself)" : ""));
+    }
     if (info.encryption) lines.add("encryption", encryption_text(*info.encryption));
-    if (info.dirty)
+    if (info.dirty) {
         lines.add("dirty",
                   "yes: not closed cleanly; its refcounts are out of date and will be rebuilt when it is next written",
                   Colour::yellow);
+    }
     if (info.corrupt) lines.add("corrupt", "yes: marked so by a writer that found damage; see qcow check", Colour::red);
     if (!info.snapshots.empty()) {
         lines.add("snapshots", fmt::format("{}", info.snapshots.size()));

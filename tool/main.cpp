@@ -7,7 +7,9 @@
 
 #include "command.h"
 
-int main(int argc, char** argv) {
+namespace {
+
+int run(int argc, char** argv) {
     CLI::App app("qcow looks into, verifies and converts disk images: qcow2 (versions 2 and 3), qcow and raw.", "qcow");
     app.set_version_flag("-V,--version", "qcow " QCOW_VERSION);
     app.set_help_flag("-h,--help", "Show this help; after a command, the help of that command");
@@ -31,13 +33,23 @@ int main(int argc, char** argv) {
         if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
         tool::complain(fmt::format("{} (see qcow --help)", error.what()));
         return tool::failed;
-    } catch (const std::exception& error) {
-        tool::complain(error.what());
-        return tool::failed;
     }
     if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
         tool::complain("cannot write to standard output");
         return tool::failed;
     }
     return status;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    try {
+        return run(argc, argv);
+    } catch (const std::exception& error) {
+        std::fputs("qcow: ", stderr);
+        std::fputs(error.what(), stderr);
+        std::fputs("\n", stderr);
+        return tool::failed;
+    }
 }

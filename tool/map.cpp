@@ -63,9 +63,10 @@ qcow::Result<int> run(const Options& options) {
     if (!disk) return std::unexpected(std::move(disk).error());
     Output out;
     bool first = true;
-    if (!options.json)
+    if (!options.json) {
         out.print("{}\n", paint("START                   LENGTH              DEPTH  KIND         HOST OFFSET     FILE",
                                 Colour::bold));
+    }
     const auto walked =
         qcow::each_extent(**disk, {0}, (*disk)->size(), [&](const qcow::Extent& extent) -> qcow::Result<void> {
             if (options.json) {

@@ -20,8 +20,8 @@ std::span<std::byte> scratch(std::vector<std::byte>& memory, std::size_t bytes) 
 
 Result<void> read_compressed(const Storage& storage, const format::CompressedRange& range, Decompress decompress,
                              std::uint64_t cluster_size, std::uint64_t skip, std::span<std::byte> to) {
-    thread_local std::vector<std::byte> stream_memory;
-    thread_local std::vector<std::byte> cluster_memory;
+    static thread_local std::vector<std::byte> stream_memory;
+    static thread_local std::vector<std::byte> cluster_memory;
 
     const auto stream = scratch(stream_memory, range.length);
     const std::size_t there = TRY(storage.read(range.offset, stream));

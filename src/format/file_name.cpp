@@ -31,9 +31,10 @@ std::unexpected<Error> bad_description(std::string what, Errc code = Errc::corru
 
 /// {"driver": "file", "filename": ...}: where the bytes lie.
 Result<std::string> parse_protocol_level(const Json& node) {
-    if (node.is_string())
+    if (node.is_string()) {
         return bad_description("refers to a node by name, which means nothing outside of the process that wrote it",
                                Errc::unsupported);
+    }
     if (!node.is_object()) return bad_description("\"file\" is not an object");
     std::optional<std::string> path;
     for (const auto& [key, value] : node.items()) {
@@ -41,9 +42,10 @@ Result<std::string> parse_protocol_level(const Json& node) {
             path = value.get<std::string>();
         } else if (key == "driver" && value.is_string()) {
             const auto driver = value.get<std::string>();
-            if (driver != "file" && driver != "host_device")
+            if (driver != "file" && driver != "host_device") {
                 return bad_description(fmt::format("driver \"{}\" is not supported; only local files are", driver),
                                        Errc::unsupported);
+            }
         } else if (!is_harmless(key)) {
             return bad_description(fmt::format("option \"{}\" is not supported", key), Errc::unsupported);
         }

@@ -218,7 +218,7 @@ Result<std::size_t> header_bytes(std::span<const std::byte> start) {
                     fmt::format("the file has {} bytes, a qcow2 header at least {}", start.size(), fixed_header_v2));
     }
     if (load_be<std::uint32_t>(start, 0) != magic)
-        return fail(Errc::corrupt, field("magic", 0), "not a qcow2 image: it does not begin with \"QFI\\xfb\"");
+        return fail(Errc::corrupt, field("magic", 0), R"(not a qcow2 image: it does not begin with "QFI\xfb")");
     const auto version = load_be<std::uint32_t>(start, 4);
     if (version != 2 && version != 3)
         return fail(Errc::unsupported, field("version", 4), fmt::format("{} is neither 2 nor 3", version));

@@ -30,7 +30,7 @@ Result<EncryptionInfo> parse_luks1(std::span<const std::byte> in) {
         return fail(Errc::corrupt, "LUKS header", fmt::format("{} bytes instead of {}", in.size(), luks1_header_bytes));
     }
     if (!std::ranges::equal(in.first(magic.size()), as_bytes(magic)))
-        return fail(Errc::corrupt, "LUKS header", "it does not begin with \"LUKS\\xba\\xbe\"");
+        return fail(Errc::corrupt, "LUKS header", R"(it does not begin with "LUKS\xba\xbe")");
     if (const auto version = load_be<std::uint16_t>(in, 6); version != 1) {
         return fail(Errc::unsupported, "LUKS header", fmt::format("version {} instead of 1", version));
     }

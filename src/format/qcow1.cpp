@@ -21,7 +21,7 @@ Result<Qcow1Header> parse_qcow1_header(std::span<const std::byte> in, std::uint6
                     fmt::format("the file has {} bytes, a qcow header {}", in.size(), qcow1_header_bytes));
     }
     if (load_be<std::uint32_t>(in, 0) != magic)
-        return bad_field("magic", 0, "not a qcow image: it does not begin with \"QFI\\xfb\"");
+        return bad_field("magic", 0, R"(not a qcow image: it does not begin with "QFI\xfb")");
     if (const auto version = load_be<std::uint32_t>(in, 4); version != 1) {
         return bad_field("version", 4, fmt::format("{} is not 1", version), Errc::unsupported);
     }
@@ -38,9 +38,10 @@ Result<Qcow1Header> parse_qcow1_header(std::span<const std::byte> in, std::uint6
         return bad_field("cluster_bits", 32, fmt::format("{} is outside of 9 to 16", h.cluster_bits));
     if (h.l2_bits < 6 || h.l2_bits > 13)
         return bad_field("l2_bits", 33, fmt::format("{} is outside of 6 to 13", h.l2_bits));
-    if (crypt > 1)
+    if (crypt > 1) {
         return bad_field("crypt_method", 36, fmt::format("{} is neither none (0) nor AES (1)", crypt),
                          Errc::unsupported);
+    }
     h.encrypted = crypt == 1;
     if (h.backing_name_offset != 0 && (h.backing_name_length > max_name_length ||
                                        !lies_within(h.backing_name_offset, h.backing_name_length, file_size))) {
@@ -49,9 +50,10 @@ Result<Qcow1Header> parse_qcow1_header(std::span<const std::byte> in, std::uint6
                                      h.backing_name_length, h.backing_name_offset, max_name_length));
     }
     if (h.size >= bit(63)) return bad_field("size", 24, fmt::format("{} bytes are more than any disk has", h.size));
-    if (h.l1_entries() > max_l1_bytes / 8)
+    if (h.l1_entries() > max_l1_bytes / 8) {
         return bad_field("size", 24, fmt::format("{} bytes need an L1 table of more than 32 MiB", h.size),
                          Errc::limit_exceeded);
+    }
     if (h.l1_entries() != 0 &&
         (h.l1_table.value == 0 || !lies_within(h.l1_table.value, h.l1_entries() * 8, file_size))) {
         return bad_field("l1_table_offset", 40,

@@ -100,9 +100,10 @@ private:
 
     Result<void> add(Named file) {
         const auto& name = file.storage->name();
-        if (layers_.size() == max_chain_length)
+        if (layers_.size() == max_chain_length) {
             return fail(Errc::limit_exceeded, name,
                         fmt::format("the backing chain is longer than {} files", max_chain_length));
+        }
         if (!identities_.insert(file.storage->identity()).second)
             return fail(Errc::corrupt, name, "the backing chain is a loop: this file is in it already");
         Layer layer;

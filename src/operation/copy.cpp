@@ -28,8 +28,8 @@ struct Filled {
     std::unique_ptr<std::byte[]> memory;
 };
 
-/// Kernels let one thread at a time write to a file, and have the others spin meanwhile. So workers queue what they have
-/// read; whoever finds nobody writing writes all that is queued, and the others go on reading.
+/// Kernels let one thread at a time write to a file, and have the others spin meanwhile. So workers queue what they
+/// have read; whoever finds nobody writing writes all that is queued, and the others go on reading.
 class Copier {
 public:
     Copier(Disk& source, Disk& target, const CopyOptions& options)
@@ -38,7 +38,7 @@ public:
           options_(options),
           workers_(options.workers == 0 ? default_workers() : options.workers),
           piece_bytes_(std::max(min_piece_bytes, source.block_size())),
-          spare_buffers_(workers_ * buffers_per_worker) {}
+          spare_buffers_(std::size_t{workers_} * buffers_per_worker) {}
 
     Result<void> run() {
         return run_workers(workers_, [this](unsigned) {

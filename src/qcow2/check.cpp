@@ -146,9 +146,10 @@ private:
             header.refcount_table, blocks_.size(), [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
                 const format::RefcountTableEntry entry{word};
                 const auto place = fmt::format("refcount table entry {}", index);
-                if (entry.reserved_bits_set())
+                if (entry.reserved_bits_set()) {
                     corrupt(header.refcount_table.value + index * 8, place,
                             fmt::format("reserved bits are set ({:#x})", word));
+                }
                 if (entry.allocated() && TRY(add_table(fmt::format("{}: refcount block", place), entry.block(), geometry_.cluster_size())))
                     blocks_[index] = entry.block();
                 return {};
@@ -188,9 +189,10 @@ private:
                          [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
                              const format::BitmapTableEntry entry{word};
                              const auto entry_place = fmt::format("{}: table entry {}", place, index);
-                             if (entry.reserved_bits_set())
+                             if (entry.reserved_bits_set()) {
                                  corrupt(bitmap.table.value + index * 8, entry_place,
                                          fmt::format("reserved bits are set ({:#x})", word));
+                             }
                              if (entry.cluster().value != 0) TRY(add_table(entry_place, entry.cluster(), geometry_.cluster_size()));
                              return {};
                          });

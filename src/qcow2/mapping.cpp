@@ -36,9 +36,10 @@ Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
         return Mapped{ClusterKind::unallocated, std::min(limit, rest), {}, {}};
     }
     const HostOffset table = l1.l2_table();
-    if (!is_aligned(table.value, geometry.cluster_size()))
+    if (!is_aligned(table.value, geometry.cluster_size())) {
         return damaged(*core_, l1_place(),
                        fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size", table.value));
+    }
 
     const std::uint64_t index = geometry.l2_index(at);
     const unsigned entry_words = geometry.entry_words();

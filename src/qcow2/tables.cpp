@@ -69,9 +69,10 @@ Result<std::vector<format::BitmapEntry>> read_bitmaps(const Core& core) {
         return bad_extension(
             fmt::format("its {} bytes reach past the end of the file ({} bytes)", extension.directory_size, file_size));
     }
-    if (extension.directory_size > format::max_bitmap_directory_bytes)
+    if (extension.directory_size > format::max_bitmap_directory_bytes) {
         return bad_extension(
             fmt::format("{} bytes are more than {}", extension.directory_size, format::max_bitmap_directory_bytes));
+    }
 
     const auto bytes = TRY(read_bytes(*core.file, extension.directory, extension.directory_size));
     auto rest = std::span<const std::byte>(bytes);
@@ -81,9 +82,10 @@ Result<std::vector<format::BitmapEntry>> read_bitmaps(const Core& core) {
         rest = rest.subspan(entry->encoded_bytes);
         result.push_back(*std::move(entry));
     }
-    if (!rest.empty())
+    if (!rest.empty()) {
         return bad_extension(
             fmt::format("{} bytes are left behind the last of {} entries", rest.size(), extension.count));
+    }
     return result;
 }
 
@@ -104,9 +106,10 @@ Result<void> verify_snapshot_l1(const Core& core, const format::SnapshotEntry& s
         return bad(fmt::format("its {} entries do not lie within the file ({} bytes)", snapshot.l1_entries, file_size));
     }
     const auto needed = divide_up(snapshot.info.virtual_size, core.rules.geometry.l2_coverage());
-    if (snapshot.l1_entries < needed)
+    if (snapshot.l1_entries < needed) {
         return bad(fmt::format("{} entries, but a virtual size of {} bytes needs {}", snapshot.l1_entries,
                                snapshot.info.virtual_size, needed));
+    }
     return {};
 }
 

@@ -20,9 +20,10 @@ Result<void> View::verify_readable() const {
                                 "metadata can be examined",
                                 core_->header.crypt == format::Crypt::luks ? "LUKS" : "AES"));
     }
-    if (!core_->data)
+    if (!core_->data) {
         return fail(Errc::not_found, core_->file->name(),
                     "its data lie in an external data file, which was not opened");
+    }
     return {};
 }
 
