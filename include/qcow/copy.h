@@ -17,8 +17,8 @@ struct CopyOptions {
     std::function<void(std::uint64_t done, std::uint64_t total)> progress = {};  ///< guest bytes; one call at a time
 };
 
-/// Makes the first source.size() bytes of `target` equal to `source`, in parallel and in no particular order. The
-/// target must be at least as large. Does not flush. Memory: workers x 2 MiB.
+/// Makes the first source.size() bytes of `target` equal to `source`, in parallel. The
+/// target must be at least as large. Does not flush. Memory: workers x 4 pieces of 256 KiB or a block.
 QCOW_API Result<void> copy_disk(Disk& source, Disk& target, const CopyOptions& options = {});
 
 /// How one layer of a chain contributes to the disk on top of it.

@@ -15,6 +15,9 @@
 
 namespace qcow {
 
+/// How compressed clusters are: raw deflate ("zlib") or zstd.
+enum class Compression : std::uint8_t { zlib = 0, zstd = 1 };
+
 enum class Format : std::uint8_t { raw, qcow, qcow2 };
 
 /// "raw", "qcow" (version 1), "qcow2" (versions 2 and 3), as in headers and on QEMU's command lines.

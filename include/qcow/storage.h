@@ -45,6 +45,10 @@ public:
     /// Makes `length` bytes read as zeros, as holes where that is possible. Does not grow.
     virtual Result<void> write_zeroes(HostOffset at, std::uint64_t length) = 0;
 
+    /// Reserves space for `length` bytes, growing as needed; their contents stay, and are zeros where there were none.
+    /// By writing zeros where it cannot be done otherwise. Errc::no_space.
+    virtual Result<void> allocate(HostOffset at, std::uint64_t length) = 0;
+
     /// Sets the length; new bytes read as zeros.
     virtual Result<void> resize(std::uint64_t size) = 0;
 

@@ -13,36 +13,11 @@
 namespace qcow::format {
 namespace {
 
-enum ExtensionType : std::uint32_t {
-    end = 0,
-    backing_format = 0xe2792aca,
-    feature_names = 0x6803f857,
-    bitmaps = 0x23852875,
-    encryption = 0x0537be77,
-    data_file_name = 0x44415441,
-};
-
 std::string field(std::string_view name, std::size_t at) { return fmt::format("header field {} (byte {})", name, at); }
 
 std::string text(std::span<const std::byte> bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
-
-struct KnownFeature {
-    Feature::Kind kind;
-    unsigned bit;
-    std::string_view name;
-};
-constexpr std::array known_features = {
-    KnownFeature{Feature::Kind::incompatible, 0, "dirty"},
-    KnownFeature{Feature::Kind::incompatible, 1, "corrupt"},
-    KnownFeature{Feature::Kind::incompatible, 2, "external data file"},
-    KnownFeature{Feature::Kind::incompatible, 3, "compression type"},
-    KnownFeature{Feature::Kind::incompatible, 4, "extended L2 entries"},
-    KnownFeature{Feature::Kind::compatible, 0, "lazy refcounts"},
-    KnownFeature{Feature::Kind::autoclear, 0, "bitmaps"},
-    KnownFeature{Feature::Kind::autoclear, 1, "raw external data"},
-};
 
 /// A table of the header: inside the file, aligned to a cluster, clear of the header itself.
 Result<void> verify_table(const Header& h, std::string_view name, std::size_t at, HostOffset begin, std::uint64_t bytes,
@@ -103,7 +78,7 @@ Result<void> parse_version3(std::span<const std::byte> in, Header& h) {
 
 Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data, std::size_t at, Header& h) {
     const auto place = [&](std::string_view name) { return fmt::format("header extension {} (byte {})", name, at); };
-    switch (type) {
+    switch (static_cast<ExtensionType>(type)) {
         case ExtensionType::backing_format: h.backing_format = text(data); break;
         case ExtensionType::data_file_name: h.data_file_name = text(data); break;
         case ExtensionType::feature_names: {
@@ -140,7 +115,7 @@ Result<void> parse_extensions(std::span<const std::byte> in, std::size_t limit, 
     while (at + 8 <= limit) {
         const auto type = load_be<std::uint32_t>(in, at);
         const auto length = load_be<std::uint32_t>(in, at + 4);
-        if (type == ExtensionType::end) return {};
+        if (static_cast<ExtensionType>(type) == ExtensionType::end) return {};
         if (length > limit - at - 8) {
             return fail(
                 Errc::corrupt, fmt::format("header extension {:#010x} (byte {})", type, at),

@@ -49,12 +49,37 @@ inline constexpr std::uint64_t raw_external_data = 1 << 1;
 }  // namespace autoclear
 
 enum class Crypt : std::uint32_t { none = 0, aes = 1, luks = 2 };
-enum class Compression : std::uint8_t { zlib = 0, zstd = 1 };
 
 /// A header extension that this library does not know; kept so that it can be written back.
 struct Extension {
     std::uint32_t type = 0;
     std::vector<std::byte> data;
+};
+
+/// The types of the extensions that this library knows.
+enum class ExtensionType : std::uint32_t {
+    end = 0,
+    backing_format = 0xe2792aca,
+    feature_names = 0x6803f857,
+    bitmaps = 0x23852875,
+    encryption = 0x0537be77,
+    data_file_name = 0x44415441,
+};
+
+struct KnownFeature {
+    Feature::Kind kind;
+    unsigned bit;
+    std::string_view name;
+};
+inline constexpr std::array known_features = {
+    KnownFeature{Feature::Kind::incompatible, 0, "dirty"},
+    KnownFeature{Feature::Kind::incompatible, 1, "corrupt"},
+    KnownFeature{Feature::Kind::incompatible, 2, "external data file"},
+    KnownFeature{Feature::Kind::incompatible, 3, "compression type"},
+    KnownFeature{Feature::Kind::incompatible, 4, "extended L2 entries"},
+    KnownFeature{Feature::Kind::compatible, 0, "lazy refcounts"},
+    KnownFeature{Feature::Kind::autoclear, 0, "bitmaps"},
+    KnownFeature{Feature::Kind::autoclear, 1, "raw external data"},
 };
 
 struct FeatureName {
@@ -113,6 +138,11 @@ Result<std::size_t> header_bytes(std::span<const std::byte> start);
 /// checked that can be checked without the file: ranges, alignment, limits, unknown incompatible features. `file_size`
 /// bounds the tables that reading needs.
 Result<Header> parse_header(std::span<const std::byte> cluster, std::uint64_t file_size);
+
+/// The first cluster's contents, as long as they are, for a header that parse_header would accept. A table of the feature
+/// names is added where there is room for it. Errc::limit_exceeded if header, extensions and backing file name do not
+/// fit in a cluster.
+Result<std::vector<std::byte>> encode_header(const Header& header);
 
 /// The set feature bits by name, for people.
 std::vector<Feature> features_of(const Header& header);

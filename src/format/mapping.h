@@ -43,6 +43,13 @@ enum class ClusterKind : std::uint8_t {
     compressed,
 };
 
+/// The word of an entry for such a range; its length is rounded up to whole sectors.
+constexpr std::uint64_t compressed_word(const CompressedRange& range, unsigned cluster_bits) {
+    const unsigned offset_bits = 62 - (cluster_bits - 8);
+    const std::uint64_t more_sectors = (range.offset.value + range.length - 1) / 512 - range.offset.value / 512;
+    return compressed_bit | more_sectors << offset_bits | range.offset.value;
+}
+
 struct L2Entry {
     std::uint64_t word = 0;
     std::uint64_t bitmap = 0;  // extended entries: bits 0-31 allocated, 32-63 reads as zeros

@@ -39,4 +39,24 @@ inline std::uint64_t refcount_at(std::span<const std::byte> block, std::uint64_t
     }
 }
 
+/// Sets it; `value` must fit in `1 << order` bits.
+inline void set_refcount(std::span<std::byte> block, std::uint64_t index, unsigned order, std::uint64_t value) {
+    switch (order) {
+        case 3: block[index] = static_cast<std::byte>(value); break;
+        case 4: store_be(block, index * 2, static_cast<std::uint16_t>(value)); break;
+        case 5: store_be(block, index * 4, static_cast<std::uint32_t>(value)); break;
+        case 6: store_be(block, index * 8, value); break;
+        default: {
+            const unsigned per_byte_bits = 3 - order;
+            auto& byte = block[index >> per_byte_bits];
+            const auto shift = (index & low_bits(per_byte_bits)) << order;
+            const auto mask = static_cast<std::byte>(low_bits(1U << order) << shift);
+            byte = (byte & ~mask) | static_cast<std::byte>(value << shift);
+        }
+    }
+}
+
+/// The largest refcount of `1 << order` bits.
+constexpr std::uint64_t max_refcount(unsigned order) { return order == 6 ? ~std::uint64_t{0} : low_bits(1U << order); }
+
 }  // namespace qcow::format

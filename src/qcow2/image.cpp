@@ -104,7 +104,7 @@ public:
         info.disk_size = TRY(core_->file->allocated());
         info.version = header.version;
         info.cluster_size = header.cluster_size();
-        info.compression = header.compression == format::Compression::zstd ? "zstd" : "zlib";
+        info.compression = header.compression == Compression::zstd ? "zstd" : "zlib";
         info.refcount_bits = 1U << header.refcount_order;
         info.dirty = header.has(format::incompatible::dirty);
         info.corrupt = header.has(format::incompatible::corrupt);

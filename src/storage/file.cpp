@@ -100,6 +100,14 @@ public:
         return write_zero_bytes(at, length);
     }
 
+    Result<void> allocate(HostOffset at, std::uint64_t length) override {
+        TRY_VOID(verify_writable());
+        if (length == 0) return {};
+        const int error = posix_fallocate(fd_.get(), static_cast<off_t>(at.value), static_cast<off_t>(length));
+        if (error != 0) return system_error(fmt::format("cannot reserve {} bytes", length), path_, error);
+        return {};
+    }
+
     Result<void> resize(std::uint64_t size) override {
         TRY_VOID(verify_writable());
         if (block_device_) {

@@ -51,6 +51,8 @@ public:
         return {};
     }
 
+    Result<void> allocate(HostOffset at, std::uint64_t length) override { return grow(at.value + length); }
+
     Result<void> resize(std::uint64_t size) override {
         const std::lock_guard lock(mutex_);
         return set_size(size);

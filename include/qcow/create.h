@@ -1,0 +1,61 @@
+#pragma once
+// Making new qcow2 images: empty ones, and ones with the contents of a Disk.
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "qcow/copy.h"
+#include "qcow/image.h"
+
+namespace qcow {
+
+/// Whether host clusters are there before they are written.
+enum class Preallocation : std::uint8_t {
+    off,
+    metadata,  ///< all of the mapping; data clusters are holes in the file
+    falloc,    ///< and their space is reserved
+    full,      ///< and filled with zeros
+};
+
+/// What a new image is to be like. The defaults are QEMU's.
+struct CreateOptions {
+    std::uint64_t size = 0;  ///< virtual size in bytes
+    unsigned version = 3;    ///< 2 or 3
+    std::uint64_t cluster_size = std::uint64_t{64} << 10;  ///< 512 bytes to 2 MiB, a power of two
+    unsigned refcount_bits = 16;                           ///< 1 to 64, a power of two; 16 in version 2
+    bool lazy_refcounts = false;
+    bool extended_l2 = false;  ///< subclusters; clusters of at least 16 KiB
+    Compression compression = Compression::zlib;
+    Preallocation preallocation = Preallocation::off;
+    std::string backing_name;    ///< as it is to stand in the header; empty: no backing file
+    std::string backing_format;  ///< "raw", "qcow" or "qcow2"
+    std::string data_file_name;  ///< as it is to stand in the header; empty: data lie in the image
+    bool data_file_raw = false;  ///< the data file is to be a raw image by itself
+};
+
+/// The files that a new image consists of, both empty.
+struct NewImageFiles {
+    std::shared_ptr<Storage> image;
+    std::shared_ptr<Storage> data_file;  ///< null unless CreateOptions::data_file_name is set
+};
+
+/// Makes an image without contents. Errc::invalid_argument for options that exclude each other, with the reason.
+QCOW_API Result<void> create_image(const NewImageFiles& files, const CreateOptions& options);
+
+struct ConvertOptions {
+    CopyOptions copy = {};  ///< sparse_bytes and target_is_zero do not matter: whole clusters of zeros are not stored
+    bool compress = false;
+    /// 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd; nothing: 2 and 3. Levels 1 to 3 of zlib are ISA-L's.
+    std::optional<int> level;
+    /// The contents of the backing file that `CreateOptions::backing_name` names: what is equal to it is not stored.
+    std::shared_ptr<Disk> backing;
+};
+
+/// Makes an image with the contents of `source`, whose size replaces that of the options if it is 0. The same source and
+/// options give the same bytes, whatever the number of workers. Memory does not grow with the image.
+QCOW_API Result<void> convert_image(Disk& source, const NewImageFiles& files, const CreateOptions& options,
+                                    const ConvertOptions& convert = {});
+
+}  // namespace qcow

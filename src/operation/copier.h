@@ -1,0 +1,12 @@
+#pragma once
+
+#include "disk/copy_target.h"
+#include "qcow/copy.h"
+
+namespace qcow {
+
+/// Hands all of `source` to `target`, in pieces, read and prepared on several threads.
+Result<void> copy_to(Disk& source, CopyTarget& target, unsigned workers,
+                     const std::function<void(std::uint64_t done, std::uint64_t total)>& progress);
+
+}  // namespace qcow

@@ -1,0 +1,74 @@
+#pragma once
+// A new qcow2 image, written from front to back in guest order.
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "codec/compressor.h"
+#include "disk/copy_target.h"
+#include "format/mapping.h"
+#include "qcow/create.h"
+#include "qcow2/refcount_writer.h"
+
+namespace qcow::qcow2 {
+
+/// Lays the file out as header, L1 table, then data with each L2 table and refcount block behind what it describes; the
+/// refcount table last. The header is written at the very end: until then the file is no image. What is handed over
+/// decides the layout, and nothing else.
+class Builder final : public CopyTarget {
+public:
+    static Result<std::unique_ptr<Builder>> begin(const NewImageFiles& files, const CreateOptions& options,
+                                                  const ConvertOptions& convert);
+
+    [[nodiscard]] std::uint64_t block_size() const override { return geometry_.cluster_size(); }
+    Result<void> prepare(Piece& piece) const override;
+    Result<void> write(const Piece& piece) override;
+    Result<void> write_zeroes(GuestOffset at, std::uint64_t length) override;
+    Result<std::uint64_t> copy_from(GuestOffset at, const Storage& source, HostOffset from,
+                                    std::uint64_t length) override;
+
+    /// Maps all of the disk to clusters, as the preallocation asks. For an image without contents.
+    Result<void> preallocate();
+
+    /// Writes the tables and the header: now it is an image.
+    Result<void> finish();
+
+private:
+    struct Parts;
+    Builder(const NewImageFiles& files, const CreateOptions& options, const ConvertOptions& convert,
+            format::Header header);
+
+    void prepare_cluster(Piece& piece, std::size_t begin, codec::Compressor* compressor,
+                         std::span<const std::byte> backing) const;
+    [[nodiscard]] std::unique_ptr<codec::Compressor> take_compressor() const;
+
+    Result<HostOffset> add_data(GuestOffset at, std::uint64_t length);
+    Result<void> add_zeroes(GuestOffset at, std::uint64_t length);
+    Result<void> add_compressed(GuestOffset at, std::span<const std::byte> stream);
+    HostOffset place_stream(std::uint64_t length);
+    Result<void> write_pending();
+    Result<void> set_entries(GuestOffset at, std::uint64_t clusters, format::L2Entry first, std::uint64_t step);
+    Result<void> write_l2_table();
+
+    NewImageFiles files_;
+    ConvertOptions convert_;
+    Preallocation preallocation_;
+    format::Header header_;
+    format::Geometry geometry_;
+    RefcountWriter refcounts_;
+    std::vector<std::byte> l1_;
+    std::vector<std::byte> l2_;  // the table that is being filled
+    std::uint64_t l2_index_ = 0;  // which one it is, in the L1 table
+    bool l2_used_ = false;
+
+    HostOffset stream_end_;  // where the next compressed stream may go on; 0: nowhere
+    std::uint64_t streams_in_cluster_ = 0;
+    HostOffset pending_at_;  // streams that lie one behind the other are written at once
+    std::vector<std::byte> pending_;
+
+    mutable std::mutex compressors_mutex_;
+    mutable std::vector<std::unique_ptr<codec::Compressor>> compressors_;  // those that no thread is using
+};
+
+}  // namespace qcow::qcow2

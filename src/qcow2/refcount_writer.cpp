@@ -1,0 +1,89 @@
+#include "qcow2/refcount_writer.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "base/bits.h"
+#include "base/endian.h"
+#include "base/try.h"
+#include "format/header.h"
+#include "format/refcount.h"
+
+namespace qcow::qcow2 {
+
+RefcountWriter::RefcountWriter(Storage& file, unsigned cluster_bits, unsigned refcount_order)
+    : file_(file),
+      cluster_bits_(cluster_bits),
+      order_(refcount_order),
+      per_block_(format::refcounts_per_block(cluster_bits, refcount_order)) {}
+
+std::vector<std::byte>& RefcountWriter::block_of(std::uint64_t cluster) {
+    auto& block = open_blocks_[cluster / per_block_];
+    if (block.empty()) block.resize(bit(cluster_bits_));
+    return block;
+}
+
+HostOffset RefcountWriter::allocate(std::uint64_t clusters) {
+    const HostOffset begin = end();
+    while (clusters > 0) {
+        auto& block = block_of(next_);
+        const std::uint64_t first = next_ % per_block_;
+        const std::uint64_t piece = std::min(clusters, per_block_ - first);
+        for (std::uint64_t i = first; i < first + piece; ++i) format::set_refcount(block, i, order_, 1);
+        next_ += piece;
+        clusters -= piece;
+    }
+    return begin;
+}
+
+void RefcountWriter::add_reference(HostOffset cluster) {
+    const std::uint64_t number = cluster.value >> cluster_bits_;
+    auto& block = block_of(number);
+    const std::uint64_t index = number % per_block_;
+    format::set_refcount(block, index, order_, format::refcount_at(block, index, order_) + 1);
+}
+
+Result<void> RefcountWriter::write_block(std::uint64_t index, HostOffset at) {
+    table_.resize(std::max<std::size_t>(table_.size(), index + 1));
+    table_[index] = at.value;
+    TRY_VOID(file_.write(at, open_blocks_.at(index)));
+    open_blocks_.erase(index);
+    return {};
+}
+
+Result<void> RefcountWriter::write_blocks_below(HostOffset settled) {
+    const std::uint64_t complete = std::min(settled, end()).value >> cluster_bits_;
+    while (!open_blocks_.empty() && (open_blocks_.begin()->first + 1) * per_block_ <= complete) {
+        TRY_VOID(write_block(open_blocks_.begin()->first, allocate(1)));
+    }
+    return {};
+}
+
+Result<RefcountWriter::Table> RefcountWriter::finish() {
+    TRY_VOID(write_blocks_below(end()));
+    // What is still to come describes itself: look for the sizes at which it fits.
+    const std::uint64_t cluster_size = bit(cluster_bits_);
+    const std::uint64_t first_open = next_ / per_block_;
+    std::uint64_t blocks = 0;
+    std::uint64_t table_clusters = 0;
+    for (std::uint64_t total = next_ + 1; total != next_ + blocks + table_clusters;) {
+        total = next_ + blocks + table_clusters;
+        const std::uint64_t all_blocks = divide_up(total, per_block_);
+        blocks = all_blocks - first_open;
+        table_clusters = divide_up(all_blocks * 8, cluster_size);
+    }
+    if (table_clusters * cluster_size > format::max_refcount_table_bytes) {
+        return fail(Errc::limit_exceeded, "refcount table", "it would be larger than 8 MiB; use larger clusters");
+    }
+    const HostOffset first_block = allocate(blocks);
+    const HostOffset table = allocate(table_clusters);
+    for (std::uint64_t i = 0; i < blocks; ++i) TRY_VOID(write_block(first_open + i, first_block + i * cluster_size));
+
+    std::vector<std::byte> bytes(table_clusters * cluster_size);
+    for (std::size_t i = 0; i < table_.size(); ++i) store_be(bytes, i * 8, table_[i]);
+    TRY_VOID(file_.write(table, bytes));
+    return Table{table, static_cast<std::uint32_t>(table_clusters)};
+}
+
+}  // namespace qcow::qcow2
