@@ -23,17 +23,17 @@ constexpr std::uint32_t enabled = 0x00ac71f3, disabled = 0x0000dead;
 /// The header of AES-256-XTS with two of eight slots in use.
 Bytes luks_header() {
     return joined({
-        bytes({'L', 'U', 'K', 'S', 0xba, 0xbe}),
-        u16(1),  // magic, version
-        padded("aes", 32),
-        padded("xts-plain64", 32),
-        padded("sha256", 32),
-        u32(4040),
-        u32(64),  // payload offset, key bytes
-        repeated(20, 0xd1),
-        repeated(32, 0x5a),
-        u32(1000),  // digest, salt, iterations
-        padded("01234567-89ab-cdef-0123-456789abcdef", 40),
+        bytes({'L', 'U', 'K', 'S', 0xba, 0xbe}),             // magic
+        u16(1),                                              // version
+        padded("aes", 32),                                   // cipher
+        padded("xts-plain64", 32),                           // mode
+        padded("sha256", 32),                                // hash
+        u32(4040),                                           // payload offset
+        u32(64),                                             // key bytes
+        repeated(20, 0xd1),                                  // digest
+        repeated(32, 0x5a),                                  // salt
+        u32(1000),                                           // iterations
+        padded("01234567-89ab-cdef-0123-456789abcdef", 40),  // uuid
         key_slot(enabled),
         key_slot(disabled),
         key_slot(disabled),

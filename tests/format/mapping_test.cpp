@@ -205,6 +205,7 @@ TEST(ExtendedEntry, AllZerosIsUnallocatedThroughout) {
     const auto run = extended().run({0, 0}, 0);
     EXPECT_EQ(run.kind, ClusterKind::unallocated);
     EXPECT_EQ(run.count, 32U);
+    EXPECT_EQ(extended().run({0, 0}, 5).count, 27U);
     EXPECT_EQ(flaw_of(extended(), {0, 0}), "none");
 }
 

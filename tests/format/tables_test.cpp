@@ -17,12 +17,12 @@ constexpr std::uint64_t disk_size = 1 << 30;
 /// An entry "7", "before the upgrade" with this extra data, not padded: 40 bytes, the extra data, 1 and 18 bytes.
 Bytes snapshot(const Bytes& extra) {
     return joined({
-        u64(0x80000),
-        u32(16),  // l1_table_offset, l1_size
-        u16(1),
-        u16(18),  // lengths of id and name
-        u32(1700000000),
-        u32(123456789),      // date
+        u64(0x80000),        // l1_table_offset
+        u32(16),             // l1_size
+        u16(1),              // length of the id
+        u16(18),             // length of the name
+        u32(1700000000),     // seconds
+        u32(123456789),      // nanoseconds
         u64(5'000'000'000),  // guest clock
         u32(4096),           // VM state size
         u32(static_cast<std::uint32_t>(extra.size())),
@@ -141,12 +141,12 @@ TEST(Snapshot, L1SizeIsOnlyRead) {
 /// An entry "nightly", not padded: 24 bytes, `extra`, 7 bytes.
 Bytes bitmap(const Bytes& extra = {}) {
     return joined({
-        u64(0x90000),
-        u32(2),      // table: offset, entries
-        u32(0b010),  // flags: auto
-        u8(1),
-        u8(16),  // dirty tracking, granularity_bits
-        u16(7),  // length of the name
+        u64(0x90000),  // table offset
+        u32(2),        // table entries
+        u32(0b010),    // flags: auto
+        u8(1),         // dirty tracking
+        u8(16),        // granularity_bits
+        u16(7),        // length of the name
         u32(static_cast<std::uint32_t>(extra.size())),
         extra,
         text_bytes("nightly"),
