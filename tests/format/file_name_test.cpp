@@ -1,0 +1,210 @@
+#include "format/file_name.h"
+
+#include <gtest/gtest.h>
+
+#include "support/result.h"
+
+namespace qcow::format {
+namespace {
+
+using test::fails;
+using test::must;
+using namespace std::string_view_literals;
+
+std::string path_of(std::string_view name) { return must(parse_file_name(name)).path; }
+std::optional<Format> format_of(std::string_view name) { return must(parse_file_name(name)).format; }
+
+// ---- Paths ----
+
+TEST(FileName, IsAPath) {
+    EXPECT_EQ(path_of("base.qcow2"), "base.qcow2");
+    EXPECT_EQ(path_of("../images/base.qcow2"), "../images/base.qcow2");
+    EXPECT_EQ(path_of("/srv/base.qcow2"), "/srv/base.qcow2");
+    EXPECT_EQ(format_of("base.qcow2"), std::nullopt);
+}
+
+TEST(FileName, IsTakenByteForByte) {
+    EXPECT_EQ(path_of(" a name\nwith \xff anything "), " a name\nwith \xff anything ");
+}
+
+TEST(FileName, AColonAfterASlashIsPartOfThePath) {
+    EXPECT_EQ(path_of("./nbd:disk"), "./nbd:disk");
+    EXPECT_EQ(path_of("/srv/a:b"), "/srv/a:b");
+    EXPECT_EQ(path_of("snapshots/12:00.img"), "snapshots/12:00.img");
+}
+
+TEST(FileName, FilePrefixIsTakenOff) {
+    EXPECT_EQ(path_of("file:base.img"), "base.img");
+    EXPECT_EQ(path_of("file:/srv/base.img"), "/srv/base.img");
+    // Once: it is how a name with a colon is written.
+    EXPECT_EQ(path_of("file:nbd:disk"), "nbd:disk");
+    EXPECT_EQ(path_of("file:json:{}"), "json:{}");
+    EXPECT_EQ(format_of("file:base.img"), std::nullopt);
+}
+
+TEST(FileName, MustNotBeEmpty) {
+    EXPECT_TRUE(fails(parse_file_name(""), Errc::corrupt, {"an empty file name"}));
+    EXPECT_TRUE(fails(parse_file_name("file:"), Errc::corrupt, {"an empty file name"}));
+}
+
+TEST(FileName, HasNoZeroByte) {
+    // The operating system would open "public" instead.
+    EXPECT_TRUE(fails(parse_file_name("public\0/secret"sv), Errc::corrupt, {"zero byte"}));
+    EXPECT_TRUE(fails(parse_file_name("file:public\0/secret"sv), Errc::corrupt, {"zero byte"}));
+    EXPECT_TRUE(
+        fails(parse_file_name(R"(json:{"driver":"file","filename":"a\u0000b"})"), Errc::corrupt, {"zero byte"}));
+}
+
+TEST(FileName, OtherSchemesAreRefusedByName) {
+    EXPECT_TRUE(fails(parse_file_name("nbd:localhost:10809"), Errc::unsupported,
+                      {"\"nbd:localhost:10809\"", "scheme \"nbd:\"", "\"./nbd:localhost:10809\""}));
+    EXPECT_TRUE(fails(parse_file_name("nbd://host/export"), Errc::unsupported, {"scheme \"nbd:\""}));
+    EXPECT_TRUE(fails(parse_file_name("https://host/disk.img"), Errc::unsupported, {"scheme \"https:\""}));
+    EXPECT_TRUE(fails(parse_file_name("rbd:pool/image"), Errc::unsupported, {"scheme \"rbd:\""}));
+    EXPECT_TRUE(fails(parse_file_name("fat:rw:/etc"), Errc::unsupported, {"scheme \"fat:\""}));
+    EXPECT_TRUE(fails(parse_file_name("JSON:{}"), Errc::unsupported, {"scheme \"JSON:\""}));
+}
+
+// ---- Descriptions ----
+
+TEST(JsonDescription, NestsAFormatAndAFile) {
+    const auto name = R"(json:{"driver": "qcow2", "file": {"driver": "file", "filename": "/srv/base.img"}})";
+    EXPECT_EQ(path_of(name), "/srv/base.img");
+    EXPECT_EQ(format_of(name), Format::qcow2);
+}
+
+TEST(JsonDescription, MayBeFlat) {
+    const auto name = R"(json:{"driver": "raw", "file.driver": "file", "file.filename": "base.img"})";
+    EXPECT_EQ(path_of(name), "base.img");
+    EXPECT_EQ(format_of(name), Format::raw);
+}
+
+TEST(JsonDescription, MayBeNestedAndFlatAtOnce) {
+    EXPECT_EQ(path_of(R"(json:{"driver": "raw", "file": {"driver": "file"}, "file.filename": "base.img"})"),
+              "base.img");
+}
+
+TEST(JsonDescription, MayLeaveTheFileDriverOut) {
+    EXPECT_EQ(path_of(R"(json:{"driver": "qcow", "file": {"filename": "base.img"}})"), "base.img");
+    EXPECT_EQ(format_of(R"(json:{"driver": "qcow", "file": {"filename": "base.img"}})"), Format::qcow);
+}
+
+TEST(JsonDescription, MayLeaveTheFormatOut) {
+    EXPECT_EQ(path_of(R"(json:{"file": {"driver": "file", "filename": "base.img"}})"), "base.img");
+    EXPECT_EQ(format_of(R"(json:{"file": {"driver": "file", "filename": "base.img"}})"), std::nullopt);
+    EXPECT_EQ(path_of(R"(json:{"file.filename": "base.img"})"), "base.img");
+}
+
+TEST(JsonDescription, MayBeOfTheFileAlone) {
+    EXPECT_EQ(path_of(R"(json:{"driver": "file", "filename": "base.img"})"), "base.img");
+    EXPECT_EQ(format_of(R"(json:{"driver": "file", "filename": "base.img"})"), std::nullopt);
+    EXPECT_EQ(path_of(R"(json:{"filename": "base.img"})"), "base.img");
+    EXPECT_EQ(path_of(R"(json:{"driver": "host_device", "filename": "/dev/sdb"})"), "/dev/sdb");
+}
+
+TEST(JsonDescription, FilenameIsAPathWhateverItLooksLike) {
+    EXPECT_EQ(path_of(R"(json:{"driver": "file", "filename": "nbd:disk"})"), "nbd:disk");
+    EXPECT_EQ(path_of(R"(json:{"driver": "file", "filename": "\u00e9.img"})"), "\xc3\xa9.img");
+}
+
+TEST(JsonDescription, OptionsThatDoNotChangeTheContentsAreIgnored) {
+    EXPECT_EQ(path_of(R"(json:{"driver": "qcow2", "read-only": true, "node-name": "base", "discard": "unmap",
+                          "detect-zeroes": "on", "cache": {"direct": true}, "cache.no-flush": false,
+                          "file": {"driver": "file", "filename": "base.img", "locking": "off", "aio": "io_uring",
+                                   "auto-read-only": true, "drop-cache": true}})"),
+              "base.img");
+}
+
+TEST(JsonDescription, OptionsThatMayChangeTheContentsAreRefusedByName) {
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "raw", "offset": 512, "file.filename": "base.img"})"),
+                      Errc::unsupported, {"json: description: option \"offset\""}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "raw", "size": 512, "file.filename": "base.img"})"),
+                      Errc::unsupported, {"option \"size\""}));
+    EXPECT_TRUE(
+        fails(parse_file_name(R"(json:{"driver": "qcow2", "file.filename": "a", "backing.file.filename": "b"})"),
+              Errc::unsupported, {"option \"backing.file.filename\""}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"file": {"filename": "base.img", "offset": 512}})"), Errc::unsupported,
+                      {"option \"offset\""}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"file.filename": "base.img", "file.size": 512})"), Errc::unsupported,
+                      {"option \"size\""}));
+}
+
+TEST(JsonDescription, AnOptionIsKnownByItsWholeName) {
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "qcow2", "discard-no-unref": true, "file.filename": "a"})"),
+                      Errc::unsupported, {"option \"discard-no-unref\""}));
+}
+
+TEST(JsonDescription, OtherDriversAreRefusedByName) {
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "vmdk", "file.filename": "a"})"), Errc::unsupported,
+                      {"json: description: driver \"vmdk\""}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "nbd", "host": "localhost"})"), Errc::unsupported,
+                      {"driver \"nbd\""}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "qcow2", "file": {"driver": "https", "url": "https://h/"}})"),
+                      Errc::unsupported, {"driver \"https\""}));
+    // A format over a format over a file: one level more than an image has.
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "qcow2", "file": {"driver": "raw", "file": {}}})"),
+                      Errc::unsupported, {"driver \"raw\""}));
+}
+
+TEST(JsonDescription, NodeNamesMeanNothing) {
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "qcow2", "file": "node0"})"), Errc::unsupported,
+                      {"refers to a node by name"}));
+}
+
+TEST(JsonDescription, MustBeAnObject) {
+    EXPECT_TRUE(fails(parse_file_name("json:"), Errc::corrupt, {"not a JSON object"}));
+    EXPECT_TRUE(fails(parse_file_name("json:[]"), Errc::corrupt, {"not a JSON object"}));
+    EXPECT_TRUE(fails(parse_file_name("json:\"base.img\""), Errc::corrupt, {"not a JSON object"}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "file", )"), Errc::corrupt, {"not a JSON object"}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"filename": "a"} b)"), Errc::corrupt, {"not a JSON object"}));
+    EXPECT_TRUE(fails(parse_file_name("json:{\"filename\": \"\xff\"}"), Errc::corrupt, {"not a JSON object"}));
+}
+
+TEST(JsonDescription, MustNameAFile) {
+    EXPECT_TRUE(fails(parse_file_name("json:{}"), Errc::corrupt, {"no \"file\""}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "file"})"), Errc::corrupt, {"no \"filename\""}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "raw", "file": {}})"), Errc::corrupt, {"no \"filename\""}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "raw", "file.filename": ""})"), Errc::corrupt));
+}
+
+TEST(JsonDescription, ValuesHaveTheRightType) {
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": 5, "file.filename": "a"})"), Errc::corrupt,
+                      {"\"driver\" is not a string"}));
+    EXPECT_TRUE(
+        fails(parse_file_name(R"(json:{"driver": "raw", "file": 5})"), Errc::corrupt, {"\"file\" is not an object"}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "raw", "file": null})"), Errc::corrupt,
+                      {"\"file\" is not an object"}));
+    EXPECT_FALSE(parse_file_name(R"(json:{"driver": "raw", "file.filename": 5})"));
+    EXPECT_FALSE(parse_file_name(R"(json:{"driver": "raw", "file": "node0", "file.filename": "a"})"));
+}
+
+TEST(JsonDescription, MayBeDeepWithoutHarm) {
+    const auto deep = "json:" + std::string(100'000, '[') + std::string(100'000, ']');
+    EXPECT_TRUE(fails(parse_file_name(deep), Errc::corrupt, {"not a JSON object"}));
+    // As deep as the name of a backing file can be.
+    const auto deep_file = "json:{\"file\":" + std::string(500, '[') + std::string(500, ']') + "}";
+    EXPECT_TRUE(fails(parse_file_name(deep_file), Errc::corrupt, {"\"file\" is not an object"}));
+}
+
+// ---- Relative to what ----
+
+TEST(Resolve, RelativeNamesAreSeenFromTheDirectoryOfTheNamingFile) {
+    EXPECT_EQ(resolve("base.img", "/srv/images/overlay.qcow2"), "/srv/images/base.img");
+    EXPECT_EQ(resolve("sub/base.img", "images/overlay.qcow2"), "images/sub/base.img");
+    EXPECT_EQ(resolve("base.img", "overlay.qcow2"), "base.img");
+    EXPECT_EQ(resolve("base.img", "/overlay.qcow2"), "/base.img");
+}
+
+TEST(Resolve, AbsoluteNamesStay) {
+    EXPECT_EQ(resolve("/srv/base.img", "/home/overlay.qcow2"), "/srv/base.img");
+    EXPECT_EQ(resolve("/srv/base.img", "overlay.qcow2"), "/srv/base.img");
+}
+
+TEST(Resolve, DoesNotNormalise) {
+    // Where "images" is a symbolic link, "images/.." is not here.
+    EXPECT_EQ(resolve("../base.img", "images/overlay.qcow2"), "images/../base.img");
+    EXPECT_EQ(resolve("./base.img", "overlay.qcow2"), "./base.img");
+}
+
+}  // namespace
+}  // namespace qcow::format
