@@ -11,5 +11,7 @@ configure_package_config_file(cmake/qcowkitConfig.cmake.in ${PROJECT_BINARY_DIR}
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/qcowkitConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${PROJECT_BINARY_DIR}/qcowkitConfig.cmake ${PROJECT_BINARY_DIR}/qcowkitConfigVersion.cmake DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/qcowkit)
 
+# Relative to where the file lies, so that `cmake --install --prefix` may choose any place.
+file(RELATIVE_PATH QCOW_PREFIX_FROM_PC /prefix/${CMAKE_INSTALL_LIBDIR}/pkgconfig /prefix)
 configure_file(cmake/qcowkit.pc.in ${PROJECT_BINARY_DIR}/qcowkit.pc @ONLY)
 install(FILES ${PROJECT_BINARY_DIR}/qcowkit.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

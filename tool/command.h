@@ -26,6 +26,7 @@ void declare_info(CLI::App& root, int& status);
 void declare_map(CLI::App& root, int& status);
 void declare_check(CLI::App& root, int& status);
 void declare_convert(CLI::App& root, int& status);
+void declare_create(CLI::App& root, int& status);
 void declare_read(CLI::App& root, int& status);
 void declare_snapshot(CLI::App& root, int& status);
 

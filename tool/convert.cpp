@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "command.h"
+#include "create_options.h"
 #include "progress.h"
 #include "qcow/copy.h"
 #include "text.h"
@@ -14,10 +15,63 @@ struct Options {
     Source source;
     std::string target;
     std::string target_format = "raw";
+    NewImageArguments image;
     std::string sparse = "4k";
+    std::optional<int> level;
     unsigned workers = 0;
+    bool compress = false;
     bool progress = false;
 };
+
+qcow::Result<void> to_raw(qcow::Disk& source, const qcow::NewFile& file, const Options& options,
+                          qcow::CopyOptions copy) {
+    if (auto sized = file.storage()->resize(source.size()); !sized) return sized;
+    auto target = qcow::open_image(file.storage(), {.format = qcow::Format::raw});
+    if (!target) return std::unexpected(std::move(target).error());
+    copy.sparse_bytes = parse_size(options.sparse);
+    copy.target_is_zero = file.starts_as_zeros();
+    return qcow::copy_disk(source, **target, copy);
+}
+
+qcow::Result<void> to_qcow2(qcow::Disk& source, const qcow::NewFile& file, const Options& options,
+                            qcow::CopyOptions copy) {
+    auto create = parse_create_options(options.image);
+    if (!create) return std::unexpected(std::move(create).error());
+    const auto refuse = [](std::string place, std::string what) {
+        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(place), std::move(what)});
+    };
+    if (!file.starts_as_zeros())
+        return refuse(options.target, "a block device can only be the target of -O raw so far");
+    if (create->preallocation != qcow::Preallocation::off) {
+        return refuse("option preallocation", "only create has it so far");
+    }
+    if (create->size != 0 && create->size != source.size())
+        return refuse("option size", "the target is as large as the source");
+
+    qcow::ConvertOptions convert;
+    convert.copy = std::move(copy);
+    convert.compress = options.compress;
+    convert.level = options.level;
+    if (!create->backing_name.empty()) {
+        if (create->backing_format.empty()) {
+            return refuse("backing file", "its format is to be recorded; say it with -F (raw, qcow or qcow2)");
+        }
+        Source backing;
+        backing.path = beside(options.target, create->backing_name);
+        backing.format = create->backing_format;
+        auto image = open_source(backing);
+        if (!image) {
+            auto error = std::move(image).error();
+            return std::unexpected(std::move(error).in("backing file"));
+        }
+        convert.backing = *std::move(image);
+    }
+    auto data_file = begin_data_file(options.target, *create);
+    if (!data_file) return std::unexpected(std::move(data_file).error());
+    const qcow::NewImageFiles files{file.storage(), *data_file ? (*data_file)->storage() : nullptr};
+    if (auto converted = qcow::convert_image(source, files, *create, convert); !converted) return converted;
+    return *data_file ? (*data_file)->publish() : qcow::Result<void>();
+}
 
 qcow::Result<int> run(const Options& options) {
     auto image = open_source(options.source);
@@ -25,21 +79,23 @@ qcow::Result<int> run(const Options& options) {
     auto source = disk_of(*image, options.source);
     if (!source) return std::unexpected(std::move(source).error());
 
+    const bool qcow2_wanted =
+        options.compress || options.level || !options.image.options.empty() || !options.image.backing.empty();
+    if (options.target_format == "raw" && qcow2_wanted) {
+        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "target format",
+                                           "raw has no options and no compression; say -O qcow2"});
+    }
     auto file = qcow::NewFile::begin(options.target);
     if (!file) return std::unexpected(std::move(file).error());
-    if (auto sized = file->storage()->resize((*source)->size()); !sized)
-        return std::unexpected(std::move(sized).error());
-    auto target = qcow::open_image(file->storage(), {.format = qcow::Format::raw});
-    if (!target) return std::unexpected(std::move(target).error());
     {
         Progress progress("converting", options.progress);
         qcow::CopyOptions copy;
         copy.workers = options.workers;
-        copy.sparse_bytes = parse_size(options.sparse);
-        copy.target_is_zero = file->starts_as_zeros();
         copy.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
-        if (auto copied = qcow::copy_disk(**source, **target, copy); !copied)
-            return std::unexpected(std::move(copied).error());
+        const auto convert = options.target_format == "raw" ? to_raw : to_qcow2;
+        if (auto converted = convert(**source, *file, options, copy); !converted) {
+            return std::unexpected(std::move(converted).error());
+        }
     }
     if (auto published = file->publish(); !published) return std::unexpected(std::move(published).error());
     return ok;
@@ -50,20 +106,33 @@ qcow::Result<int> run(const Options& options) {
 void declare_convert(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "convert", "Get the contents of an image out, as a raw image",
+        root, status, "convert", "Copy the contents of an image into a new one: raw, or qcow2, compressed or not",
         "The target appears under its name only when it is complete; a file that has the name is replaced then.\n"
-        "Zeros become holes. Where source and target share a file system that can, data are shared, not copied.\n"
-        "Examples:\n"
-        "  qcow convert disk.qcow2 disk.raw\n"
-        "  qcow convert -l before-upgrade disk.qcow2 old.raw    one internal snapshot",
+        "Zeros take no space. Where source and target share a file system that can, data are shared, not copied.\n" +
+            std::string(new_image_help) +
+            "\nExamples:\n"
+            "  qcow convert disk.qcow2 disk.raw\n"
+            "  qcow convert -O qcow2 -c disk.raw disk.qcow2         compressed\n"
+            "  qcow convert -O qcow2 -c -o compression_type=zstd disk.raw disk.qcow2\n"
+            "  qcow convert -O qcow2 -B base.qcow2 -F qcow2 disk.raw overlay.qcow2    what differs from base\n"
+            "  qcow convert -l before-upgrade disk.qcow2 old.raw    one internal snapshot",
         [options] { return run(*options); });
     add_source_options(app, options->source, "SOURCE");
-    app.add_option("TARGET", options->target, "The file to make, or a block device to overwrite")->required();
-    app.add_option("-O,--target-format", options->target_format, "Format of the target; raw is the only one so far")
-        ->check(CLI::IsMember({"raw"}))
+    app.add_option("TARGET", options->target, "The file to make, or (raw only) a block device to overwrite")
+        ->required();
+    app.add_option("-O,--target-format", options->target_format, "Format of the target")
+        ->check(CLI::IsMember({"raw", "qcow2"}))
         ->capture_default_str();
     app.add_option("-l,--snapshot", options->source.snapshot, "Convert this internal snapshot (id or name)");
-    app.add_option("-S,--sparse", options->sparse, "Runs of zeros of at least this size become holes; 0: none do")
+    app.add_flag("-c,--compress", options->compress, "Compress");
+    app.add_option("--level", options->level, "Compression level: 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd");
+    add_new_image_options(app, options->image);
+    app.add_option("-B,--backing", options->image.backing,
+                   "Store only what differs from this image, and make it the backing file");
+    app.add_option("-F,--backing-format", options->image.backing_format,
+                   "The format of the backing file: raw, qcow or qcow2");
+    app.add_option("-S,--sparse", options->sparse,
+                   "Raw targets: runs of zeros of at least this size become holes; 0: none do")
         ->check(size_text)
         ->capture_default_str();
     app.add_option("-m,--workers", options->workers, "Threads; by default one a processor")->check(CLI::Range(1, 1024));

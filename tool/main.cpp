@@ -23,8 +23,9 @@ int run(int argc, char** argv) {
         "  qcow convert disk.qcow2 disk.raw    get the contents out");
 
     int status = tool::ok;
-    for (const tool::Declare declare : {tool::declare_info, tool::declare_map, tool::declare_check,
-                                        tool::declare_convert, tool::declare_read, tool::declare_snapshot}) {
+    for (const tool::Declare declare :
+         {tool::declare_info, tool::declare_map, tool::declare_check, tool::declare_create, tool::declare_convert,
+          tool::declare_read, tool::declare_snapshot}) {
         declare(app, status);
     }
     try {

@@ -21,8 +21,8 @@ enum class Preallocation : std::uint8_t {
 
 /// What a new image is to be like. The defaults are QEMU's.
 struct CreateOptions {
-    std::uint64_t size = 0;  ///< virtual size in bytes
-    unsigned version = 3;    ///< 2 or 3
+    std::uint64_t size = 0;                                ///< virtual size in bytes
+    unsigned version = 3;                                  ///< 2 or 3
     std::uint64_t cluster_size = std::uint64_t{64} << 10;  ///< 512 bytes to 2 MiB, a power of two
     unsigned refcount_bits = 16;                           ///< 1 to 64, a power of two; 16 in version 2
     bool lazy_refcounts = false;
@@ -53,8 +53,8 @@ struct ConvertOptions {
     std::shared_ptr<Disk> backing;
 };
 
-/// Makes an image with the contents of `source`, whose size replaces that of the options if it is 0. The same source and
-/// options give the same bytes, whatever the number of workers. Memory does not grow with the image.
+/// Makes an image with the contents of `source`, whose size replaces that of the options if it is 0. The same source
+/// and options give the same bytes, whatever the number of workers. Memory does not grow with the image.
 QCOW_API Result<void> convert_image(Disk& source, const NewImageFiles& files, const CreateOptions& options,
                                     const ConvertOptions& convert = {});
 

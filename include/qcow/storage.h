@@ -46,8 +46,8 @@ public:
     virtual Result<void> write_zeroes(HostOffset at, std::uint64_t length) = 0;
 
     /// Reserves space for `length` bytes, growing as needed; their contents stay, and are zeros where there were none.
-    /// By writing zeros where it cannot be done otherwise. Errc::no_space.
-    virtual Result<void> allocate(HostOffset at, std::uint64_t length) = 0;
+    /// Where space cannot be reserved it only grows. Errc::no_space.
+    virtual Result<void> allocate(HostOffset at, std::uint64_t length);
 
     /// Sets the length; new bytes read as zeros.
     virtual Result<void> resize(std::uint64_t size) = 0;

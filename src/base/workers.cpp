@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cassert>
 #include <mutex>
 #include <optional>
 #include <system_error>
@@ -20,6 +21,7 @@ unsigned default_workers() {
 }
 
 Result<void> run_workers(unsigned count, const std::function<Result<void>(unsigned)>& work) {
+    assert(count > 0);
     std::mutex mutex;
     std::optional<Error> first_error;
     const auto run = [&](unsigned index) {

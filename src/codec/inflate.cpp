@@ -15,7 +15,7 @@ struct FreeDecompressor {
 
 std::unexpected<Error> damaged(std::string what) { return fail(Errc::corrupt, "deflate stream", std::move(what)); }
 
-/// zlib can stop when the output is full, which libdeflate takes for an error.
+/// zlib stops when the output is full; libdeflate takes whatever is wrong or missing behind that for an error.
 Result<void> inflate_prefix(std::span<const std::byte> in, std::span<std::byte> out) {
     z_stream stream = {};
     if (inflateInit2(&stream, -MAX_WBITS) != Z_OK)
@@ -27,8 +27,9 @@ Result<void> inflate_prefix(std::span<const std::byte> in, std::span<std::byte> 
     const int status = ::inflate(&stream, Z_FINISH);
     const bool full = stream.avail_out == 0;
     inflateEnd(&stream);
-    if (full && (status == Z_STREAM_END || status == Z_BUF_ERROR || status == Z_OK)) return {};
-    return damaged("it cannot be decoded");
+    if (full) return {};
+    return damaged(status == Z_STREAM_END || status == Z_BUF_ERROR ? "it ends before the cluster is full"
+                                                                   : "it cannot be decoded");
 }
 
 }  // namespace
@@ -38,13 +39,9 @@ Result<void> inflate(std::span<const std::byte> in, std::span<std::byte> out) {
         libdeflate_alloc_decompressor());
     if (!decompressor) return fail(Errc::limit_exceeded, "deflate stream", "no memory for libdeflate");
     std::size_t decoded = 0;
-    switch (libdeflate_deflate_decompress(decompressor.get(), in.data(), in.size(), out.data(), out.size(), &decoded)) {
-        case LIBDEFLATE_SUCCESS:
-            if (decoded == out.size()) return {};
-            return damaged("it ends before the cluster is full");
-        case LIBDEFLATE_INSUFFICIENT_SPACE: return inflate_prefix(in, out);
-        default: return damaged("it cannot be decoded");
-    }
+    const auto status =
+        libdeflate_deflate_decompress(decompressor.get(), in.data(), in.size(), out.data(), out.size(), &decoded);
+    return status == LIBDEFLATE_SUCCESS && decoded == out.size() ? Result<void>() : inflate_prefix(in, out);
 }
 
 }  // namespace qcow::codec

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/try.h"
+#include "format/header.h"
 
 namespace qcow::format {
 namespace {
@@ -122,6 +123,8 @@ Result<FileName> parse_local_name(std::string_view name) {
 }  // namespace
 
 Result<FileName> parse_file_name(std::string_view name) {
+    if (name.size() > max_name_length)
+        return fail(Errc::corrupt, "", fmt::format("a file name of {} bytes", name.size()));
     auto result = TRY(parse_local_name(name));
     if (result.path.empty()) return fail(Errc::corrupt, "", "an empty file name");
     if (result.path.find('\0') != std::string::npos) return fail(Errc::corrupt, "", "a file name with a zero byte");

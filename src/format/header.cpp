@@ -78,9 +78,19 @@ Result<void> parse_version3(std::span<const std::byte> in, Header& h) {
 
 Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data, std::size_t at, Header& h) {
     const auto place = [&](std::string_view name) { return fmt::format("header extension {} (byte {})", name, at); };
+    const auto verify_name = [&](std::string_view name) -> Result<void> {
+        if (data.size() <= max_name_length) return {};
+        return fail(Errc::corrupt, place(name), fmt::format("{} bytes are more than {}", data.size(), max_name_length));
+    };
     switch (static_cast<ExtensionType>(type)) {
-        case ExtensionType::backing_format: h.backing_format = text(data); break;
-        case ExtensionType::data_file_name: h.data_file_name = text(data); break;
+        case ExtensionType::backing_format:
+            TRY_VOID(verify_name("backing file format"));
+            h.backing_format = text(data);
+            break;
+        case ExtensionType::data_file_name:
+            TRY_VOID(verify_name("data file name"));
+            h.data_file_name = text(data);
+            break;
         case ExtensionType::feature_names: {
             constexpr std::size_t entry = 48;
             for (std::size_t i = 0; i + entry <= data.size(); i += entry) {
@@ -151,6 +161,13 @@ Result<void> verify_features(const Header& h) {
     }
     if (h.crypt == Crypt::luks && !h.encryption) {
         return fail(Errc::corrupt, field("crypt_method", 32), "LUKS, but the header extension for it is missing");
+    }
+    if (h.encryption && h.crypt != Crypt::luks) {
+        return fail(Errc::corrupt, field("crypt_method", 32), "not LUKS, but there is a header extension for it");
+    }
+    if (h.encryption && !is_aligned(h.encryption->offset.value, h.cluster_size())) {
+        return fail(Errc::corrupt, "header extension encryption",
+                    fmt::format("its offset {:#x} is not a multiple of the cluster size", h.encryption->offset.value));
     }
     return {};
 }

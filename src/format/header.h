@@ -139,9 +139,9 @@ Result<std::size_t> header_bytes(std::span<const std::byte> start);
 /// bounds the tables that reading needs.
 Result<Header> parse_header(std::span<const std::byte> cluster, std::uint64_t file_size);
 
-/// The first cluster's contents, as long as they are, for a header that parse_header would accept. A table of the feature
-/// names is added where there is room for it. Errc::limit_exceeded if header, extensions and backing file name do not
-/// fit in a cluster.
+/// The first cluster's contents, as long as they are, for a header that parse_header would accept. A table of the
+/// feature names is added where there is room for it. Errc::limit_exceeded if header, extensions and backing file name
+/// do not fit in a cluster.
 Result<std::vector<std::byte>> encode_header(const Header& header);
 
 /// The set feature bits by name, for people.

@@ -24,6 +24,7 @@ Result<EncryptionInfo> parse_luks1(std::span<const std::byte> in) {
     constexpr std::string_view magic("LUKS\xba\xbe", 6);
     constexpr std::size_t first_slot = 208;
     constexpr std::size_t slot_bytes = 48;
+    constexpr std::uint32_t max_key_bytes = 1024;
     constexpr std::uint32_t slot_enabled = 0x00ac71f3;
 
     if (in.size() < luks1_header_bytes) {
@@ -36,7 +37,10 @@ Result<EncryptionInfo> parse_luks1(std::span<const std::byte> in) {
     }
     EncryptionInfo info;
     info.method = "luks";
-    info.key_bits = load_be<std::uint32_t>(in, 108) * 8;
+    const auto key_bytes = load_be<std::uint32_t>(in, 108);
+    if (key_bytes > max_key_bytes)
+        return fail(Errc::corrupt, "LUKS header", fmt::format("a key of {} bytes", key_bytes));
+    info.key_bits = key_bytes * 8;
     info.cipher = fmt::format("{}-{}", padded_text(in.subspan(8, 32)), padded_text(in.subspan(40, 32)));
     info.hash = padded_text(in.subspan(72, 32));
     info.slots = 8;

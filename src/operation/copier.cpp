@@ -25,17 +25,17 @@ struct Buffer {
     Piece piece;
 };
 
-/// A stretch of the source, numbered in guest order. Data that were read are in `buffer`; without one, `extent` is zeros, or
-/// data for the kernel to copy.
+/// A stretch of the source, numbered in guest order. Data that were read are in `buffer`; without one, `extent` is
+/// zeros, or data for the kernel to copy.
 struct Stretch {
     std::uint64_t number = 0;
     Extent extent;
     std::unique_ptr<Buffer> buffer;
 };
 
-/// Workers take stretches in guest order, read and prepare them at the same time, and put them back into order. Kernels let
-/// one thread at a time write to a file and have the others spin meanwhile; so whoever finds nobody writing writes all
-/// that is next in order, and the others go on reading.
+/// Workers take stretches in guest order, read and prepare them at the same time, and put them back into order. Kernels
+/// let one thread at a time write to a file and have the others spin meanwhile; so whoever finds nobody writing writes
+/// all that is next in order, and the others go on reading.
 class Copier {
 public:
     Copier(Disk& source, CopyTarget& target, unsigned workers,

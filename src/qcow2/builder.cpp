@@ -89,8 +89,8 @@ void Builder::prepare_cluster(Piece& piece, std::size_t begin, codec::Compressor
                               std::span<const std::byte> backing) const {
     using Kind = PreparedRun::Kind;
     const std::size_t cluster_size = geometry_.cluster_size();
-    const auto bytes = std::span<const std::byte>(piece.bytes)
-                           .subspan(begin, std::min(cluster_size, piece.bytes.size() - begin));
+    const auto bytes =
+        std::span<const std::byte>(piece.bytes).subspan(begin, std::min(cluster_size, piece.bytes.size() - begin));
     const auto add = [&](Kind kind, std::span<const std::byte> stored) {
         auto& runs = piece.runs;
         if (kind != Kind::compressed && !runs.empty() && runs.back().kind == kind) {
@@ -101,7 +101,8 @@ void Builder::prepare_cluster(Piece& piece, std::size_t begin, codec::Compressor
             runs.push_back({kind, bytes.size(), stored});
         }
     };
-    if (!backing.empty() && std::ranges::equal(bytes, backing.subspan(begin, bytes.size()))) return add(Kind::nothing, {});
+    if (!backing.empty() && std::ranges::equal(bytes, backing.subspan(begin, bytes.size())))
+        return add(Kind::nothing, {});
     if (is_zero(bytes)) return add(backing.empty() ? Kind::nothing : Kind::zero, {});
     // The last cluster of a disk may be cut short; it is stored as it is.
     if (compressor != nullptr && bytes.size() == cluster_size) {
@@ -181,16 +182,19 @@ Result<void> Builder::add_zeroes(GuestOffset at, std::uint64_t length) {
         TRY(add_data(at, length));
         return {};
     }
-    const auto zero = geometry_.extended_l2 ? format::L2Entry{0, all_subclusters_zero} : format::L2Entry{format::zero_bit};
+    const auto zero =
+        geometry_.extended_l2 ? format::L2Entry{0, all_subclusters_zero} : format::L2Entry{format::zero_bit};
     return set_entries(at, geometry_.clusters(length), zero, 0);
 }
 
 /// Finds room for a stream: behind the previous one, if what it runs into is free and the refcounts allow it.
 HostOffset Builder::place_stream(std::uint64_t length) {
     const std::uint64_t cluster_size = geometry_.cluster_size();
-    const std::uint64_t room = stream_end_.value == 0 ? 0 : cluster_size - geometry_.offset_in_cluster(stream_end_.value);
+    const std::uint64_t room =
+        stream_end_.value == 0 ? 0 : cluster_size - geometry_.offset_in_cluster(stream_end_.value);
     const HostOffset cluster{align_down(stream_end_.value, cluster_size)};
-    const bool shareable = room != 0 && room != cluster_size && streams_in_cluster_ < format::max_refcount(header_.refcount_order) &&
+    const bool shareable = room != 0 && room != cluster_size &&
+                           streams_in_cluster_ < format::max_refcount(header_.refcount_order) &&
                            refcounts_.end() - cluster <= max_stream_distance;
     const bool fits = length <= room;
     if (!shareable || (!fits && cluster + cluster_size != refcounts_.end())) {
@@ -266,7 +270,8 @@ Result<void> Builder::preallocate() {
         if (preallocation_ == Preallocation::full) {
             const std::vector<std::byte> zeros(std::min<std::uint64_t>(stored, 2 * MiB));
             for (std::uint64_t done = 0; done < stored; done += zeros.size()) {
-                TRY_VOID(target.write(host + done, std::span(zeros).first(std::min<std::uint64_t>(zeros.size(), stored - done))));
+                TRY_VOID(target.write(host + done,
+                                      std::span(zeros).first(std::min<std::uint64_t>(zeros.size(), stored - done))));
             }
         }
     }

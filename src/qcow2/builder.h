@@ -58,7 +58,7 @@ private:
     format::Geometry geometry_;
     RefcountWriter refcounts_;
     std::vector<std::byte> l1_;
-    std::vector<std::byte> l2_;  // the table that is being filled
+    std::vector<std::byte> l2_;   // the table that is being filled
     std::uint64_t l2_index_ = 0;  // which one it is, in the L1 table
     bool l2_used_ = false;
 

@@ -16,7 +16,8 @@ std::unexpected<Error> impossible(std::string_view option, std::string why) {
 }
 
 Result<void> verify(const CreateOptions& o) {
-    if (o.version != 2 && o.version != 3) return impossible("compat", fmt::format("version {} is neither 2 nor 3", o.version));
+    if (o.version != 2 && o.version != 3)
+        return impossible("compat", fmt::format("version {} is neither 2 nor 3", o.version));
     if (!std::has_single_bit(o.cluster_size) || o.cluster_size < 512 || o.cluster_size > 2 * MiB) {
         return impossible("cluster_size", fmt::format("{} is not a power of two from 512 to 2M", o.cluster_size));
     }
@@ -31,7 +32,8 @@ Result<void> verify(const CreateOptions& o) {
         if (o.compression != Compression::zlib) return impossible("compression_type", std::string(needs_v3));
         if (!o.data_file_name.empty()) return impossible("data_file", std::string(needs_v3));
     }
-    if (o.extended_l2 && o.cluster_size < 16 * KiB) return impossible("extended_l2", "it needs clusters of at least 16k");
+    if (o.extended_l2 && o.cluster_size < 16 * KiB)
+        return impossible("extended_l2", "it needs clusters of at least 16k");
     if (o.data_file_raw && o.data_file_name.empty()) return impossible("data_file_raw", "there is no data_file");
     if (o.data_file_raw && !o.backing_name.empty()) {
         return impossible("data_file_raw", "a raw data file holds everything by itself; it excludes a backing file");
@@ -65,9 +67,10 @@ Result<format::Header> header_for(const CreateOptions& o) {
 
     const auto l1_entries = divide_up(o.size, format::Geometry(h).l2_coverage());
     if (l1_entries * 8 > format::max_l1_bytes) {
-        return impossible("size", fmt::format("{} bytes are too much for clusters of {}: the L1 table would be larger than 32 MiB; "
-                                              "use a larger cluster_size",
-                                              o.size, o.cluster_size));
+        return impossible(
+            "size", fmt::format("{} bytes are too much for clusters of {}: the L1 table would be larger than 32 MiB; "
+                                "use a larger cluster_size",
+                                o.size, o.cluster_size));
     }
     h.l1_entries = static_cast<std::uint32_t>(l1_entries);
     TRY(format::encode_header(h));  // whether the names fit

@@ -10,8 +10,8 @@
 
 namespace qcow::qcow2 {
 
-/// Hands out the clusters of a new file one after the other. Refcount blocks are written when nothing can change in them any
-/// more, so that memory does not grow with the file. Not thread-safe.
+/// Hands out the clusters of a new file one after the other. Refcount blocks are written when nothing can change in
+/// them any more, so that memory does not grow with the file. Not thread-safe.
 class RefcountWriter {
 public:
     RefcountWriter(Storage& file, unsigned cluster_bits, unsigned refcount_order);

@@ -65,8 +65,7 @@ Result<void> View::read_data(HostOffset host, GuestOffset at, std::span<std::byt
 }
 
 Result<void> View::read_one_compressed(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const {
-    const auto decompress =
-        core_->header.compression == Compression::zstd ? codec::decompress_zstd : codec::inflate;
+    const auto decompress = core_->header.compression == Compression::zstd ? codec::decompress_zstd : codec::inflate;
     const auto& geometry = core_->rules.geometry;
     auto result = read_compressed(*core_->file, mapped.compressed, decompress, geometry.cluster_size(),
                                   geometry.offset_in_cluster(at.value), to);

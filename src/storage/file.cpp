@@ -61,9 +61,10 @@ public:
 
     Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
         std::size_t done = 0;
-        while (done < to.size()) {
-            if (at.value + done > max_offset) break;
-            const ssize_t n = pread(fd_.get(), to.data() + done, to.size() - done, static_cast<off_t>(at.value + done));
+        const std::size_t possible =
+            at.value > max_offset ? 0 : std::min<std::uint64_t>(to.size(), max_offset - at.value);
+        while (done < possible) {
+            const ssize_t n = pread(fd_.get(), to.data() + done, possible - done, static_cast<off_t>(at.value + done));
             if (n < 0 && errno == EINTR) continue;
             if (n < 0)
                 return system_error(fmt::format("cannot read {} bytes at {:#x}", to.size(), at.value), path_, errno);
@@ -207,6 +208,7 @@ std::unexpected<Error> system_error(std::string_view action, const std::string& 
             case ENOSPC:
             case EDQUOT:
             case EFBIG: return Errc::no_space;
+            case EISDIR: return Errc::invalid_argument;
             default: return Errc::io;
         }
     }();
@@ -222,6 +224,10 @@ Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::stri
     }
     if (lock) TRY_VOID(lock_file(fd.get(), path, writable));
     return std::make_shared<FileStorage>(std::move(fd), path, status, writable);
+}
+
+Result<void> Storage::allocate(HostOffset at, std::uint64_t length) {
+    return at.value + length > TRY(size()) ? resize(at.value + length) : Result<void>();
 }
 
 Result<std::uint64_t> Storage::copy_from(const Storage&, HostOffset, HostOffset, std::uint64_t) { return 0; }

@@ -38,6 +38,8 @@ public:
     }
 
     Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+        if (from.empty()) return {};
+        if (at.value > bytes_.max_size() - from.size()) return too_large(at.value);
         if (at.value + from.size() > TRY(size())) TRY_VOID(grow(at.value + from.size()));
         const std::shared_lock lock(mutex_);
         std::memcpy(bytes_.data() + at.value, from.data(), from.size());
@@ -51,7 +53,10 @@ public:
         return {};
     }
 
-    Result<void> allocate(HostOffset at, std::uint64_t length) override { return grow(at.value + length); }
+    Result<void> allocate(HostOffset at, std::uint64_t length) override {
+        if (length > bytes_.max_size() || at.value > bytes_.max_size() - length) return too_large(at.value);
+        return grow(at.value + length);
+    }
 
     Result<void> resize(std::uint64_t size) override {
         const std::lock_guard lock(mutex_);
@@ -67,18 +72,21 @@ public:
     }
 
 private:
+    [[nodiscard]] std::unexpected<Error> too_large(std::uint64_t size) const {
+        return fail(Errc::no_space, name_, fmt::format("{} bytes do not fit in memory", size));
+    }
+
     Result<void> grow(std::uint64_t size) {
         const std::lock_guard lock(mutex_);
         return size > bytes_.size() ? set_size(size) : Result<void>();
     }
 
     Result<void> set_size(std::uint64_t size) {
-        if (size > bytes_.max_size())
-            return fail(Errc::no_space, name_, fmt::format("{} bytes do not fit in memory", size));
+        if (size > bytes_.max_size()) return too_large(size);
         try {
             bytes_.resize(size);
         } catch (const std::bad_alloc&) {
-            return fail(Errc::no_space, name_, fmt::format("{} bytes do not fit in memory", size));
+            return too_large(size);
         }
         return {};
     }

@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <filesystem>
@@ -17,11 +18,20 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// Where a symbolic link leads, so that the link stays and its target is replaced.
-fs::path target_of(const std::string& path) {
-    std::error_code ignored;
-    const auto target = fs::weakly_canonical(path, ignored);
-    return target.empty() ? fs::path(path) : target;
+/// Where a symbolic link leads, if anywhere yet, so that the link stays and its target is replaced.
+fs::path target_of(fs::path path) {
+    constexpr int max_links = 40;  // as the kernel's
+    std::error_code error;
+    for (int i = 0; i < max_links && fs::is_symlink(path, error); ++i) {
+        path = path.parent_path() / fs::read_symlink(path, error);
+    }
+    return path;
+}
+
+/// A name beside the target that nothing else has, and that is as short as the longest file name allows.
+std::string part_name(const fs::path& target) {
+    static std::atomic<unsigned> count = 0;
+    return (target.parent_path() / fmt::format(".{}-{}.part", getpid(), count++)).string();
 }
 
 /// A file in `directory` without a name; -1, and errno, where the file system cannot make one.
@@ -40,6 +50,7 @@ struct NewFile::State {
     std::shared_ptr<Storage> replaced;  // the file that has the name now: held, with its lock, until then
     std::optional<mode_t> mode;         // of that file
     bool in_place = false;
+    bool published = false;
 };
 
 NewFile::NewFile(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -53,11 +64,12 @@ const std::shared_ptr<Storage>& NewFile::storage() const { return state_->storag
 bool NewFile::starts_as_zeros() const { return !state_->in_place; }
 
 Result<NewFile> NewFile::begin(const std::string& path) {
+    if (path.empty()) return fail(Errc::invalid_argument, "", "an empty file name");
     const auto target = target_of(path);
     NewFile file(std::make_unique<State>());
     auto& state = *file.state_;
     state.path = target.string();
-    state.part = fmt::format("{}.{}.part", state.path, getpid());
+    state.part = part_name(target);
 
     struct stat there = {};
     if (stat(state.path.c_str(), &there) == 0) {
@@ -84,7 +96,12 @@ Result<NewFile> NewFile::begin(const std::string& path) {
 
 Result<void> NewFile::publish() {
     auto& state = *state_;
-    if (state.in_place) return {};
+    if (state.in_place || state.published) return {};
+    // Somebody may have made, and be using, a file of that name meanwhile.
+    struct stat there = {};
+    if (!state.replaced && stat(state.path.c_str(), &there) == 0) {
+        state.replaced = TRY(open_file(state.path, {.writable = true}));
+    }
     if (!state.linked) {
         const auto unnamed = fmt::format("/proc/self/fd/{}", state.fd.get());
         if (linkat(AT_FDCWD, unnamed.c_str(), AT_FDCWD, state.part.c_str(), AT_SYMLINK_FOLLOW) != 0)
@@ -96,6 +113,7 @@ Result<void> NewFile::publish() {
     if (rename(state.part.c_str(), state.path.c_str()) != 0)
         return system_error("cannot put in place", state.path, errno);
     state.linked = false;
+    state.published = true;
     state.replaced.reset();
     return {};
 }

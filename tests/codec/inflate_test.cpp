@@ -160,5 +160,16 @@ TEST(Inflate, RunsOnSeveralThreadsAtOnce) {
     for (const auto& result : results) EXPECT_EQ(result, sample(65536));
 }
 
+// ---- What follows a full cluster does not matter ----
+
+TEST(Inflate, AStreamThatIsCutOffBehindAFullCluster) {
+    EXPECT_EQ(inflated(deflated(sample(65536), 6, 12, Z_SYNC_FLUSH), 65536), sample(65536));
+}
+
+TEST(Inflate, AStreamWhoseRestIsGarbage) {
+    const auto stream = joined({deflated(sample(65536), 6, 12, Z_SYNC_FLUSH), repeated(100, 0xff)});
+    EXPECT_EQ(inflated(stream, 65536), sample(65536));
+}
+
 }  // namespace
 }  // namespace qcow::codec

@@ -132,5 +132,17 @@ TEST(MemoryStorage, GrowsUnderReadersAndWriters) {
     EXPECT_EQ(must(storage->size()), (199 * 4 + 4 + 1) * 512U);
 }
 
+TEST(MemoryStorage, RefusesToWriteWhereOffsetsEnd) {
+    const auto storage = memory_storage(text_bytes("abc"));
+    EXPECT_TRUE(fails(storage->write({~std::uint64_t{0}}, text_bytes("xy")), Errc::no_space));
+    EXPECT_EQ(must(storage->size()), 3U);
+}
+
+TEST(MemoryStorage, WritingNothingDoesNotGrow) {
+    const auto storage = memory_storage(text_bytes("abc"));
+    must(storage->write({10}, {}));
+    EXPECT_EQ(must(storage->size()), 3U);
+}
+
 }  // namespace
 }  // namespace qcow

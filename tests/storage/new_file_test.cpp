@@ -199,5 +199,38 @@ TEST_F(NewFiles, CanHaveARelativeName) {
     EXPECT_EQ(read_file(path_), "new contents");
 }
 
+TEST(NewFile, MakesWhatADanglingLinkNames) {
+    const TemporaryDirectory directory;
+    std::filesystem::create_symlink("target", directory / "link");
+    auto file = must(NewFile::begin(directory / "link"));
+    must(file.publish());
+    EXPECT_TRUE(std::filesystem::is_symlink(directory / "link"));
+    EXPECT_TRUE(std::filesystem::exists(directory / "target"));
+}
+
+TEST(NewFile, PublishingTwiceIsPublishing) {
+    const TemporaryDirectory directory;
+    auto file = must(NewFile::begin(directory / "a"));
+    must(file.publish());
+    must(file.publish());
+    EXPECT_EQ(directory.names(), std::set<std::string>{"a"});
+}
+
+TEST(NewFile, DoesNotReplaceOneThatWasMadeAndIsInUseMeanwhile) {
+    const TemporaryDirectory directory;
+    auto first = must(NewFile::begin(directory / "a"));
+    auto second = must(NewFile::begin(directory / "a"));
+    must(first.publish());
+    EXPECT_TRUE(fails(second.publish(), Errc::locked));
+}
+
+TEST(NewFile, MayHaveTheLongestName) {
+    const TemporaryDirectory directory;
+    auto file = must(NewFile::begin(directory / std::string(255, 'n')));
+    must(file.publish());
+}
+
+TEST(NewFile, NeedsAName) { EXPECT_TRUE(fails(NewFile::begin(""), Errc::invalid_argument)); }
+
 }  // namespace
 }  // namespace qcow

@@ -1,0 +1,35 @@
+#pragma once
+// The options of new images, as commands spell them.
+
+#include <string>
+#include <vector>
+
+#include "command.h"
+#include "qcow/create.h"
+
+namespace tool {
+
+/// What `-o`, `-b` and `-F` say.
+struct NewImageArguments {
+    std::vector<std::string> options;  // "name=value,name=value"
+    std::string backing;
+    std::string backing_format;
+};
+
+/// Adds -o, and what its help has to say, to a command that makes images.
+void add_new_image_options(CLI::App& app, NewImageArguments& arguments);
+
+/// The help text on -o.
+extern const char* const new_image_help;
+
+/// Understands them. Errc::invalid_argument names the option that is wrong, and what it can be.
+qcow::Result<qcow::CreateOptions> parse_create_options(const NewImageArguments& arguments);
+
+/// The data file that the options name, as seen from the image; a new file, or none.
+qcow::Result<std::optional<qcow::NewFile>> begin_data_file(const std::string& image_path,
+                                                           const qcow::CreateOptions& options);
+
+/// The name that an image has given to another file, as a path from here.
+std::string beside(const std::string& image_path, const std::string& name);
+
+}  // namespace tool
