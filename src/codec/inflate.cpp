@@ -15,7 +15,8 @@ struct FreeDecompressor {
 
 std::unexpected<Error> damaged(std::string what) { return fail(Errc::corrupt, "deflate stream", std::move(what)); }
 
-/// zlib can stop when the output is full, which libdeflate takes for an error.
+/// zlib can stop when the output is full. libdeflate takes it for an error when a stream then goes on, and when it is
+/// cut off behind that point.
 Result<void> inflate_prefix(std::span<const std::byte> in, std::span<std::byte> out) {
     z_stream stream = {};
     if (inflateInit2(&stream, -MAX_WBITS) != Z_OK)
@@ -42,8 +43,7 @@ Result<void> inflate(std::span<const std::byte> in, std::span<std::byte> out) {
         case LIBDEFLATE_SUCCESS:
             if (decoded == out.size()) return {};
             return damaged("it ends before the cluster is full");
-        case LIBDEFLATE_INSUFFICIENT_SPACE: return inflate_prefix(in, out);
-        default: return damaged("it cannot be decoded");
+        default: return inflate_prefix(in, out);
     }
 }
 
