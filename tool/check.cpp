@@ -102,7 +102,10 @@ qcow::Result<int> run(const Options& options) {
     check.memory_bytes = parse_size(options.memory);
     check.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
     auto report = (*image)->check(check);
-    if (!report) return std::unexpected(std::move(report).error());
+    if (!report) {
+        auto error = std::move(report).error();
+        return std::unexpected(error.place.empty() ? std::move(error).in(options.source.path) : std::move(error));
+    }
     report->errors += chain.errors;
     report->findings.insert(report->findings.begin(), chain.findings.begin(), chain.findings.end());
 

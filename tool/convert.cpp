@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <filesystem>
+
 #include "command.h"
 #include "create_options.h"
 #include "progress.h"
@@ -73,11 +75,30 @@ qcow::Result<void> to_qcow2(qcow::Disk& source, const qcow::NewFile& file, const
     return *data_file ? (*data_file)->publish() : qcow::Result<void>();
 }
 
+/// A target that is also read would be gone before it is read. Locks would tell, too, but may have been declined.
+qcow::Result<void> verify_target_is_not_read(const std::shared_ptr<qcow::Image>& image, const std::string& target) {
+    for (auto layer = image; layer; layer = layer->backing()) {
+        auto info = layer->info();
+        if (!info) return std::unexpected(std::move(info).error());
+        for (const auto& path : {info->filename, info->data_file ? info->data_file->path : std::string()}) {
+            std::error_code none_there;
+            if (std::filesystem::equivalent(path, target, none_there)) {
+                return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, target,
+                                                   "it is (part of) the source; convert to another name"});
+            }
+        }
+    }
+    return {};
+}
+
 qcow::Result<int> run(const Options& options) {
     auto image = open_source(options.source);
     if (!image) return std::unexpected(std::move(image).error());
     auto source = disk_of(*image, options.source);
     if (!source) return std::unexpected(std::move(source).error());
+    if (auto verified = verify_target_is_not_read(*image, options.target); !verified) {
+        return std::unexpected(std::move(verified).error());
+    }
 
     const bool qcow2_wanted =
         options.compress || options.level || !options.image.options.empty() || !options.image.backing.empty();

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 
@@ -27,6 +28,12 @@ int run(int argc, char** argv) {
          {tool::declare_info, tool::declare_map, tool::declare_check, tool::declare_create, tool::declare_convert,
           tool::declare_read, tool::declare_snapshot}) {
         declare(app, status);
+    }
+    const std::string_view first = argc > 1 ? argv[1] : "-";
+    const auto commands = app.get_subcommands([](const CLI::App*) { return true; });
+    if (!first.starts_with('-') && std::ranges::none_of(commands, [&](auto* c) { return c->get_name() == first; })) {
+        tool::complain(fmt::format("there is no command \"{}\" (see qcow --help)", first));
+        return tool::failed;
     }
     try {
         app.parse(argc, argv);

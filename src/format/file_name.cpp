@@ -8,12 +8,13 @@
 #include <nlohmann/json.hpp>
 
 #include "base/try.h"
-#include "format/header.h"
 
 namespace qcow::format {
 namespace {
 
 using Json = nlohmann::json;
+
+constexpr std::size_t max_bytes = 4096;  // no path is longer
 
 /// Options that do not change which bytes the disk has.
 constexpr std::array harmless_options = {
@@ -123,8 +124,11 @@ Result<FileName> parse_local_name(std::string_view name) {
 }  // namespace
 
 Result<FileName> parse_file_name(std::string_view name) {
-    if (name.size() > max_name_length)
-        return fail(Errc::corrupt, "", fmt::format("a file name of {} bytes", name.size()));
+    // Also bounds how deeply a description can be nested.
+    if (name.size() > max_bytes) {
+        return fail(Errc::unsupported, "",
+                    fmt::format("a file name of {} bytes; at most {} are supported", name.size(), max_bytes));
+    }
     auto result = TRY(parse_local_name(name));
     if (result.path.empty()) return fail(Errc::corrupt, "", "an empty file name");
     if (result.path.find('\0') != std::string::npos) return fail(Errc::corrupt, "", "a file name with a zero byte");

@@ -28,7 +28,7 @@ Result<void> verify_table(const Header& h, std::string_view name, std::size_t at
                     fmt::format("{:#x} is not a multiple of the cluster size", begin.value));
     }
     if (bytes == 0) return {};
-    if (begin.value >= max_host_offset)
+    if (!lies_within(begin.value, bytes, max_host_offset))
         return fail(Errc::corrupt, offset_field, fmt::format("{:#x} is more than the format can address", begin.value));
     if (begin.value == 0) return fail(Errc::corrupt, offset_field, "0, which is where the header lies");
     if (!lies_within(begin.value, bytes, file_size)) {
@@ -78,19 +78,9 @@ Result<void> parse_version3(std::span<const std::byte> in, Header& h) {
 
 Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data, std::size_t at, Header& h) {
     const auto place = [&](std::string_view name) { return fmt::format("header extension {} (byte {})", name, at); };
-    const auto verify_name = [&](std::string_view name) -> Result<void> {
-        if (data.size() <= max_name_length) return {};
-        return fail(Errc::corrupt, place(name), fmt::format("{} bytes are more than {}", data.size(), max_name_length));
-    };
     switch (static_cast<ExtensionType>(type)) {
-        case ExtensionType::backing_format:
-            TRY_VOID(verify_name("backing file format"));
-            h.backing_format = text(data);
-            break;
-        case ExtensionType::data_file_name:
-            TRY_VOID(verify_name("data file name"));
-            h.data_file_name = text(data);
-            break;
+        case ExtensionType::backing_format: h.backing_format = text(data); break;
+        case ExtensionType::data_file_name: h.data_file_name = text(data); break;
         case ExtensionType::feature_names: {
             constexpr std::size_t entry = 48;
             for (std::size_t i = 0; i + entry <= data.size(); i += entry) {
@@ -104,8 +94,10 @@ Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data
         case ExtensionType::bitmaps: {
             if (data.size() != 24)
                 return fail(Errc::corrupt, place("bitmaps"), fmt::format("{} bytes instead of 24", data.size()));
-            h.bitmaps = BitmapsExtension{
-                load_be<std::uint32_t>(data, 0), load_be<std::uint64_t>(data, 8), {load_be<std::uint64_t>(data, 16)}};
+            h.bitmaps = BitmapsExtension{load_be<std::uint32_t>(data, 0),
+                                         load_be<std::uint32_t>(data, 4),
+                                         load_be<std::uint64_t>(data, 8),
+                                         {load_be<std::uint64_t>(data, 16)}};
             break;
         }
         case ExtensionType::encryption: {

@@ -90,6 +90,7 @@ struct FeatureName {
 
 struct BitmapsExtension {
     std::uint32_t count = 0;
+    std::uint32_t reserved = 0;  // to be 0
     std::uint64_t directory_size = 0;
     HostOffset directory;
 };

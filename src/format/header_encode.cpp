@@ -92,7 +92,7 @@ std::vector<std::byte> encode_extensions(const Header& h) {
     if (h.bitmaps) {
         Encoder data;
         data.put(h.bitmaps->count);
-        data.put(std::uint32_t{0});
+        data.put(h.bitmaps->reserved);
         data.put(h.bitmaps->directory_size);
         data.put(h.bitmaps->directory.value);
         out.put_extension(ExtensionType::bitmaps, data.take());

@@ -68,7 +68,7 @@ Result<BitmapEntry> parse_bitmap(std::span<const std::byte> in) {
     const std::size_t name_length = load_be<std::uint16_t>(in, 18);
     const std::size_t extra_length = load_be<std::uint32_t>(in, 20);
 
-    const std::size_t total = fixed + extra_length + name_length;
+    const std::size_t total = align_down(fixed + extra_length + name_length + 7, 8);
     if (total > in.size()) return too_short(total, in.size());
     if (type != dirty_tracking)
         return fail(Errc::unsupported, "", fmt::format("type {} is not dirty tracking (1)", type));
@@ -81,7 +81,7 @@ Result<BitmapEntry> parse_bitmap(std::span<const std::byte> in) {
     entry.info.in_use = (flags & 1) != 0;
     entry.info.enabled = (flags & 2) != 0;
     entry.info.name = text(in.subspan(fixed + extra_length, name_length));
-    entry.encoded_bytes = std::min<std::size_t>(align_down(total + 7, 8), in.size());
+    entry.encoded_bytes = total;
     return entry;
 }
 

@@ -124,6 +124,11 @@ private:
             const Qcow1Entry entry{TRY(load_word(table + (index + count) * 8, "L2"))};
             if (count == 0) {
                 mapped.entry = entry;
+                // Read one by one anyway: looking further each time would take time squared.
+                if (entry.compressed()) {
+                    count = 1;
+                    break;
+                }
             } else if (!continues(mapped.entry, entry, count)) {
                 break;
             }
@@ -133,8 +138,7 @@ private:
     }
 
     [[nodiscard]] bool continues(Qcow1Entry first, Qcow1Entry next, std::uint64_t distance) const {
-        if (first.compressed() || !first.allocated())
-            return first.compressed() == next.compressed() && first.allocated() == next.allocated();
+        if (!first.allocated()) return !next.allocated();
         return next.word == first.word + distance * header_.cluster_size();
     }
 
@@ -145,7 +149,7 @@ private:
                 Errc::corrupt, file_->name(),
                 fmt::format("an {} entry at host offset {:#x} would lie past the end of the file", table, at.value));
         }
-        if (at.value >= format::max_host_offset)
+        if (!lies_within(at.value, 8, format::max_host_offset))
             return fail(Errc::corrupt, file_->name(), fmt::format("an {} entry at host offset {:#x}", table, at.value));
         const auto shift = static_cast<unsigned>(at.value % 8) * 8;
         const HostOffset aligned{at.value - at.value % 8};

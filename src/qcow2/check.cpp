@@ -59,6 +59,9 @@ public:
         TRY_VOID(add_table("refcount table", header.refcount_table,
                            std::uint64_t{header.refcount_table_clusters} << geometry_.cluster_bits));
         TRY_VOID(add_encryption());
+        if ((header.autoclear & format::autoclear::raw_external_data) != 0 && !core_.rules.external_data) {
+            corrupt(0, "header field autoclear_features (byte 88)", "raw external data without an external data file");
+        }
         TRY_VOID(add_refcount_blocks());
         TRY_VOID(add_bitmaps());
         TRY_VOID(add_l1_table("active L1 table", header.l1_table, header.l1_entries, true));
@@ -105,6 +108,21 @@ private:
             return false;
         }
         return add_range(what, begin, bytes);
+    }
+
+    /// The same for a table that is going to be walked; false, and a finding, also if part of it was counted before. So
+    /// nothing is walked twice, however many tables are said to lie in one place.
+    Result<bool> add_table_to_walk(const std::string& what, HostOffset begin, std::uint64_t bytes) {
+        const std::uint64_t first = begin.value >> geometry_.cluster_bits;
+        const std::uint64_t clusters = std::min(geometry_.clusters(bytes), file_clusters_);
+        const std::uint64_t taken = references_.next_used(first, first + clusters);
+        if (taken >= first + clusters || taken >= references_.clusters()) return add_table(what, begin, bytes);
+        corrupt(begin.value, what,
+                fmt::format("its {} bytes at host offset {:#x} overlap other metadata at {:#x}", bytes, begin.value,
+                            taken << geometry_.cluster_bits));
+        // What comes before is taken now as well, so that finding the overlap takes no time the next time.
+        TRY_VOID(references_.add(first, taken - first + 1, 1, References::metadata));
+        return false;
     }
 
     /// Calls `visit(index, word)` for each word of a table that lies in the file. Holes are zeros and are not read.
@@ -165,26 +183,20 @@ private:
             return {};
         }
         TRY(add_table("bitmap directory", extension.directory, extension.directory_size));
-        std::uint64_t table_bytes = 0;
-        for (const auto& bitmap : *bitmaps) {
-            table_bytes += std::uint64_t{bitmap.table_entries} * 8;
-            TRY_VOID(add_bitmap(bitmap, table_bytes));
-        }
+        for (const auto& bitmap : *bitmaps) TRY_VOID(add_bitmap(bitmap));
         return {};
     }
 
-    Result<void> add_bitmap(const format::BitmapEntry& bitmap, std::uint64_t table_bytes_so_far) {
-        const auto place = fmt::format("bitmap \"{}\"", printable(bitmap.info.name));
-        if (table_bytes_so_far > file_size_) {
-            corrupt(bitmap.table.value, place, "the bitmaps' tables together are larger than the file: they overlap");
-            return {};
-        }
-        const std::uint64_t bits = std::uint64_t{bitmap.table_entries} * geometry_.cluster_size() * 8;
-        if (!bitmap.info.in_use && bits < divide_up(core_.header.size, bitmap.info.granularity)) {
+    Result<void> add_bitmap(const format::BitmapEntry& bitmap) {
+        const auto place =
+            fmt::format("bitmap \"{}\" (table at host offset {:#x})", printable(bitmap.info.name), bitmap.table.value);
+        const std::uint64_t bits_per_entry = geometry_.cluster_size() * 8;
+        const auto needed = divide_up(divide_up(core_.header.size, bitmap.info.granularity), bits_per_entry);
+        if (!bitmap.info.in_use && bitmap.table_entries != needed) {
             corrupt(bitmap.table.value, place,
-                    fmt::format("a table of {} entries is too short for the disk", bitmap.table_entries));
+                    fmt::format("its table has {} entries, but the disk needs {}", bitmap.table_entries, needed));
         }
-        if (!TRY(add_table(place + ": table", bitmap.table, std::uint64_t{bitmap.table_entries} * 8))) return {};
+        if (!TRY(add_table_to_walk(place + ": table", bitmap.table, std::uint64_t{bitmap.table_entries} * 8))) return {};
         return each_word(bitmap.table, bitmap.table_entries,
                          [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
                              const format::BitmapTableEntry entry{word};
@@ -205,15 +217,8 @@ private:
             return {};
         }
         TRY(add_table("snapshot table", core_.header.snapshot_table, table->bytes));
-        std::uint64_t l1_bytes = 0;
         for (const auto& snapshot : table->entries) {
             const auto place = fmt::format("L1 table of snapshot \"{}\"", printable(snapshot.info.name));
-            l1_bytes += std::uint64_t{snapshot.l1_entries} * 8;
-            if (l1_bytes > file_size_) {
-                corrupt(snapshot.l1_table.value, place,
-                        "the snapshots' L1 tables together are larger than the file: they overlap");
-                return {};
-            }
             if (auto verified = verify_snapshot_l1(core_, snapshot); !verified) {
                 corrupt(snapshot.l1_table.value, place, verified.error().what);
                 continue;
@@ -224,13 +229,16 @@ private:
     }
 
     Result<void> add_l1_table(const std::string& what, HostOffset table, std::uint64_t entries, bool active) {
-        if (!TRY(add_table(what, table, entries * 8))) return {};
+        if (!TRY(add_table_to_walk(what, table, entries * 8))) return {};
         return each_word(table, entries, [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
             const L1Entry entry{word};
             const auto place = [&] { return fmt::format("{}: entry {}", what, index); };
             if (entry.reserved_bits_set())
                 corrupt(table.value + index * 8, place(), fmt::format("reserved bits are set ({:#x})", word));
-            if (!entry.allocated()) return {};
+            if (!entry.allocated()) {
+                if (entry.copied()) corrupt(table.value + index * 8, place(), "COPIED, but there is no L2 table");
+                return {};
+            }
             if (!is_aligned(entry.l2_table().value, geometry_.cluster_size())) {
                 corrupt(table.value + index * 8, place(),
                         fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size",
@@ -245,11 +253,13 @@ private:
             }
             const auto copied = !active ? 0 : entry.copied() ? References::copied : References::not_copied;
             TRY_VOID(references_.add(entry.l2_table().value >> geometry_.cluster_bits, 1, 1, References::l2_table | copied));
-            l2_references_.push_back({entry.l2_table(), index, 1, active});
-            if (l2_references_.size() * sizeof(L2Reference) > options_.memory_bytes) {
+            // A vector that grows holds old and new, twice as large, for a while.
+            if (l2_references_.size() == l2_references_.capacity() &&
+                l2_references_.size() * 3 * sizeof(L2Reference) > options_.memory_bytes) {
                 return fail(Errc::limit_exceeded, "",
                             "the image has more L2 tables than fit in the memory that was allowed");
             }
+            l2_references_.push_back({entry.l2_table(), index, 1, active});
             return {};
         });
     }
@@ -353,6 +363,8 @@ private:
             contiguous = entry.cluster() + count * geometry_.cluster_size();
         }
         if (core_.rules.external_data) {
+            // Nobody shares the data file's clusters.
+            if (!entry.copied()) corrupt(entry_offset, place(), "not marked COPIED", count);
             if (entry.cluster().value != guest.value) {
                 corrupt(entry_offset, place(),
                         fmt::format("host offset {:#x} in the external data file is not the guest's",
@@ -413,6 +425,14 @@ private:
                 return {};
             }));
         compare_with_zero(blocks_.size() * per_block, references_.clusters(), image_end_clusters_);
+        if (const std::uint64_t count = overlapping_blocks_; count != 0) {
+            corrupt(core_.header.refcount_table.value,
+                    fmt::format("refcount table at host offset {:#x}", core_.header.refcount_table.value),
+                    fmt::format("{} of its entries name blocks that are in use as something else, or for other "
+                                "entries: what they say was not believed",
+                                count),
+                    count);
+        }
         return {};
     }
 
@@ -425,12 +445,21 @@ private:
             return {};
         }
         const std::uint64_t block_cluster = block.value >> geometry_.cluster_bits;
-        if (references_.at(block_cluster).count() != 1) return {};  // reported as an overlap: not to be believed
+        if (references_.at(block_cluster).count() != 1) {
+            ++overlapping_blocks_;
+            return {};
+        }
         TRY(core_.file->read(block, buffer));
         const auto refcounts = std::span<const std::byte>(buffer);
         const unsigned order = core_.header.refcount_order;
         for (std::uint64_t cluster = first; cluster < last;) {
             const auto [piece, references] = piece_from(cluster, last);
+            // Most of a block is zeros where it describes what lies past the end of the file.
+            const auto bits_before = (cluster - first) << order;
+            if (references.empty() && is_zero(refcounts.subspan(bits_before / 8, (piece << order) / 8))) {
+                cluster += piece;
+                continue;
+            }
             for (std::uint64_t i = 0; i < piece; ++i, ++cluster) {
                 const auto refcount = format::refcount_at(refcounts, cluster - first, order);
                 compare(cluster, refcount, references.empty() ? References{} : references[i], end);
@@ -451,13 +480,14 @@ private:
         }
     }
 
-    /// As many of the clusters from `first` to `last` - 1 as lie in one chunk of the map, and their references (none:
-    /// an empty span).
+    /// As many of the clusters from `first` to `last` - 1 as lie in one chunk of the map, or would lie in one behind
+    /// its end, and their references (none: an empty span).
     [[nodiscard]] std::pair<std::uint64_t, std::span<const References>> piece_from(std::uint64_t first,
                                                                                    std::uint64_t last) const {
-        if (first >= references_.clusters()) return {last - first, {}};
         const std::uint64_t chunk_end = align_down(first, ReferenceMap::chunk_clusters) + ReferenceMap::chunk_clusters;
-        return {std::min(last, chunk_end) - first, references_.chunk_from(first)};
+        const std::uint64_t piece = std::min(last, chunk_end) - first;
+        if (first >= references_.clusters()) return {piece, {}};
+        return {piece, references_.chunk_from(first)};
     }
 
     [[nodiscard]] Result<bool> is_hole(HostOffset at, std::uint64_t bytes) const {
@@ -528,6 +558,7 @@ private:
 
     std::vector<HostOffset> blocks_;  // by index in the refcount table; 0: none, or one that cannot be read
     std::vector<L2Reference> l2_references_;
+    std::atomic<std::uint64_t> overlapping_blocks_ = 0;
     Tally tally_;
     std::uint64_t image_end_clusters_ = 0;
 };

@@ -31,13 +31,17 @@ Result<SnapshotTable> read_snapshots(const Core& core) {
     // Read in growing steps: a table is usually short, and the file behind it long.
     std::vector<std::byte> buffer;
     for (std::uint32_t i = 0; i < header.snapshot_count; ++i) {
-        auto entry = format::parse_snapshot(std::span(buffer).subspan(table.bytes), header.version, header.size);
+        const auto parse = [&] {
+            return format::parse_snapshot(std::span(buffer).subspan(table.bytes), header.version, header.size);
+        };
+        auto entry = parse();
         while (!entry && buffer.size() < bytes && entry.error().code == Errc::corrupt) {
-            buffer =
+            auto more =
                 TRY(read_bytes(*core.file, header.snapshot_table,
                                std::min<std::uint64_t>(bytes, std::max<std::uint64_t>(64 * KiB, buffer.size() * 4))));
-            entry = format::parse_snapshot(std::span(buffer).subspan(std::min<std::size_t>(table.bytes, buffer.size())),
-                                           header.version, header.size);
+            if (more.size() <= buffer.size()) break;  // the file has become shorter meanwhile
+            buffer = std::move(more);
+            entry = parse();
         }
         const auto place = [&] {
             return fmt::format("snapshot table entry {} (host offset {:#x})", i,
@@ -69,6 +73,7 @@ Result<std::vector<format::BitmapEntry>> read_bitmaps(const Core& core) {
         return bad_extension(
             fmt::format("its {} bytes reach past the end of the file ({} bytes)", extension.directory_size, file_size));
     }
+    if (extension.reserved != 0) return bad_extension(fmt::format("the reserved field is {:#x}", extension.reserved));
     if (extension.directory_size > format::max_bitmap_directory_bytes) {
         return bad_extension(
             fmt::format("{} bytes are more than {}", extension.directory_size, format::max_bitmap_directory_bytes));
@@ -101,7 +106,7 @@ Result<void> verify_snapshot_l1(const Core& core, const format::SnapshotEntry& s
     if (bytes > format::max_l1_bytes) return bad(fmt::format("{} entries are more than 32 MiB", snapshot.l1_entries));
     if (!is_aligned(snapshot.l1_table.value, core.header.cluster_size()))
         return bad("its offset is not a multiple of the cluster size");
-    if (snapshot.l1_table.value >= format::max_host_offset || !lies_within(snapshot.l1_table.value, bytes, file_size) ||
+    if (!lies_within(snapshot.l1_table.value, bytes, std::min(file_size, format::max_host_offset)) ||
         (bytes != 0 && snapshot.l1_table.value == 0)) {
         return bad(fmt::format("its {} entries do not lie within the file ({} bytes)", snapshot.l1_entries, file_size));
     }
