@@ -167,6 +167,9 @@ private:
         must_qemu_img(
             {"resize", "-q", "-f", layer.format, name_of(spec_.layers.size() - 1), std::to_string(layer.size)},
             directory_.path());
+        // QEMU overwrites the rest of what was the last cluster; what lay behind, VM state perhaps, is in the disk now.
+        if (!stored_.empty()) stored_.back() = true;
+        stored_.resize((layer.size + layer.cluster_size() - 1) / layer.cluster_size(), spec_.vm_state);
     }
 
     void crash_top() {
