@@ -1,9 +1,21 @@
 #pragma once
 // Propagation of errors. `auto x = TRY(f());` gives the value of f, or returns its error from this function.
 
+#include <expected>
 #include <utility>
 
 #include "qcow/error.h"
+
+namespace qcow {
+
+/// Takes the value out of a result that has one. Unlike the members of std::expected it may be called for nothing but
+/// the check: `TRY(storage.read(...))` where the count does not matter.
+template <class T>
+T value_of(std::expected<T, Error>&& result) {
+    return *std::move(result);
+}
+
+}  // namespace qcow
 
 // Statement expressions (GCC, Clang), because std::expected has no operator for it. The counter names the temporaries
 // of nested uses apart.
@@ -13,7 +25,7 @@
     __extension__({                                                     \
         auto result = (__VA_ARGS__);                                    \
         if (!result) return std::unexpected(std::move(result).error()); \
-        *std::move(result);                                             \
+        ::qcow::value_of(std::move(result));                            \
     })
 #define QCOW_TRY_VOID(result, ...)                             \
     do {                                                       \

@@ -1,6 +1,7 @@
 #include "qcow2/findings.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace qcow::qcow2 {
 
@@ -16,7 +17,9 @@ void Findings::add(CheckFinding::Severity severity, std::uint64_t order, std::st
 }
 
 void Findings::move_to(CheckReport& report) {
-    std::ranges::stable_sort(kept_, {}, &Kept::order);
+    // By text where the place is the same, so that it does not matter which thread was first.
+    std::ranges::sort(kept_, {},
+                      [](const Kept& kept) { return std::tie(kept.order, kept.finding.place, kept.finding.what); });
     for (auto& kept : kept_) report.findings.push_back(std::move(kept.finding));
     report.leaks += leaks_;
     report.corruptions += corruptions_;
