@@ -1,0 +1,18 @@
+#pragma once
+// What each fuzzer does with one input. Also run over the committed corpora by the ordinary tests.
+
+#include <cstddef>
+#include <span>
+
+namespace qcow::fuzz {
+
+/// A few files as sparse_files.h has them: the first is opened as an image, the others are what it may name.
+void run_image_input(std::span<const std::byte> input);
+
+/// The parsers of format/: the first byte selects one.
+void run_header_input(std::span<const std::byte> input);
+
+/// The decoders of codec/, held against zlib and libzstd.
+void run_codec_input(std::span<const std::byte> input);
+
+}  // namespace qcow::fuzz
