@@ -71,7 +71,7 @@ public:
             if (n == 0) break;
             done += static_cast<std::size_t>(n);
         }
-        std::memset(to.data() + done, 0, to.size() - done);
+        std::ranges::fill(to.subspan(done), std::byte{0});
         return done;
     }
 

@@ -33,7 +33,7 @@ public:
         const std::size_t there =
             at.value >= bytes_.size() ? 0 : std::min<std::size_t>(to.size(), bytes_.size() - at.value);
         if (there != 0) std::memcpy(to.data(), bytes_.data() + at.value, there);
-        std::memset(to.data() + there, 0, to.size() - there);
+        std::ranges::fill(to.subspan(there), std::byte{0});  // unlike memset also where there is nothing
         return there;
     }
 
@@ -48,7 +48,7 @@ public:
 
     Result<void> write_zeroes(HostOffset at, std::uint64_t length) override {
         const std::shared_lock lock(mutex_);
-        if (at.value >= bytes_.size()) return {};
+        if (at.value >= bytes_.size() || length == 0) return {};
         std::memset(bytes_.data() + at.value, 0, std::min<std::uint64_t>(length, bytes_.size() - at.value));
         return {};
     }

@@ -180,6 +180,16 @@ TEST_F(Hostile, ThingsThatAreNoFiles) {
     expect_error(open_file(path("loop")), Errc::io, {"loop"});
 }
 
+TEST_F(Hostile, EmptyFile) {
+    const auto empty = memory_storage({}, "empty");
+    expect_error(open_image(empty, options_for(Format::qcow2)), Errc::corrupt, {"empty: header", "0 bytes"});
+    expect_error(open_image(empty, options_for(Format::qcow)), Errc::corrupt, {"empty: header", "0 bytes"});
+    const auto raw = open_image(empty);
+    ASSERT_TRUE(raw.has_value());
+    EXPECT_EQ((*raw)->size(), 0U);
+    EXPECT_TRUE((*raw)->read({0}, {}).has_value());
+}
+
 TEST_F(Hostile, WrongMagic) {
     const auto text = memory_storage(Bytes(4096, std::byte{'Q'}), "text");
     expect_error(open_image(text, options_for(Format::qcow2)), Errc::corrupt, {"magic (byte 0)"});
