@@ -548,6 +548,14 @@ TEST_F(Hostile, ZstdFrameThatClaimsFourGiB) {
     }
 }
 
+/// Readers stop when the cluster is full, and do not care that a stream is cut off behind that point.
+TEST_F(Hostile, DeflateStreamCutOffBehindAFullCluster) {
+    const Bytes stream = {std::byte{0x3a}, std::byte{0}, std::byte{0}};
+    Bytes out(1);
+    EXPECT_TRUE(codec::inflate(stream, out).has_value());
+    EXPECT_FALSE(codec::inflate(Bytes{}, out).has_value());
+}
+
 // Chains.
 
 TEST_F(Hostile, BackingLoops) {
