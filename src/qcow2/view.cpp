@@ -83,7 +83,7 @@ Result<Extent> View::extent(GuestOffset at, std::uint64_t limit) const {
     extent.kind = stored ? Extent::Kind::data : Extent::Kind::zero;
     extent.compressed = mapped.kind == ClusterKind::compressed;
     const bool has_place = mapped.kind == ClusterKind::data || mapped.kind == ClusterKind::zero_allocated;
-    if (has_place && core_->header.crypt == format::Crypt::none) {
+    if (has_place && core_->header.crypt == format::Crypt::none && core_->data) {
         extent.host = mapped.host;
         extent.storage = core_->data.get();
     }

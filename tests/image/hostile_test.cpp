@@ -683,5 +683,25 @@ TEST_F(Hostile, GuessedFormatsNameNoFurtherFiles) {
     EXPECT_TRUE(open_bounded(open("top"), local_files()).has_value());
 }
 
+/// Without its data file the places in it mean nothing.
+TEST_F(Hostile, ExternalDataFileThatWasNotOpened) {
+    HostileImage image;
+    image.incompatible = 4;
+    image.extensions.push_back({0x44415441, {}});
+    append(image.extensions.back().data, "data");
+    image.file.write_word(image.cluster(3), image.cluster(4) | format::copied_bit);
+    image.file.write_word(image.cluster(4), format::copied_bit);
+    auto options = options_for(Format::qcow2);
+    options.follow = false;
+    const auto opened = open_image(fuzz::storage_of(image.finish(5), "image"), options);
+    ASSERT_TRUE(opened.has_value());
+    const auto extent = (*opened)->extent({0}, 512);
+    ASSERT_TRUE(extent.has_value());
+    EXPECT_EQ(extent->kind, Extent::Kind::data);
+    EXPECT_EQ(extent->host.has_value(), extent->storage != nullptr);
+    std::byte one = {};
+    expect_error((*opened)->read({0}, {&one, 1}), Errc::not_found, {"data file"});
+}
+
 }  // namespace
 }  // namespace qcow::hostile
