@@ -28,7 +28,7 @@ Result<void> verify_table(const Header& h, std::string_view name, std::size_t at
                     fmt::format("{:#x} is not a multiple of the cluster size", begin.value));
     }
     if (bytes == 0) return {};
-    if (begin.value >= max_host_offset)
+    if (!lies_within(begin.value, bytes, max_host_offset))
         return fail(Errc::corrupt, offset_field, fmt::format("{:#x} is more than the format can address", begin.value));
     if (begin.value == 0) return fail(Errc::corrupt, offset_field, "0, which is where the header lies");
     if (!lies_within(begin.value, bytes, file_size)) {

@@ -145,7 +145,7 @@ private:
                 Errc::corrupt, file_->name(),
                 fmt::format("an {} entry at host offset {:#x} would lie past the end of the file", table, at.value));
         }
-        if (at.value >= format::max_host_offset)
+        if (!lies_within(at.value, 8, format::max_host_offset))
             return fail(Errc::corrupt, file_->name(), fmt::format("an {} entry at host offset {:#x}", table, at.value));
         const auto shift = static_cast<unsigned>(at.value % 8) * 8;
         const HostOffset aligned{at.value - at.value % 8};

@@ -101,7 +101,7 @@ Result<void> verify_snapshot_l1(const Core& core, const format::SnapshotEntry& s
     if (bytes > format::max_l1_bytes) return bad(fmt::format("{} entries are more than 32 MiB", snapshot.l1_entries));
     if (!is_aligned(snapshot.l1_table.value, core.header.cluster_size()))
         return bad("its offset is not a multiple of the cluster size");
-    if (snapshot.l1_table.value >= format::max_host_offset || !lies_within(snapshot.l1_table.value, bytes, file_size) ||
+    if (!lies_within(snapshot.l1_table.value, bytes, std::min(file_size, format::max_host_offset)) ||
         (bytes != 0 && snapshot.l1_table.value == 0)) {
         return bad(fmt::format("its {} entries do not lie within the file ({} bytes)", snapshot.l1_entries, file_size));
     }

@@ -278,6 +278,29 @@ TEST_F(Hostile, TablesThatDoNotLieInTheFile) {
     expect_error(open_bounded(snapshots.finish()), Errc::limit_exceeded, {"nb_snapshots (byte 60)"});
 }
 
+/// A file of 2^62 bytes, nearly all of it a hole, with tables in the hole and at the far end of what can be addressed.
+TEST_F(Hostile, HugeSparseFile) {
+    for (const std::uint64_t l1_table : {std::uint64_t{3}, bit(40) - 1, bit(39), bit(40)}) {
+        HostileImage image;
+        image.size = bit(50);
+        image.l1_entries = bit(21);
+        image.l1_table = l1_table;
+        image.refcount_table = bit(38);
+        image.refcount_table_clusters = 128;
+        image.snapshots = 65536;
+        image.snapshot_table = bit(37);
+        auto file = image.finish();
+        file.fixed_size = bit(62);
+        const auto opened = open_bounded(std::move(file));
+        if (!opened) continue;
+        EXPECT_FALSE(info_bounded(**opened).has_value());  // zeros are no snapshots in version 3
+        std::byte last = {};
+        const auto read = (*opened)->read({image.size - 1}, {&last, 1});
+        if (!read) expect_good_message(read.error());
+        expect_error(check_bounded(**opened), Errc::limit_exceeded, {"check"});
+    }
+}
+
 TEST_F(Hostile, ManyUnknownExtensions) {
     HostileImage image(21);
     for (unsigned i = 0; i < 120'000; ++i) image.extensions.push_back({0x1000'0000 + i, Bytes(8)});
@@ -554,6 +577,35 @@ TEST_F(Hostile, DeflateStreamCutOffBehindAFullCluster) {
     Bytes out(1);
     EXPECT_TRUE(codec::inflate(stream, out).has_value());
     EXPECT_FALSE(codec::inflate(Bytes{}, out).has_value());
+}
+
+/// Old images have no limit of sectors: every table and every stream may lie at any byte.
+TEST_F(Hostile, OldFormatEntriesThatLeadAstray) {
+    for (const std::uint64_t l2 :
+         {std::uint64_t{1}, ~std::uint64_t{0}, ~std::uint64_t{7}, bit(63), bit(56) - 1, std::uint64_t{4090}}) {
+        for (const std::uint64_t entry : {~std::uint64_t{0}, bit(63), bit(63) | 4095, bit(63) - 1, std::uint64_t{1}}) {
+            fuzz::SparseFile file;
+            Bytes h;
+            append(h, format::magic, 4);
+            append(h, 1, 4);
+            h.resize(24);
+            append(h, 64 * KiB, 8);
+            append(h, 12, 1);
+            append(h, 9, 1);
+            append(h, 0, 6);
+            append(h, 48, 8);
+            append(h, l2, 8);
+            file.write(0, h);
+            file.write_word(l2 % 4096 + 64, entry);
+            file.write_word(4090, entry);
+            file.fixed_size = l2 == bit(56) - 1 ? bit(62) : 8192;
+            const auto opened = open_image(fuzz::storage_of(file, "old"));
+            ASSERT_TRUE(opened.has_value());
+            Bytes bytes(64 * KiB);
+            if (const auto read = (*opened)->read({0}, bytes); !read) expect_error(read, Errc::corrupt, {"0x"});
+            if (const auto usage = measure_usage(**opened); !usage) expect_good_message(usage.error());
+        }
+    }
 }
 
 // Chains.
