@@ -124,6 +124,11 @@ private:
             const Qcow1Entry entry{TRY(load_word(table + (index + count) * 8, "L2"))};
             if (count == 0) {
                 mapped.entry = entry;
+                // Read one by one anyway: looking further each time would take time squared.
+                if (entry.compressed()) {
+                    count = 1;
+                    break;
+                }
             } else if (!continues(mapped.entry, entry, count)) {
                 break;
             }
@@ -133,8 +138,7 @@ private:
     }
 
     [[nodiscard]] bool continues(Qcow1Entry first, Qcow1Entry next, std::uint64_t distance) const {
-        if (first.compressed() || !first.allocated())
-            return first.compressed() == next.compressed() && first.allocated() == next.allocated();
+        if (!first.allocated()) return !next.allocated();
         return next.word == first.word + distance * header_.cluster_size();
     }
 

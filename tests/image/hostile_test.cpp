@@ -608,6 +608,34 @@ TEST_F(Hostile, OldFormatEntriesThatLeadAstray) {
     }
 }
 
+TEST_F(Hostile, OldFormatWithManyCompressedClusters) {
+    fuzz::SparseFile file;
+    Bytes h;
+    append(h, format::magic, 4);
+    append(h, 1, 4);
+    h.resize(24);
+    append(h, 4 * MiB, 8);
+    append(h, 9, 1);
+    append(h, 13, 1);
+    append(h, 0, 6);
+    append(h, 48, 8);
+    append(h, 1024, 8);
+    file.write(0, h);
+    const auto stream = deflated(Bytes(512));
+    Bytes table;
+    for (unsigned i = 0; i < 8192; ++i) append(table, bit(63) | std::uint64_t{stream.size()} << 54 | 512, 8);
+    file.segments.push_back({1024, table});
+    file.segments.push_back({512, stream});
+    write("image", file);
+    const auto opened = open_image(open("image"));
+    ASSERT_TRUE(opened.has_value());
+    Bytes bytes(4 * MiB);
+    Result<void> read;
+    const auto cost = cost_of([&] { read = (*opened)->read({0}, bytes); });
+    EXPECT_TRUE(read.has_value());
+    EXPECT_LT(cost.seconds, max_seconds);
+}
+
 // Chains.
 
 TEST_F(Hostile, BackingLoops) {
