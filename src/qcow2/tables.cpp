@@ -31,13 +31,17 @@ Result<SnapshotTable> read_snapshots(const Core& core) {
     // Read in growing steps: a table is usually short, and the file behind it long.
     std::vector<std::byte> buffer;
     for (std::uint32_t i = 0; i < header.snapshot_count; ++i) {
-        auto entry = format::parse_snapshot(std::span(buffer).subspan(table.bytes), header.version, header.size);
+        const auto parse = [&] {
+            return format::parse_snapshot(std::span(buffer).subspan(table.bytes), header.version, header.size);
+        };
+        auto entry = parse();
         while (!entry && buffer.size() < bytes && entry.error().code == Errc::corrupt) {
-            buffer =
+            auto more =
                 TRY(read_bytes(*core.file, header.snapshot_table,
                                std::min<std::uint64_t>(bytes, std::max<std::uint64_t>(64 * KiB, buffer.size() * 4))));
-            entry = format::parse_snapshot(std::span(buffer).subspan(std::min<std::size_t>(table.bytes, buffer.size())),
-                                           header.version, header.size);
+            if (more.size() <= buffer.size()) break;  // the file has become shorter meanwhile
+            buffer = std::move(more);
+            entry = parse();
         }
         const auto place = [&] {
             return fmt::format("snapshot table entry {} (host offset {:#x})", i,

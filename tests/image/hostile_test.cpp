@@ -382,6 +382,41 @@ TEST_F(Hostile, SnapshotTablesWithoutEnd) {
     }
 }
 
+/// A file that somebody cuts short while it is read: it says that it has bytes that never come.
+class ShortStorage final : public Storage {
+public:
+    ShortStorage(std::shared_ptr<Storage> storage, std::uint64_t claimed)
+        : storage_(std::move(storage)), claimed_(claimed) {}
+    [[nodiscard]] const std::string& name() const override { return storage_->name(); }
+    [[nodiscard]] std::string identity() const override { return storage_->identity(); }
+    [[nodiscard]] Result<std::uint64_t> size() const override { return claimed_; }
+    [[nodiscard]] Result<std::uint64_t> allocated() const override { return storage_->allocated(); }
+    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override { return storage_->read(at, to); }
+    Result<void> write(HostOffset at, std::span<const std::byte> from) override { return storage_->write(at, from); }
+    Result<void> write_zeroes(HostOffset at, std::uint64_t n) override { return storage_->write_zeroes(at, n); }
+    Result<void> resize(std::uint64_t size) override { return storage_->resize(size); }
+    Result<void> flush() override { return storage_->flush(); }
+    [[nodiscard]] Result<Run> run(HostOffset at, std::uint64_t limit) const override {
+        return storage_->run(at, limit);
+    }
+
+private:
+    std::shared_ptr<Storage> storage_;
+    std::uint64_t claimed_;
+};
+
+TEST_F(Hostile, FileThatIsCutShortMeanwhile) {
+    HostileImage image;
+    image.snapshots = 3;
+    image.snapshot_table = 4;
+    image.file.write(image.cluster(4), snapshot_entry(0, 0, 0, 0xffff'ffff));
+    const auto storage = fuzz::storage_of(image.finish(6), "short");
+    const auto opened = open_bounded(std::make_shared<ShortStorage>(storage, bit(40)));
+    ASSERT_TRUE(opened.has_value());
+    EXPECT_FALSE(info_bounded(**opened).has_value());
+    EXPECT_TRUE(check_bounded(**opened).has_value());
+}
+
 TEST_F(Hostile, SnapshotTableInAHole) {
     HostileImage image;
     image.version = 2;  // in which an entry of zeros is a snapshot
