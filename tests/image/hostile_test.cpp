@@ -768,6 +768,22 @@ TEST_F(Hostile, NamesThatAreNoPathsNeverReachTheGate) {
     EXPECT_EQ(error.code, Errc::unsupported);
 }
 
+/// The name of a data file may be as long as a cluster; parsing a description must not be as deep as it likes.
+TEST_F(Hostile, DeeplyNestedDescription) {
+    for (const bool closed : {true, false}) {
+        HostileImage image(21);
+        image.incompatible = 4;
+        constexpr std::size_t depth = 900'000;
+        std::string name = R"(json:{"x":)" + std::string(depth, '[');
+        if (closed) name += std::string(depth, ']') + "}";
+        image.extensions.push_back({0x44415441, {}});
+        append(image.extensions.back().data, name);
+        Error error;
+        EXPECT_TRUE(asked_for(image.finish(), error).empty());
+        EXPECT_THAT(error.code, AnyOf(Errc::corrupt, Errc::unsupported));
+    }
+}
+
 TEST_F(Hostile, BackingFilesThatAreNoFiles) {
     ASSERT_EQ(::mkfifo(path("fifo").c_str(), 0600), 0);
     std::filesystem::create_directory(path("directory"));
