@@ -413,6 +413,13 @@ private:
                 return {};
             }));
         compare_with_zero(blocks_.size() * per_block, references_.clusters(), image_end_clusters_);
+        if (const std::uint64_t count = overlapping_blocks_; count != 0) {
+            corrupt(core_.header.refcount_table.value, "refcount table",
+                    fmt::format("{} of its entries name blocks that are in use as something else, or for other "
+                                "entries: what they say was not believed",
+                                count),
+                    count);
+        }
         return {};
     }
 
@@ -425,7 +432,10 @@ private:
             return {};
         }
         const std::uint64_t block_cluster = block.value >> geometry_.cluster_bits;
-        if (references_.at(block_cluster).count() != 1) return {};  // reported as an overlap: not to be believed
+        if (references_.at(block_cluster).count() != 1) {
+            ++overlapping_blocks_;
+            return {};
+        }
         TRY(core_.file->read(block, buffer));
         const auto refcounts = std::span<const std::byte>(buffer);
         const unsigned order = core_.header.refcount_order;
@@ -528,6 +538,7 @@ private:
 
     std::vector<HostOffset> blocks_;  // by index in the refcount table; 0: none, or one that cannot be read
     std::vector<L2Reference> l2_references_;
+    std::atomic<std::uint64_t> overlapping_blocks_ = 0;
     Tally tally_;
     std::uint64_t image_end_clusters_ = 0;
 };

@@ -349,6 +349,57 @@ TEST_F(Hostile, FourMillionL1EntriesForOneL2Table) {
     EXPECT_TRUE((*opened)->read({bit(50)}, bytes).has_value());
 }
 
+TEST_F(Hostile, RefcountTableThatNamesOneBlock) {
+    for (const std::uint64_t block : {2U, 1U, 3U, 200U}) {
+        HostileImage image;
+        image.refcount_table = 8;
+        image.refcount_table_clusters = 128;
+        image.fill(image.cluster(8), bit(20), image.cluster(block));
+        image.fill(image.cluster(2), 8192, 0x0001000100010001);
+        write("image", image.finish(201));
+        const auto opened = open_bounded(open("image"));
+        ASSERT_TRUE(opened.has_value());
+        const auto report = check_bounded(**opened);
+        ASSERT_TRUE(report.has_value());
+        EXPECT_GT(report->corruptions, 0U);
+    }
+}
+
+TEST_F(Hostile, RefcountBlocksThatAreOtherThings) {
+    // The table itself, the L1 table, a place within a cluster, one past the end.
+    for (const std::uint64_t at : {std::uint64_t{1} << 16, std::uint64_t{3} << 16, std::uint64_t{0x10200}, bit(60)}) {
+        HostileImage image;
+        image.file.write_word(image.cluster(1), at);
+        const auto opened = open_bounded(image.finish());
+        ASSERT_TRUE(opened.has_value());
+        const auto report = check_bounded(**opened);
+        ASSERT_TRUE(report.has_value());
+        EXPECT_GT(report->corruptions, 0U);
+    }
+}
+
+TEST_F(Hostile, L2TablesThatAreOtherThings) {
+    // Within the header's cluster, the refcount table, the L1 table itself, the end of the file and past it.
+    for (const std::uint64_t at : {std::uint64_t{0x200}, std::uint64_t{1} << 16, std::uint64_t{3} << 16,
+                                   std::uint64_t{4} << 16, std::uint64_t{1} << 55}) {
+        HostileImage image;
+        image.write_refcounts(4);
+        image.file.write_word(image.cluster(3), at | format::copied_bit);
+        const auto opened = open_bounded(image.finish());
+        ASSERT_TRUE(opened.has_value());
+        std::byte first = {};
+        const auto read = (*opened)->read({0}, {&first, 1});
+        if (!read) {
+            expect_error(read, Errc::corrupt, {"host offset 0x"});
+        } else {
+            EXPECT_THAT(at, AnyOf(image.cluster(1), image.cluster(3)));  // those whose first entry means something
+        }
+        const auto report = check_bounded(**opened);
+        ASSERT_TRUE(report.has_value());
+        EXPECT_GT(report->corruptions, 0U);
+    }
+}
+
 // Snapshots and bitmaps.
 
 Bytes snapshot_entry(std::uint64_t l1_table, std::uint32_t l1_entries, std::uint64_t size, unsigned extra = 16) {
