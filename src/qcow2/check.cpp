@@ -441,6 +441,12 @@ private:
         const unsigned order = core_.header.refcount_order;
         for (std::uint64_t cluster = first; cluster < last;) {
             const auto [piece, references] = piece_from(cluster, last);
+            // Most of a block is zeros where it describes what lies past the end of the file.
+            const auto bits_before = (cluster - first) << order;
+            if (references.empty() && is_zero(refcounts.subspan(bits_before / 8, (piece << order) / 8))) {
+                cluster += piece;
+                continue;
+            }
             for (std::uint64_t i = 0; i < piece; ++i, ++cluster) {
                 const auto refcount = format::refcount_at(refcounts, cluster - first, order);
                 compare(cluster, refcount, references.empty() ? References{} : references[i], end);
@@ -461,13 +467,14 @@ private:
         }
     }
 
-    /// As many of the clusters from `first` to `last` - 1 as lie in one chunk of the map, and their references (none:
-    /// an empty span).
+    /// As many of the clusters from `first` to `last` - 1 as lie in one chunk of the map, or would lie in one behind
+    /// its end, and their references (none: an empty span).
     [[nodiscard]] std::pair<std::uint64_t, std::span<const References>> piece_from(std::uint64_t first,
                                                                                    std::uint64_t last) const {
-        if (first >= references_.clusters()) return {last - first, {}};
         const std::uint64_t chunk_end = align_down(first, ReferenceMap::chunk_clusters) + ReferenceMap::chunk_clusters;
-        return {std::min(last, chunk_end) - first, references_.chunk_from(first)};
+        const std::uint64_t piece = std::min(last, chunk_end) - first;
+        if (first >= references_.clusters()) return {piece, {}};
+        return {piece, references_.chunk_from(first)};
     }
 
     [[nodiscard]] Result<bool> is_hole(HostOffset at, std::uint64_t bytes) const {

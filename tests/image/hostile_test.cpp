@@ -378,6 +378,24 @@ TEST_F(Hostile, RefcountBlocksThatAreOtherThings) {
     }
 }
 
+/// Refcounts of one bit make a block of 2 MiB stand for 16 million clusters, and a block that is nearly a hole is
+/// cheap to have.
+TEST_F(Hostile, ManyLargeRefcountBlocks) {
+    HostileImage image(21);
+    image.refcount_order = 0;
+    constexpr std::uint64_t blocks = 400;
+    for (std::uint64_t i = 0; i < blocks; ++i) {
+        image.file.write_word(image.cluster(1) + i * 8, image.cluster(10 + i));
+        image.file.segments.push_back({image.cluster(10 + i), Bytes(8, std::byte{0x01})});
+    }
+    write("image", image.finish(10 + blocks));
+    const auto opened = open_bounded(open("image"));
+    ASSERT_TRUE(opened.has_value());
+    const auto report = check_bounded(**opened);
+    ASSERT_TRUE(report.has_value());
+    EXPECT_FALSE(report->clean());
+}
+
 TEST_F(Hostile, L2TablesThatAreOtherThings) {
     // Within the header's cluster, the refcount table, the L1 table itself, the end of the file and past it.
     for (const std::uint64_t at : {std::uint64_t{0x200}, std::uint64_t{1} << 16, std::uint64_t{3} << 16,
