@@ -107,6 +107,21 @@ private:
         return add_range(what, begin, bytes);
     }
 
+    /// The same for a table that is going to be walked; false, and a finding, also if part of it was counted before. So
+    /// nothing is walked twice, however many tables are said to lie in one place.
+    Result<bool> add_table_to_walk(const std::string& what, HostOffset begin, std::uint64_t bytes) {
+        const std::uint64_t first = begin.value >> geometry_.cluster_bits;
+        const std::uint64_t clusters = std::min(geometry_.clusters(bytes), file_clusters_);
+        const std::uint64_t taken = references_.next_used(first, first + clusters);
+        if (taken >= first + clusters || taken >= references_.clusters()) return add_table(what, begin, bytes);
+        corrupt(begin.value, what,
+                fmt::format("its {} bytes at host offset {:#x} overlap other metadata at {:#x}", bytes, begin.value,
+                            taken << geometry_.cluster_bits));
+        // What comes before is taken now as well, so that finding the overlap takes no time the next time.
+        TRY_VOID(references_.add(first, taken - first + 1, 1, References::metadata));
+        return false;
+    }
+
     /// Calls `visit(index, word)` for each word of a table that lies in the file. Holes are zeros and are not read.
     template <class Visit>
     Result<void> each_word(HostOffset table, std::uint64_t entries, Visit visit) {
@@ -165,26 +180,18 @@ private:
             return {};
         }
         TRY(add_table("bitmap directory", extension.directory, extension.directory_size));
-        std::uint64_t table_bytes = 0;
-        for (const auto& bitmap : *bitmaps) {
-            table_bytes += std::uint64_t{bitmap.table_entries} * 8;
-            TRY_VOID(add_bitmap(bitmap, table_bytes));
-        }
+        for (const auto& bitmap : *bitmaps) TRY_VOID(add_bitmap(bitmap));
         return {};
     }
 
-    Result<void> add_bitmap(const format::BitmapEntry& bitmap, std::uint64_t table_bytes_so_far) {
+    Result<void> add_bitmap(const format::BitmapEntry& bitmap) {
         const auto place = fmt::format("bitmap \"{}\"", printable(bitmap.info.name));
-        if (table_bytes_so_far > file_size_) {
-            corrupt(bitmap.table.value, place, "the bitmaps' tables together are larger than the file: they overlap");
-            return {};
-        }
         const std::uint64_t bits = std::uint64_t{bitmap.table_entries} * geometry_.cluster_size() * 8;
         if (!bitmap.info.in_use && bits < divide_up(core_.header.size, bitmap.info.granularity)) {
             corrupt(bitmap.table.value, place,
                     fmt::format("a table of {} entries is too short for the disk", bitmap.table_entries));
         }
-        if (!TRY(add_table(place + ": table", bitmap.table, std::uint64_t{bitmap.table_entries} * 8))) return {};
+        if (!TRY(add_table_to_walk(place + ": table", bitmap.table, std::uint64_t{bitmap.table_entries} * 8))) return {};
         return each_word(bitmap.table, bitmap.table_entries,
                          [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
                              const format::BitmapTableEntry entry{word};
@@ -205,15 +212,8 @@ private:
             return {};
         }
         TRY(add_table("snapshot table", core_.header.snapshot_table, table->bytes));
-        std::uint64_t l1_bytes = 0;
         for (const auto& snapshot : table->entries) {
             const auto place = fmt::format("L1 table of snapshot \"{}\"", printable(snapshot.info.name));
-            l1_bytes += std::uint64_t{snapshot.l1_entries} * 8;
-            if (l1_bytes > file_size_) {
-                corrupt(snapshot.l1_table.value, place,
-                        "the snapshots' L1 tables together are larger than the file: they overlap");
-                return {};
-            }
             if (auto verified = verify_snapshot_l1(core_, snapshot); !verified) {
                 corrupt(snapshot.l1_table.value, place, verified.error().what);
                 continue;
@@ -224,7 +224,7 @@ private:
     }
 
     Result<void> add_l1_table(const std::string& what, HostOffset table, std::uint64_t entries, bool active) {
-        if (!TRY(add_table(what, table, entries * 8))) return {};
+        if (!TRY(add_table_to_walk(what, table, entries * 8))) return {};
         return each_word(table, entries, [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
             const L1Entry entry{word};
             const auto place = [&] { return fmt::format("{}: entry {}", what, index); };
@@ -245,11 +245,13 @@ private:
             }
             const auto copied = !active ? 0 : entry.copied() ? References::copied : References::not_copied;
             TRY_VOID(references_.add(entry.l2_table().value >> geometry_.cluster_bits, 1, 1, References::l2_table | copied));
-            l2_references_.push_back({entry.l2_table(), index, 1, active});
-            if (l2_references_.size() * sizeof(L2Reference) > options_.memory_bytes) {
+            // A vector that grows holds old and new, twice as large, for a while.
+            if (l2_references_.size() == l2_references_.capacity() &&
+                l2_references_.size() * 3 * sizeof(L2Reference) > options_.memory_bytes) {
                 return fail(Errc::limit_exceeded, "",
                             "the image has more L2 tables than fit in the memory that was allowed");
             }
+            l2_references_.push_back({entry.l2_table(), index, 1, active});
             return {};
         });
     }

@@ -69,4 +69,17 @@ std::span<const References> ReferenceMap::chunk_from(std::uint64_t cluster) cons
     return std::span(chunk->references).subspan(cluster % chunk_clusters);
 }
 
+std::uint64_t ReferenceMap::next_used(std::uint64_t first, std::uint64_t last) const {
+    const std::uint64_t end = std::min(last, clusters_);
+    while (first < end) {
+        const std::uint64_t piece = std::min(end - first, chunk_clusters - first % chunk_clusters);
+        const auto references = chunk_from(first);
+        for (std::uint64_t i = 0; i < std::min<std::uint64_t>(piece, references.size()); ++i) {
+            if (references[i].word != 0) return first + i;
+        }
+        first += piece;
+    }
+    return last;
+}
+
 }  // namespace qcow::qcow2

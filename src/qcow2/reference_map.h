@@ -52,6 +52,9 @@ public:
     /// The references of the clusters from `cluster` (< clusters()) to the end of its chunk; empty: all have none.
     [[nodiscard]] std::span<const References> chunk_from(std::uint64_t cluster) const;
 
+    /// The first cluster from `first` to `last` - 1 that has references; `last` if none has.
+    [[nodiscard]] std::uint64_t next_used(std::uint64_t first, std::uint64_t last) const;
+
     [[nodiscard]] std::uint64_t clusters() const { return clusters_; }
 
 private:

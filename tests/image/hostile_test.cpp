@@ -516,6 +516,30 @@ TEST_F(Hostile, SnapshotTableOverOtherTables) {
     }
 }
 
+/// Each snapshot alone is sound; that all of them share one large L1 table makes them a bomb.
+TEST_F(Hostile, SnapshotsThatShareOneL1Table) {
+    // Entries that name an L2 table, and entries that are flawed.
+    for (const std::uint64_t entry : {std::uint64_t{700} << 16, std::uint64_t{0x200}}) {
+        HostileImage image;
+        image.snapshots = 65536;
+        image.snapshot_table = 1024;
+        image.fill(image.cluster(8), bit(22), entry);
+        Bytes table;
+        for (unsigned i = 0; i < image.snapshots; ++i) {
+            const auto one = snapshot_entry(image.cluster(8), bit(22), 0);
+            table.insert(table.end(), one.begin(), one.end());
+        }
+        image.file.segments.push_back({image.cluster(1024), std::move(table)});
+        image.file.fixed_size = bit(42);
+        write("image", image.finish());
+        const auto opened = open_bounded(open("image"));
+        ASSERT_TRUE(opened.has_value());
+        EXPECT_TRUE(info_bounded(**opened).has_value());
+        const auto report = check_bounded(**opened);
+        EXPECT_TRUE(!report || report->corruptions > 0);
+    }
+}
+
 Bytes bitmap_entry(std::uint64_t table, std::uint32_t entries) {
     Bytes entry;
     append(entry, table, 8);
@@ -537,6 +561,32 @@ Extension bitmaps_extension(std::uint32_t count, std::uint64_t bytes, std::uint6
     append(extension.data, bytes, 8);
     append(extension.data, at, 8);
     return extension;
+}
+
+TEST_F(Hostile, BitmapsThatShareOneTable) {
+    for (const std::uint32_t entries : {0xffff'ffffU, 0x0010'0000U}) {
+        for (const unsigned bits : {9U, 16U}) {
+            HostileImage image(bits);
+            image.size = 4096;
+            image.autoclear = 1;
+            const std::uint64_t table_at = bit(24);
+            image.fill(table_at, 4096, 1);
+            Bytes directory;
+            for (unsigned i = 0; i < 65535; ++i) {
+                const auto one = bitmap_entry(table_at, entries);
+                directory.insert(directory.end(), one.begin(), one.end());
+            }
+            image.extensions.push_back(bitmaps_extension(65535, directory.size(), bit(25)));
+            image.file.segments.push_back({bit(25), std::move(directory)});
+            image.file.fixed_size = bit(51);
+            const auto opened = open_bounded(image.finish());
+            ASSERT_TRUE(opened.has_value());
+            const auto info = info_bounded(**opened);
+            ASSERT_TRUE(info.has_value());
+            EXPECT_EQ(info->bitmaps.size(), 65535U);
+            check_bounded(**opened, 64 * MiB);
+        }
+    }
 }
 
 TEST_F(Hostile, BitmapDirectoriesThatLie) {
