@@ -69,7 +69,7 @@ class Qcow2Builder {
 public:
     explicit Qcow2Builder(Random& random) : random_(random) {
         extended_l2_ = random_.chance(15);
-        constexpr std::array common_bits = {9U, 9U, 9U, 9U, 10U, 12U, 16U, 21U};
+        constexpr std::array common_bits = {9U, 9U, 9U, 9U, 9U, 9U, 9U, 10U, 10U, 12U, 16U, 16U, 21U};
         cluster_bits_ = extended_l2_ ? 14 + static_cast<unsigned>(random_.below(3))
                                      : common_bits[random_.below(common_bits.size())];
         version_ = extended_l2_ || random_.chance(75) ? 3 : 2;

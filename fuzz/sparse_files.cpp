@@ -95,7 +95,8 @@ std::uint64_t SparseFile::size() const {
 }
 
 void SparseFile::read(std::uint64_t at, std::span<std::byte> to) const {
-    std::ranges::fill(to, std::byte{0});
+    if (to.empty()) return;
+    std::memset(to.data(), 0, to.size());
     const std::uint64_t end = std::min(at + to.size(), size());
     for (const auto& segment : segments) {
         const std::uint64_t first = std::max(at, segment.offset);
