@@ -426,7 +426,7 @@ Bytes snapshot_entry(std::uint64_t l1_table, std::uint32_t l1_entries, std::uint
     append(entry, l1_entries, 4);
     append(entry, 1, 2);  // id
     append(entry, 1, 2);  // name
-    append(entry, 0, 20);
+    entry.resize(36);
     append(entry, extra, 4);
     append(entry, 0, 8);
     append(entry, size, 8);
