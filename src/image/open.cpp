@@ -53,10 +53,11 @@ Result<FileReference> reference_to(FileReference::Role role, const std::string& 
     auto parsed = format::parse_file_name(name);
     if (!parsed) {
         auto error = std::move(parsed).error();
-        return std::unexpected(
-            std::move(error)
-                .in(role == FileReference::Role::backing_file ? "backing file name" : "data file name")
-                .in(by.storage->name()));
+        return std::unexpected(std::move(error)
+                                   .in(role == FileReference::Role::backing_file
+                                           ? "backing file name (header field backing_file_offset, byte 8)"
+                                           : "data file name (header extension 0x44415441)")
+                                   .in(by.storage->name()));
     }
     return FileReference{role, name, format::resolve(parsed->path, by.storage->name()), by.storage->name()};
 }

@@ -64,7 +64,8 @@ public:
         }
         TRY_VOID(add_refcount_blocks());
         TRY_VOID(add_bitmaps());
-        TRY_VOID(add_l1_table("active L1 table", header.l1_table, header.l1_entries, true));
+        TRY_VOID(add_l1_table(fmt::format("active L1 table at host offset {:#x}", header.l1_table.value),
+                              header.l1_table, header.l1_entries, true));
         TRY_VOID(add_snapshots());
         merge_l2_references();
         TRY_VOID(walk_l2_tables());
@@ -218,7 +219,8 @@ private:
         }
         TRY(add_table("snapshot table", core_.header.snapshot_table, table->bytes));
         for (const auto& snapshot : table->entries) {
-            const auto place = fmt::format("L1 table of snapshot \"{}\"", printable(snapshot.info.name));
+            const auto place = fmt::format("L1 table of snapshot \"{}\" at host offset {:#x}",
+                                           printable(snapshot.info.name), snapshot.l1_table.value);
             if (auto verified = verify_snapshot_l1(core_, snapshot); !verified) {
                 corrupt(snapshot.l1_table.value, place, verified.error().what);
                 continue;
