@@ -7,7 +7,7 @@
 
 #include "support/disks.h"
 #include "support/qemu.h"
-#include "support/temp_dir.h"
+#include "support/temporary_directory.h"
 
 namespace qcow::test {
 namespace {
@@ -90,7 +90,7 @@ protected:
     }
 
     Random random_ = Random::named("concurrent");
-    TempDir directory_;
+    TemporaryDirectory directory_;
     unsigned pieces_ = 0;
 };
 

@@ -181,7 +181,7 @@ private:
         EXPECT_TRUE(std::regex_search(message, place)) << "names no structure and place: " << message;
     }
 
-    TempDir directory_;
+    TemporaryDirectory directory_;
     std::string suite_ = "making";
     std::string said_;
     std::set<const Exception*> used_;

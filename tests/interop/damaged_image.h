@@ -12,7 +12,7 @@
 #include "base/endian.h"
 #include "support/disks.h"
 #include "support/qemu.h"
-#include "support/temp_dir.h"
+#include "support/temporary_directory.h"
 
 namespace qcow::test {
 

@@ -11,7 +11,7 @@
 
 #include "support/qemu.h"
 #include "support/random.h"
-#include "support/temp_dir.h"
+#include "support/temporary_directory.h"
 
 namespace qcow::test {
 
@@ -66,7 +66,7 @@ public:
     }
 
     [[nodiscard]] const ImageSpec& spec() const { return spec_; }
-    [[nodiscard]] const TempDir& directory() const { return directory_; }
+    [[nodiscard]] const TemporaryDirectory& directory() const { return directory_; }
     [[nodiscard]] std::string file(std::size_t layer) const { return directory_.file(name_of(layer)); }
     [[nodiscard]] std::string top() const { return file(spec_.layers.size() - 1); }
     [[nodiscard]] const std::vector<std::string>& snapshots() const { return snapshots_; }
@@ -263,7 +263,7 @@ private:
 
     ImageSpec spec_;
     Random random_;
-    TempDir directory_;
+    TemporaryDirectory directory_;
     std::vector<std::string> snapshots_;
     unsigned patterns_ = 0;
     std::vector<bool> stored_;  // the clusters of the layer at hand that may have been written

@@ -5,7 +5,7 @@
 
 #include "support/disks.h"
 #include "support/qemu.h"
-#include "support/temp_dir.h"
+#include "support/temporary_directory.h"
 
 namespace qcow::test {
 namespace {
@@ -75,7 +75,7 @@ protected:
         EXPECT_THAT(opened.error().message(), AllOf(HasSubstr(path), HasSubstr("-U")));
     }
 
-    TempDir directory_;
+    TemporaryDirectory directory_;
 };
 
 TEST_F(LockTest, WriterExcludesOurReader) {

@@ -92,7 +92,7 @@ void expect_maps_agree(const std::vector<PeerExtent>& peer, const std::vector<Ex
 }
 
 /// Copies and reads of the disk give what the reference holds.
-void expect_contents(Disk& disk, const ReferenceFile& reference, const TempDir& directory, Random& random) {
+void expect_contents(Disk& disk, const ReferenceFile& reference, const TemporaryDirectory& directory, Random& random) {
     ASSERT_EQ(disk.size(), reference.size());
     if (disk.size() <= (std::uint64_t{8} << 20) && random.chance(50)) {
         auto memory = memory_storage();

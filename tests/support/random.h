@@ -12,11 +12,13 @@
 
 namespace qcow::test {
 
-/// QCOW_SEED if the environment has it, else something new each time.
+/// QCOW_SEED, where "random" is something new each time; without it always the same, so that a run can be compared with
+/// the one before.
 inline std::uint64_t run_seed() {
-    static const std::uint64_t seed = [] {
+    static const std::uint64_t seed = []() -> std::uint64_t {
         const char* given = std::getenv("QCOW_SEED");
-        return given != nullptr ? std::strtoull(given, nullptr, 0) : std::random_device{}();
+        if (given == nullptr) return std::uint64_t{1};
+        return given == std::string_view("random") ? std::random_device{}() : std::uint64_t{std::strtoull(given, nullptr, 0)};
     }();
     return seed;
 }

@@ -1,6 +1,8 @@
 #pragma once
 // A directory for the files of one test.
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -16,7 +18,7 @@ namespace qcow::test {
 class TemporaryDirectory {
 public:
     TemporaryDirectory() {
-        std::string pattern = (std::filesystem::temp_directory_path() / "qcow-test-XXXXXX").string();
+        std::string pattern = (parent() / "qcow-test-XXXXXX").string();
         if (mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("cannot make a temporary directory");
         path_ = pattern;
     }
@@ -30,6 +32,9 @@ public:
     /// The path of the file `name` in it, whether or not there is one.
     [[nodiscard]] std::string operator/(std::string_view name) const { return (path_ / name).string(); }
 
+    [[nodiscard]] std::string file(std::string_view name) const { return *this / name; }
+    [[nodiscard]] const std::filesystem::path& path() const { return path_; }
+
     [[nodiscard]] std::set<std::string> names() const {
         std::set<std::string> result;
         for (const auto& entry : std::filesystem::directory_iterator(path_)) result.insert(entry.path().filename());
@@ -37,6 +42,13 @@ public:
     }
 
 private:
+    /// In memory, where there is a place: the peers flush each image that they make to the disk.
+    static std::filesystem::path parent() {
+        const std::filesystem::path memory = "/dev/shm";
+        if (std::getenv("TMPDIR") == nullptr && access(memory.c_str(), W_OK) == 0) return memory;
+        return std::filesystem::temp_directory_path();
+    }
+
     std::filesystem::path path_;
 };
 

@@ -8,7 +8,7 @@
 
 #include "support/disks.h"
 #include "support/qemu.h"
-#include "support/temp_dir.h"
+#include "support/temporary_directory.h"
 
 namespace qcow::test {
 namespace {
@@ -71,7 +71,7 @@ protected:
         put_file(directory_.file("base.qcow2"), bytes);
     }
 
-    TempDir directory_;
+    TemporaryDirectory directory_;
 };
 
 TEST_F(ToolTest, InfoAsText) {
