@@ -9,8 +9,8 @@
 #include <zlib.h>
 #include <zstd.h>
 
-#include <chrono>
 #include <cstdlib>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -47,7 +47,8 @@ std::size_t memory_status(const std::string& name) {
     return 0;
 }
 
-/// What `work` takes: seconds, and memory at its worst beyond what there was before.
+/// What `work` takes: seconds of a processor, so that a busy machine does not matter, and memory at its worst beyond
+/// what there was before.
 struct Cost {
     double seconds = 0;
     std::size_t bytes = 0;
@@ -55,10 +56,10 @@ struct Cost {
 Cost cost_of(const std::function<void()>& work) {
     std::ofstream("/proc/self/clear_refs") << "5";  // forgets the peak so far
     const auto before = memory_status("VmRSS");
-    const auto begin = std::chrono::steady_clock::now();
+    const std::clock_t begin = std::clock();
     work();
     Cost cost;
-    cost.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    cost.seconds = static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
     const auto peak = memory_status("VmHWM");
     cost.bytes = peak > before ? peak - before : 0;
     return cost;
