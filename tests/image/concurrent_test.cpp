@@ -151,6 +151,35 @@ TEST_F(ConcurrentTest, Snapshots) {
     expect_same_from_all(*snapshot);
 }
 
+/// Four times as many L2 entries as fit in the smallest cache, each one with an offset of its own.
+TEST_F(ConcurrentTest, LookupsWhileTheCacheIsReplaced) {
+    SCOPED_TRACE(replay_hint());
+    must_qemu_img({"create", "-q", "-f", "qcow2", "-o", "cluster_size=512,preallocation=metadata", "disk.qcow2", "64M"},
+                  directory_.path());
+    const auto image = open_with_cache("disk.qcow2", 1);
+    const auto host_of = [&](std::uint64_t cluster) -> std::uint64_t {
+        const auto extent = image->extent({cluster * 512}, 512);
+        return extent && extent->host ? extent->host->value : 0;
+    };
+    std::vector<std::uint64_t> serial(image->size() / 512);
+    for (std::uint64_t i = 0; i < serial.size(); ++i) serial[i] = host_of(i);
+    EXPECT_EQ(std::ranges::count(serial, 0U), 0);
+
+    std::atomic<unsigned> wrong = 0;
+    std::vector<std::thread> workers;
+    for (unsigned t = 0; t < threads; ++t) {
+        workers.emplace_back([&, seed = random_.below(~std::uint64_t{0})] {
+            Random random(seed);
+            for (unsigned i = 0; i < 60'000; ++i) {
+                const auto cluster = random.below(serial.size());
+                if (host_of(cluster) != serial[cluster]) ++wrong;
+            }
+        });
+    }
+    for (auto& worker : workers) worker.join();
+    EXPECT_EQ(wrong, 0U);
+}
+
 /// Each thread copies the whole of one shared image.
 TEST_F(ConcurrentTest, Copies) {
     create("disk.qcow2", "cluster_size=4096");
