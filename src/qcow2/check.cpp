@@ -164,13 +164,19 @@ private:
         return each_word(
             header.refcount_table, blocks_.size(), [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
                 const format::RefcountTableEntry entry{word};
-                const auto place = fmt::format("refcount table entry {}", index);
+                const auto place = [&] { return fmt::format("refcount table entry {}", index); };
                 if (entry.reserved_bits_set()) {
-                    corrupt(header.refcount_table.value + index * 8, place,
+                    corrupt(header.refcount_table.value + index * 8, place(),
                             fmt::format("reserved bits are set ({:#x})", word));
                 }
-                if (entry.allocated() && TRY(add_table(fmt::format("{}: refcount block", place), entry.block(), geometry_.cluster_size())))
+                if (!entry.allocated()) return {};
+                const std::uint64_t cluster = entry.block().value >> geometry_.cluster_bits;
+                if (is_aligned(entry.block().value, geometry_.cluster_size()) && cluster < file_clusters_) {
+                    TRY_VOID(references_.add(cluster, 1, 1, References::metadata));
                     blocks_[index] = entry.block();
+                    return {};
+                }
+                TRY(add_table(place() + ": refcount block", entry.block(), geometry_.cluster_size()));  // says why not
                 return {};
             });
     }
@@ -411,6 +417,7 @@ private:
     }
 
     Result<void> compare_refcounts() {
+        report_overlapping_blocks();
         std::atomic<std::size_t> next = 0;
         const std::uint64_t per_block =
             format::refcounts_per_block(geometry_.cluster_bits, core_.header.refcount_order);
@@ -427,28 +434,34 @@ private:
                 return {};
             }));
         compare_with_zero(blocks_.size() * per_block, references_.clusters(), image_end_clusters_);
-        if (const std::uint64_t count = overlapping_blocks_; count != 0) {
-            corrupt(core_.header.refcount_table.value,
-                    fmt::format("refcount table at host offset {:#x}", core_.header.refcount_table.value),
-                    fmt::format("{} of its entries name blocks that are in use as something else, or for other "
-                                "entries: what they say was not believed",
-                                count),
-                    count);
-        }
         return {};
+    }
+
+    /// What a block says cannot be believed if something else lies there, too.
+    [[nodiscard]] bool overlaps(HostOffset block) const {
+        return block.value != 0 && references_.at(block.value >> geometry_.cluster_bits).count() != 1;
+    }
+
+    /// One finding for all of them: a million entries may name one block.
+    void report_overlapping_blocks() {
+        const auto count = static_cast<std::uint64_t>(
+            std::ranges::count_if(blocks_, [this](HostOffset block) { return overlaps(block); }));
+        if (count == 0) return;
+        const auto first = std::ranges::find_if(blocks_, [this](HostOffset block) { return overlaps(block); });
+        corrupt(first->value, fmt::format("refcount table entry {}", first - blocks_.begin()),
+                fmt::format("overlap: the block at host offset {:#x} is in use as something else, or for another "
+                            "entry, so that it was not believed; there are {} such entries",
+                            first->value, count),
+                count);
     }
 
     /// The clusters that one block describes, `per_block` from `first` on.
     Result<void> compare_block(std::uint64_t first, std::uint64_t per_block, HostOffset block,
                                std::span<std::byte> buffer, std::uint64_t& end) {
+        if (overlaps(block)) return {};
         const std::uint64_t last = first + per_block;
         if (block.value == 0 || TRY(is_hole(block, buffer.size()))) {
             compare_with_zero(first, last, end);
-            return {};
-        }
-        const std::uint64_t block_cluster = block.value >> geometry_.cluster_bits;
-        if (references_.at(block_cluster).count() != 1) {
-            ++overlapping_blocks_;
             return {};
         }
         TRY(core_.file->read(block, buffer));
@@ -560,7 +573,6 @@ private:
 
     std::vector<HostOffset> blocks_;  // by index in the refcount table; 0: none, or one that cannot be read
     std::vector<L2Reference> l2_references_;
-    std::atomic<std::uint64_t> overlapping_blocks_ = 0;
     Tally tally_;
     std::uint64_t image_end_clusters_ = 0;
 };
