@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <span>
+#include <string>
 
 #include "qcow/image.h"
 
@@ -11,8 +12,10 @@ namespace qcow {
 /// The layer below another one, which may be absent, or shorter than what lies on top of it.
 class Below {
 public:
-    /// `named` without `image`: there is a backing file, but it was not opened, and reads that need it fail.
-    Below(std::shared_ptr<Image> image, bool named) : image_(std::move(image)), named_(named) {}
+    /// `backing_name` is the image's name for it; empty: it has none. A name without `image`: it was not opened, and
+    /// reads that need it fail.
+    Below(std::shared_ptr<Image> image, std::string backing_name)
+        : image_(std::move(image)), backing_name_(std::move(backing_name)) {}
 
     [[nodiscard]] const std::shared_ptr<Image>& image() const { return image_; }
 
@@ -23,8 +26,10 @@ public:
     [[nodiscard]] Result<Extent> extent(GuestOffset at, std::uint64_t limit) const;
 
 private:
+    [[nodiscard]] std::unexpected<Error> not_opened(GuestOffset at) const;
+
     std::shared_ptr<Image> image_;
-    bool named_;
+    std::string backing_name_;
 };
 
 }  // namespace qcow

@@ -79,7 +79,13 @@ Result<void> parse_version3(std::span<const std::byte> in, Header& h) {
 Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data, std::size_t at, Header& h) {
     const auto place = [&](std::string_view name) { return fmt::format("header extension {} (byte {})", name, at); };
     switch (static_cast<ExtensionType>(type)) {
-        case ExtensionType::backing_format: h.backing_format = text(data); break;
+        case ExtensionType::backing_format:
+            if (data.size() > max_name_length) {
+                return fail(Errc::corrupt, place("backing file format"),
+                            fmt::format("a name of {} bytes", data.size()));
+            }
+            h.backing_format = text(data);
+            break;
         case ExtensionType::data_file_name: h.data_file_name = text(data); break;
         case ExtensionType::feature_names: {
             constexpr std::size_t entry = 48;

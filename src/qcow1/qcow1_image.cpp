@@ -33,7 +33,7 @@ public:
         : header_(header),
           backing_name_(std::move(backing_name)),
           file_(std::move(file)),
-          below_(std::move(backing), !backing_name_.empty()),
+          below_(std::move(backing), backing_name_),
           words_(file_, 512, cache_bytes) {}
 
     [[nodiscard]] std::uint64_t size() const override { return header_.size; }

@@ -17,7 +17,7 @@ struct Core {
           rules{format::Geometry(header), header.version, header.has(format::incompatible::external_data)},
           file(std::move(image_file)),
           data(rules.external_data ? std::move(external_data) : file),
-          below(std::move(backing), !header.backing_name.empty()),
+          below(std::move(backing), header.backing_name),
           words(file, std::min<std::uint64_t>(header.cluster_size(), 4096), cache_bytes) {}
 
     format::Header header;

@@ -18,7 +18,8 @@ inline std::uint64_t run_seed() {
     static const std::uint64_t seed = []() -> std::uint64_t {
         const char* given = std::getenv("QCOW_SEED");
         if (given == nullptr) return std::uint64_t{1};
-        return given == std::string_view("random") ? std::random_device{}() : std::uint64_t{std::strtoull(given, nullptr, 0)};
+        return given == std::string_view("random") ? std::random_device{}()
+                                                   : std::uint64_t{std::strtoull(given, nullptr, 0)};
     }();
     return seed;
 }
