@@ -30,8 +30,7 @@ test-asan test-tsan: test-%: ## The same tests under the address and undefined-b
 
 bench: ## Measure against qemu-img
 	@scripts/install-dependencies build test
-	@cmake --preset bench >/dev/null
-	@cmake --build --preset bench -j $(JOBS)
+	@$(MAKE) --no-print-directory all
 	@bench/run --qcow build/release/qcow
 
 lint: ## clang-format and clang-tidy
