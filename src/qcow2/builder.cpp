@@ -159,7 +159,7 @@ Result<void> Builder::write_zeroes(GuestOffset at, std::uint64_t length) {
 Result<std::uint64_t> Builder::copy_from(GuestOffset at, const Storage& source, HostOffset from, std::uint64_t length) {
     if (convert_.compress || convert_.backing) return 0;  // the bytes are to be looked at
     const auto& target = files_.data_file ? files_.data_file : files_.image;
-    // Try a cluster before mapping them all: there is no way back.
+    // Copied before it is mapped: what was mapped cannot be taken back.
     const HostOffset host = files_.data_file ? HostOffset{at.value} : refcounts_.end();
     const std::uint64_t done = TRY(target->copy_from(source, from, host, length));
     if (done < length) return 0;

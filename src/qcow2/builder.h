@@ -35,7 +35,6 @@ public:
     Result<void> finish();
 
 private:
-    struct Parts;
     Builder(const NewImageFiles& files, const CreateOptions& options, const ConvertOptions& convert,
             format::Header header);
 
