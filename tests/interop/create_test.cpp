@@ -194,8 +194,9 @@ TEST_F(CreateTest, RefusesWhatCannotBe) {
 TEST_F(CreateTest, DoesNotReplaceAnImageThatIsInUse) {
     must_qcow({"create", "disk.qcow2", "1M"});
     Subprocess holder({"qemu-io", "-f", "qcow2", directory_ / "disk.qcow2"});
-    // Until it holds the image, the image can be replaced.
-    for (int i = 0; i < 100 && qemu_img({"info", directory_ / "disk.qcow2"}).status == 0; ++i) usleep(20'000);
+    // It answers only once it holds the image.
+    holder.write("length\n");
+    holder.wait_for(" MiB");
     expect_refused({"create", "disk.qcow2", "2M"}, "another process is using it");
 }
 
@@ -223,6 +224,12 @@ TEST_F(CreateTest, OverABackingFileOnlyWhatDiffersIsStored) {
         auto random = Random::named(compat);
         SCOPED_TRACE(replay_hint());
         make_raw("base.raw", 6 * 1024 * KiB, random);
+        {
+            // What is to be zeros below is data here.
+            std::fstream file(directory_ / "base.raw", std::ios::in | std::ios::out | std::ios::binary);
+            file.seekp(0);
+            file << random.bytes(256 * KiB);
+        }
         std::filesystem::copy_file(directory_ / "base.raw", directory_ / "disk.raw",
                                    std::filesystem::copy_options::overwrite_existing);
         {
