@@ -23,7 +23,7 @@ qcow::Result<void> extract(const char* source_path, const char* target_path, con
     auto file = qcow::NewFile::begin(target_path);
     if (!file) return std::unexpected(file.error());
     if (auto sized = file->storage()->resize(source->size()); !sized) return sized;
-    auto target = qcow::open_image(file->storage(), {.format = qcow::Format::raw});
+    auto target = qcow::open_image(file->storage(), {.writable = true, .format = qcow::Format::raw});
     if (!target) return std::unexpected(target.error());
     if (auto copied = qcow::copy_disk(*source, **target); !copied) return copied;
     return file->publish();

@@ -100,7 +100,7 @@ private:
         QCOW_REQUIRE(pieces == whole);
 
         const auto storage = memory_storage(std::vector<std::byte>(whole.size()), "copy");
-        const auto target = open_image(storage, {.format = Format::raw});
+        const auto target = open_image(storage, {.writable = true, .format = Format::raw});
         QCOW_REQUIRE(succeeded(target));
         CopyOptions options;
         options.workers = 1;

@@ -28,7 +28,7 @@ struct Options {
 qcow::Result<void> to_raw(qcow::Disk& source, const qcow::NewFile& file, const Options& options,
                           qcow::CopyOptions copy) {
     if (auto sized = file.storage()->resize(source.size()); !sized) return sized;
-    auto target = qcow::open_image(file.storage(), {.format = qcow::Format::raw});
+    auto target = qcow::open_image(file.storage(), {.writable = true, .format = qcow::Format::raw});
     if (!target) return std::unexpected(std::move(target).error());
     copy.sparse_bytes = parse_size(options.sparse);
     copy.target_is_zero = file.starts_as_zeros();

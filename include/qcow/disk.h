@@ -58,11 +58,25 @@ public:
     /// bytes cease to be alike: extents that come in pieces are merged by each_extent.
     virtual Result<Extent> extent(GuestOffset at, std::uint64_t limit) = 0;
 
-    /// Writes all of `from` at `at`. The range must lie within size(). Errc::read_only where the disk is.
+    // The verbs that change the disk, Errc::read_only where it is not open for writing. What requests that overlap and
+    // are in flight at once leave in the sectors that they share is one of the values written.
+
+    /// Writes all of `from` at `at`. The range must lie within size(): Errc::invalid_argument. On an error each sector
+    /// of the range holds what it held before or what was to be written.
     virtual Result<void> write(GuestOffset at, std::span<const std::byte> from);
 
-    /// Makes the range read as zeros, giving up its storage where that is possible.
-    virtual Result<void> write_zeroes(GuestOffset at, std::uint64_t length);
+    /// What becomes of the storage of bytes that are made zeros.
+    enum class Zeroes : std::uint8_t {
+        release,  ///< given up where that is possible
+        keep,     ///< kept where there is some, so that writing there again needs no more space
+    };
+
+    /// Makes the range read as zeros.
+    virtual Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes = Zeroes::release);
+
+    /// Says that the contents of the range are no longer needed. Whole blocks (see block_size()) give up their storage
+    /// and read as zeros, other bytes stay as they are; all of them stay where the format or the options exclude it.
+    virtual Result<void> discard(GuestOffset at, std::uint64_t length);
 
     /// Lets the kernel copy or share `length` bytes of `source` to `at` without passing them through the process.
     /// Returns the bytes done, from the front; 0 where that is impossible. See Storage::copy_from.

@@ -28,9 +28,10 @@ QCOW_API std::optional<Format> format_from_name(std::string_view name);
 struct FileReference {
     enum class Role : std::uint8_t { backing_file, data_file };
     Role role = Role::backing_file;
-    std::string name;      ///< exactly as the image has it: a path, "file:..." or "json:{...}"
-    std::string path;      ///< what that comes to, relative names resolved against the directory of `named_by`
-    std::string named_by;  ///< the name of the Storage that holds the image
+    std::string name;       ///< exactly as the image has it: a path, "file:..." or "json:{...}"
+    std::string path;       ///< what that comes to, relative names resolved against the directory of `named_by`
+    std::string named_by;   ///< the name of the Storage that holds the image
+    bool writable = false;  ///< it is to be written: the data file of an image that is
 };
 
 /// Decides what becomes of a file that an image names: opens it, or refuses with Errc::refused_by_policy.
@@ -39,10 +40,37 @@ using Gate = std::function<Result<std::shared_ptr<Storage>>(const FileReference&
 /// Refuses every file.
 QCOW_API Gate no_files();
 
-/// Opens whatever file or block device is named, read-only, as the user of the process: for images that are trusted.
+/// Opens whatever file or block device is named, as the user of the process: for images that are trusted. Read-only,
+/// unless FileReference::writable asks for more.
 QCOW_API Gate local_files(bool force_share = false);
 
+/// When writes reach the disk.
+enum class CacheMode : std::uint8_t {
+    writeback,     ///< with the next flush
+    writethrough,  ///< before the write returns
+    unsafe,        ///< when the operating system likes: flushes are ignored, and a power loss may destroy the image
+};
+
+/// What becomes of writes that consist of zeros.
+enum class DetectZeroes : std::uint8_t {
+    off,    ///< they are written
+    on,     ///< whole blocks become write_zeroes that keep their storage
+    unmap,  ///< and give it up
+};
+
+/// How an image that is open for writing behaves.
+struct WriteOptions {
+    CacheMode cache = CacheMode::writeback;
+    /// Whether Disk::discard does anything, and storage that is no longer used is given back to the file system.
+    bool discard = true;
+    DetectZeroes detect_zeroes = DetectZeroes::off;
+};
+
 struct OpenOptions {
+    /// The image itself can be written; its Storage must be writable. Backing files never are. A dirty image has its
+    /// refcounts rebuilt; one that is marked corrupt is refused.
+    bool writable = false;
+    WriteOptions write = {};  ///< where it is writable
     /// Nothing: told from the first bytes. Anything that is not qcow or qcow2 is then raw.
     std::optional<Format> format;
     /// What happens to backing files and external data files. Nothing is opened that it does not open.
@@ -144,6 +172,23 @@ public:
     /// Verifies the metadata of this image, not of its backing files. Errc::unsupported for formats that have none.
     /// The image must not be written meanwhile.
     virtual Result<CheckReport> check(const CheckOptions& options);
+
+    /// Writes whole clusters in compressed form: `at` is a multiple of block_size(), and so is the end of the range,
+    /// unless it is the end of the disk. What does not become smaller is stored as it is. Errc::unsupported for formats
+    /// that have no compression. `level`: see ConvertOptions.
+    virtual Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from,
+                                          std::optional<int> level = std::nullopt);
+
+    enum class Shrink : bool { refuse, allow };
+
+    /// Changes the virtual size to `size` bytes; new bytes read as zeros. It becomes smaller only where that is
+    /// allowed: what lies past the new end is lost. Requests past the smaller of both sizes must not be in flight.
+    virtual Result<void> resize(std::uint64_t size, Shrink shrink = Shrink::refuse);
+
+    /// Flushes, and leaves the file as if there had been no writer: everything that was only reserved is given back. No
+    /// other request may be in flight; afterwards the image can be read, and no longer written. Without it the
+    /// destructor does the same, but nobody learns of errors.
+    virtual Result<void> close();
 };
 
 /// Opens an image, and the chain below it as far as `options` allow. Memory is bounded by the cache budget and the

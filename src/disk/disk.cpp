@@ -22,13 +22,21 @@ bool continues(const Extent& extent, const Extent& next) {
 }  // namespace
 
 Result<void> Disk::write(GuestOffset, std::span<const std::byte>) { return read_only(); }
-Result<void> Disk::write_zeroes(GuestOffset, std::uint64_t) { return read_only(); }
+Result<void> Disk::write_zeroes(GuestOffset, std::uint64_t, Zeroes) { return read_only(); }
+Result<void> Disk::discard(GuestOffset, std::uint64_t) { return read_only(); }
 Result<std::uint64_t> Disk::copy_from(GuestOffset, const Storage&, HostOffset, std::uint64_t) { return 0; }
 Result<void> Disk::flush() { return {}; }
 
 Result<std::shared_ptr<Disk>> Image::snapshot(std::string_view) {
     return fail(Errc::not_found, "", "the format has no internal snapshots");
 }
+
+Result<void> Image::write_compressed(GuestOffset, std::span<const std::byte>, std::optional<int>) {
+    return fail(Errc::unsupported, "", "the format has no compressed clusters");
+}
+
+Result<void> Image::resize(std::uint64_t, Shrink) { return read_only(); }
+Result<void> Image::close() { return flush(); }
 
 Result<CheckReport> Image::check(const CheckOptions&) {
     return fail(Errc::unsupported, "", "the format has no metadata that could be checked");
@@ -39,6 +47,13 @@ Result<void> verify_range(const Disk& disk, GuestOffset at, std::uint64_t length
     return fail(Errc::invalid_argument, "",
                 fmt::format("{} bytes at guest offset {:#x} reach past the end of the disk ({} bytes)", length,
                             at.value, disk.size()));
+}
+
+std::unexpected<Error> refuse_to_shrink(const Disk& disk, std::uint64_t size) {
+    return fail(Errc::invalid_argument, "",
+                fmt::format("{} bytes are fewer than the disk has ({}), and what lies past them would be lost; allow "
+                            "shrinking if that is meant",
+                            size, disk.size()));
 }
 
 Result<void> each_extent(Disk& disk, GuestOffset begin, std::uint64_t length,

@@ -33,6 +33,7 @@ public:
         std::shared_ptr<Image> backing;
         std::shared_ptr<Storage> data_file;
         std::size_t cache_bytes = 0;
+        std::optional<WriteOptions> write = {};  // nothing: read-only
     };
     virtual Result<std::shared_ptr<Image>> open(Neighbours neighbours) = 0;
 };

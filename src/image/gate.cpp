@@ -17,7 +17,8 @@ Gate no_files() {
 Gate local_files(bool force_share) {
     return [force_share](const FileReference& reference) {
         FileOptions options;
-        options.force_share = force_share;
+        options.writable = reference.writable;
+        options.force_share = force_share && !reference.writable;
         return open_file(reference.path, options);
     };
 }

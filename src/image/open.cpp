@@ -126,7 +126,8 @@ private:
     Result<std::optional<Named>> follow(Layer& layer) {
         if (!options_.follow) return std::nullopt;
         if (const auto name = layer.pending->data_file()) {
-            const auto reference = TRY(reference_to(FileReference::Role::data_file, *name, layer));
+            auto reference = TRY(reference_to(FileReference::Role::data_file, *name, layer));
+            reference.writable = options_.writable && layers_.size() == 1;
             layer.data_file = TRY(pass_gate(reference, layer, options_.gate));
             if (!identities_.insert(layer.data_file->identity()).second) {
                 return fail(Errc::corrupt, layer.data_file->name(), "it is used twice in the chain");
@@ -155,7 +156,9 @@ private:
         const auto cache_bytes = std::max(options_.cache_bytes / layers_.size(), min_layer_cache_bytes);
         for (; !layers_.empty(); layers_.pop_back()) {
             auto& layer = layers_.back();
-            auto opened = layer.pending->open({std::move(image), std::move(layer.data_file), cache_bytes});
+            const bool writable = options_.writable && layers_.size() == 1;
+            auto opened = layer.pending->open({std::move(image), std::move(layer.data_file), cache_bytes,
+                                               writable ? std::optional(options_.write) : std::nullopt});
             if (!opened) return std::unexpected(std::move(opened).error().in(layer.storage->name()));
             image = *std::move(opened);
         }

@@ -1,5 +1,7 @@
 #include "raw/raw_image.h"
 
+#include <atomic>
+
 #include "base/try.h"
 #include "disk/range.h"
 
@@ -10,7 +12,8 @@ HostOffset host(GuestOffset at) { return {at.value}; }
 
 class RawImage final : public Image {
 public:
-    RawImage(std::shared_ptr<Storage> storage, std::uint64_t size) : storage_(std::move(storage)), size_(size) {}
+    RawImage(std::shared_ptr<Storage> storage, std::uint64_t size, std::optional<WriteOptions> write)
+        : storage_(std::move(storage)), size_(size), write_(write) {}
 
     [[nodiscard]] std::uint64_t size() const override { return size_; }
     [[nodiscard]] Format format() const override { return Format::raw; }
@@ -35,22 +38,51 @@ public:
     }
 
     Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
+        TRY_VOID(verify_writable());
         TRY_VOID(verify_range(*this, at, from.size()));
-        return storage_->write(host(at), from);
+        if (write_->detect_zeroes != DetectZeroes::off && is_zero(from)) {
+            return write_zeroes(at, from.size(),
+                                write_->detect_zeroes == DetectZeroes::on ? Zeroes::keep : Zeroes::release);
+        }
+        TRY_VOID(storage_->write(host(at), from));
+        return written();
     }
 
-    Result<void> write_zeroes(GuestOffset at, std::uint64_t length) override {
+    Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
+        TRY_VOID(verify_writable());
         TRY_VOID(verify_range(*this, at, length));
-        return storage_->write_zeroes(host(at), length);
+        TRY_VOID(storage_->write_zeroes(host(at), length));
+        if (zeroes == Zeroes::keep) TRY_VOID(storage_->allocate(host(at), length));
+        return written();
+    }
+
+    Result<void> discard(GuestOffset at, std::uint64_t length) override {
+        TRY_VOID(verify_writable());
+        TRY_VOID(verify_range(*this, at, length));
+        const GuestOffset begin{divide_up(at.value, block_size()) * block_size()};
+        const GuestOffset end{at.value + length == size() ? size() : align_down(at.value + length, block_size())};
+        if (!write_->discard || begin >= end) return {};
+        return write_zeroes(begin, end - begin, Zeroes::release);
+    }
+
+    Result<void> resize(std::uint64_t size, Shrink shrink) override {
+        TRY_VOID(verify_writable());
+        if (size < size_ && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
+        TRY_VOID(storage_->resize(size));
+        size_ = size;
+        return {};
     }
 
     Result<std::uint64_t> copy_from(GuestOffset at, const Storage& source, HostOffset from,
                                     std::uint64_t length) override {
+        TRY_VOID(verify_writable());
         TRY_VOID(verify_range(*this, at, length));
         return storage_->copy_from(source, from, host(at), length);
     }
 
-    Result<void> flush() override { return storage_->flush(); }
+    Result<void> flush() override {
+        return write_ && write_->cache != CacheMode::unsafe ? storage_->flush() : Result<void>();
+    }
 
     [[nodiscard]] Result<ImageInfo> info() const override {
         ImageInfo info;
@@ -63,17 +95,25 @@ public:
     }
 
 private:
+    [[nodiscard]] Result<void> verify_writable() const {
+        if (!write_) return fail(Errc::read_only, storage_->name(), "opened for reading only");
+        return {};
+    }
+
+    Result<void> written() { return write_->cache == CacheMode::writethrough ? flush() : Result<void>(); }
+
     std::shared_ptr<Storage> storage_;
-    std::uint64_t size_;
+    std::atomic<std::uint64_t> size_;
+    std::optional<WriteOptions> write_;  // nothing: read-only
 };
 
 class PendingRaw final : public PendingImage {
 public:
     explicit PendingRaw(std::shared_ptr<Storage> storage) : storage_(std::move(storage)) {}
 
-    Result<std::shared_ptr<Image>> open(Neighbours) override {
+    Result<std::shared_ptr<Image>> open(Neighbours neighbours) override {
         const auto size = TRY(storage_->size());
-        return std::make_shared<RawImage>(storage_, size);
+        return std::make_shared<RawImage>(storage_, size, neighbours.write);
     }
 
 private:

@@ -195,6 +195,7 @@ TEST_F(ConcurrentTest, Copies) {
             value_of(memory->resize(image->size()));
             OpenOptions raw;
             raw.format = Format::raw;
+            raw.writable = true;
             const auto target = value_of(open_image(memory, raw));
             CopyOptions options;
             options.workers = 2;

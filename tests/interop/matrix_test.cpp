@@ -97,7 +97,7 @@ void expect_contents(Disk& disk, const ReferenceFile& reference, const Temporary
     if (disk.size() <= (std::uint64_t{8} << 20) && random.chance(50)) {
         auto memory = memory_storage();
         value_of(memory->resize(disk.size()));
-        auto raw = value_of(open_image(memory, {.format = Format::raw}));
+        auto raw = value_of(open_image(memory, {.writable = true, .format = Format::raw}));
         CopyOptions options;
         options.workers = static_cast<unsigned>(random.between(1, 4));
         options.sparse_bytes = random.pick({0, 512, 65536});

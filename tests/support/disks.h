@@ -122,7 +122,7 @@ inline void copy_to_file(Disk& disk, const std::string& target, const CopyOption
     std::ofstream(target).close();
     auto storage = value_of(open_file(target, {.writable = true}));
     value_of(storage->resize(disk.size()));
-    auto raw = value_of(open_image(storage, {.format = Format::raw}));
+    auto raw = value_of(open_image(storage, {.writable = true, .format = Format::raw}));
     value_of(copy_disk(disk, *raw, options));
 }
 
