@@ -19,6 +19,9 @@ public:
 
     [[nodiscard]] const std::shared_ptr<Image>& image() const { return image_; }
 
+    /// Whether there is such a layer, opened or not.
+    [[nodiscard]] bool exists() const { return image_ != nullptr || !backing_name_.empty(); }
+
     /// Guest bytes; zeros past the end of the layer below.
     Result<void> read(GuestOffset at, std::span<std::byte> to) const;
 

@@ -145,6 +145,10 @@ Result<Header> parse_header(std::span<const std::byte> cluster, std::uint64_t fi
 /// do not fit in a cluster.
 Result<std::vector<std::byte>> encode_header(const Header& header);
 
+/// Puts the fields that change in an image's life (size, tables, snapshots, feature bits) into its first bytes, at
+/// least the fixed header of its version. Everything else, known or not, stays as it is.
+void update_header(std::span<std::byte> first_bytes, const Header& header);
+
 /// The set feature bits by name, for people.
 std::vector<Feature> features_of(const Header& header);
 

@@ -56,7 +56,29 @@ inline void set_refcount(std::span<std::byte> block, std::uint64_t index, unsign
     }
 }
 
+// The same for a block that is held as 64-bit words in host byte order.
+
+/// Where in its word the refcount at `index` of a block begins, in bits.
+constexpr unsigned refcount_shift(std::uint64_t index, unsigned order) {
+    const auto i = static_cast<unsigned>(index & low_bits(6 - order));
+    if (order >= 3) return 64 - ((i + 1) << order);
+    const unsigned byte = i >> (3 - order);
+    return 56 - byte * 8 + (static_cast<unsigned>(i & low_bits(3 - order)) << order);
+}
+
+constexpr std::uint64_t refcount_mask(unsigned order) { return order == 6 ? ~std::uint64_t{0} : low_bits(1U << order); }
+
+/// `word` is the one of the block's words that has it: the `index >> (6 - order)`-th.
+constexpr std::uint64_t refcount_in(std::uint64_t word, std::uint64_t index, unsigned order) {
+    return word >> refcount_shift(index, order) & refcount_mask(order);
+}
+
+constexpr std::uint64_t with_refcount(std::uint64_t word, std::uint64_t index, unsigned order, std::uint64_t value) {
+    const unsigned shift = refcount_shift(index, order);
+    return (word & ~(refcount_mask(order) << shift)) | value << shift;
+}
+
 /// The largest refcount of `1 << order` bits.
-constexpr std::uint64_t max_refcount(unsigned order) { return order == 6 ? ~std::uint64_t{0} : low_bits(1U << order); }
+constexpr std::uint64_t max_refcount(unsigned order) { return refcount_mask(order); }
 
 }  // namespace qcow::format

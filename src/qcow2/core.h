@@ -1,7 +1,9 @@
 #pragma once
 // What the parts of an opened qcow2 image share.
 
+#include <atomic>
 #include <memory>
+#include <mutex>
 
 #include "disk/below.h"
 #include "format/header.h"
@@ -20,12 +22,34 @@ struct Core {
           below(std::move(backing), header.backing_name),
           words(file, std::min<std::uint64_t>(header.cluster_size(), 4096), cache_bytes) {}
 
-    format::Header header;
+    /// What may change while requests are in flight (size, tables, features) is read through this.
+    [[nodiscard]] format::Header current_header() const {
+        const std::lock_guard lock(header_mutex);
+        return header;
+    }
+    void replace_header(const format::Header& changed) {
+        const std::lock_guard lock(header_mutex);
+        // One by one: the other fields never change, and are read without the lock.
+        header.size = changed.size;
+        header.l1_entries = changed.l1_entries;
+        header.l1_table = changed.l1_table;
+        header.refcount_table = changed.refcount_table;
+        header.refcount_table_clusters = changed.refcount_table_clusters;
+        header.snapshot_count = changed.snapshot_count;
+        header.snapshot_table = changed.snapshot_table;
+        header.incompatible = changed.incompatible;
+        header.compatible = changed.compatible;
+        header.autoclear = changed.autoclear;
+    }
+
+    mutable std::mutex header_mutex;
+    format::Header header;  // of an image that is open for writing: the writer's, see above
     format::EntryRules rules;
     std::shared_ptr<Storage> file;  // metadata, and data unless that is external
     std::shared_ptr<Storage> data;  // null: an external data file that was not opened
     Below below;
     mutable WordCache words;
+    mutable std::atomic<std::uint64_t> known_file_size = 0;  // the file has at least this many bytes
 };
 
 }  // namespace qcow

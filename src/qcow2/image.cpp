@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 
 #include "base/try.h"
 #include "disk/range.h"
@@ -13,6 +14,7 @@
 #include "qcow2/check.h"
 #include "qcow2/tables.h"
 #include "qcow2/view.h"
+#include "qcow2/writer.h"
 
 namespace qcow::qcow2 {
 namespace {
@@ -60,22 +62,75 @@ ReferenceInfo reference_info(const std::string& name, const std::optional<std::s
 
 class Qcow2Image final : public Image {
 public:
-    explicit Qcow2Image(std::shared_ptr<const Core> core)
-        : core_(std::move(core)), active_(core_, core_->header.l1_table) {}
+    explicit Qcow2Image(std::shared_ptr<Core> core)
+        : core_(std::move(core)), active_(core_, core_->header.l1_table), size_(core_->header.size) {}
 
-    [[nodiscard]] std::uint64_t size() const override { return core_->header.size; }
+    ~Qcow2Image() override { static_cast<void>(close()); }
+
+    Result<void> open_for_writing(const WriteOptions& options) {
+        auto writer = std::make_unique<Writer>(core_, active_, options);
+        TRY_VOID(writer->open());
+        writer_ = std::move(writer);
+        options_ = options;
+        return {};
+    }
+
+    [[nodiscard]] std::uint64_t size() const override { return size_.load(std::memory_order_relaxed); }
     [[nodiscard]] Format format() const override { return Format::qcow2; }
     [[nodiscard]] std::uint64_t block_size() const override { return core_->header.cluster_size(); }
     [[nodiscard]] std::shared_ptr<Image> backing() const override { return core_->below.image(); }
 
     Result<void> read(GuestOffset at, std::span<std::byte> to) override {
         TRY_VOID(verify_range(*this, at, to.size()));
+        if (!writer_) return active_.read(at, to);
+        const Epochs::Guard guard(writer_->epochs());
         return active_.read(at, to);
     }
 
     Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
         TRY_VOID(verify_range(*this, at, 1));
         return active_.extent(at, std::min(limit, size() - at.value));
+    }
+
+    Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
+        TRY_VOID(verify_request(at, from.size()));
+        if (options_.detect_zeroes == DetectZeroes::off) return writer_->write(at, from);
+        return write_detecting_zeroes(at, from);
+    }
+
+    Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
+        TRY_VOID(verify_request(at, length));
+        return writer_->write_zeroes(at, length, zeroes);
+    }
+
+    Result<void> discard(GuestOffset at, std::uint64_t length) override {
+        TRY_VOID(verify_request(at, length));
+        return writer_->discard(at, length);
+    }
+
+    Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level) override {
+        TRY_VOID(verify_request(at, from.size()));
+        return writer_->write_compressed(at, from, level);
+    }
+
+    Result<void> flush() override { return writer_ ? writer_->flush() : Result<void>(); }
+
+    Result<void> resize(std::uint64_t size, Shrink shrink) override {
+        TRY_VOID(verify_request({0}, 0));
+        if (size < this->size()) {
+            if (shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
+            size_ = size;
+        }
+        TRY_VOID(writer_->resize(size));
+        size_ = size;
+        return {};
+    }
+
+    Result<void> close() override {
+        if (!writer_) return {};
+        auto settled = writer_->settle();
+        writer_.reset();
+        return settled;
     }
 
     Result<std::shared_ptr<Disk>> snapshot(std::string_view id_or_name) override {
@@ -92,10 +147,13 @@ public:
         return std::make_shared<SnapshotDisk>(core_, *found);
     }
 
-    Result<CheckReport> check(const CheckOptions& options) override { return check_image(*core_, options); }
+    Result<CheckReport> check(const CheckOptions& options) override {
+        if (writer_) TRY_VOID(writer_->settle());
+        return check_image(*core_, options);
+    }
 
     [[nodiscard]] Result<ImageInfo> info() const override {
-        const auto& header = core_->header;
+        const auto header = core_->current_header();
         ImageInfo info;
         info.filename = core_->file->name();
         info.format = Format::qcow2;
@@ -128,8 +186,29 @@ public:
     }
 
 private:
-    std::shared_ptr<const Core> core_;
+    Result<void> verify_request(GuestOffset at, std::uint64_t length) {
+        if (!writer_) return fail(Errc::read_only, core_->file->name(), "opened for reading only");
+        return verify_range(*this, at, length);
+    }
+
+    /// Cluster by cluster, where each is zeros or is not.
+    Result<void> write_detecting_zeroes(GuestOffset at, std::span<const std::byte> from) {
+        const auto zeroes = options_.detect_zeroes == DetectZeroes::on ? Zeroes::keep : Zeroes::release;
+        while (!from.empty()) {
+            const std::uint64_t left = block_size() - core_->rules.geometry.offset_in_cluster(at.value);
+            const auto part = from.first(std::min<std::uint64_t>(left, from.size()));
+            TRY_VOID(is_zero(part) ? writer_->write_zeroes(at, part.size(), zeroes) : writer_->write(at, part));
+            at += part.size();
+            from = from.subspan(part.size());
+        }
+        return {};
+    }
+
+    std::shared_ptr<Core> core_;
     View active_;
+    std::atomic<std::uint64_t> size_;
+    WriteOptions options_;
+    std::unique_ptr<Writer> writer_;  // null: read-only
 };
 
 class PendingQcow2 final : public PendingImage {
@@ -148,9 +227,11 @@ public:
     }
 
     Result<std::shared_ptr<Image>> open(Neighbours neighbours) override {
-        return std::make_shared<Qcow2Image>(
-            std::make_shared<const Core>(std::move(header_), std::move(storage_), std::move(neighbours.data_file),
-                                         std::move(neighbours.backing), neighbours.cache_bytes));
+        auto image = std::make_shared<Qcow2Image>(
+            std::make_shared<Core>(std::move(header_), std::move(storage_), std::move(neighbours.data_file),
+                                   std::move(neighbours.backing), neighbours.cache_bytes));
+        if (neighbours.write) TRY_VOID(image->open_for_writing(*neighbours.write));
+        return image;
     }
 
 private:

@@ -19,6 +19,8 @@ std::unexpected<Error> damaged(const Core& core, std::string place, std::string_
     return fail(Errc::corrupt, fmt::format("{}: {}", core.file->name(), place), std::string(what));
 }
 
+std::string l1_place(HostOffset at) { return fmt::format("L1 entry at host offset {:#x}", at.value); }
+
 /// By how much a word grows from one cluster of a contiguous run to the next.
 std::uint64_t stride(ClusterKind kind, std::uint64_t cluster_size) {
     return kind == ClusterKind::data || kind == ClusterKind::zero_allocated ? cluster_size : 0;
@@ -26,20 +28,34 @@ std::uint64_t stride(ClusterKind kind, std::uint64_t cluster_size) {
 
 }  // namespace
 
+Result<format::L1Entry> Mapping::l1_entry(GuestOffset at) const {
+    const HostOffset l1_at = l1_entry_at(at);
+    const format::L1Entry l1{TRY(core_->words.load(l1_at))};
+    if (is_aligned(l1.l2_table().value, core_->rules.geometry.cluster_size())) return l1;
+    return damaged(
+        *core_, l1_place(l1_at),
+        fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size", l1.l2_table().value));
+}
+
+Result<void> Mapping::verify_table_is_there(HostOffset table, HostOffset l1_at) const {
+    const std::uint64_t bytes = core_->rules.geometry.cluster_size();
+    if (lies_within(table.value, bytes, core_->known_file_size.load(std::memory_order_relaxed))) return {};
+    const auto file_size = TRY(core_->file->size());
+    core_->known_file_size.store(file_size, std::memory_order_relaxed);
+    if (lies_within(table.value, bytes, file_size)) return {};
+    return damaged(
+        *core_, l1_place(l1_at),
+        fmt::format("the L2 table at {:#x} reaches past the end of the file ({} bytes)", table.value, file_size));
+}
+
 Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
     const auto& geometry = core_->rules.geometry;
-    const HostOffset l1_at = l1_table_ + geometry.l1_index(at) * 8;
-    const format::L1Entry l1{TRY(core_->words.load(l1_at))};
-    const auto l1_place = [&] { return fmt::format("L1 entry at host offset {:#x}", l1_at.value); };
+    const auto l1 = TRY(l1_entry(at));
     if (!l1.allocated()) {
         const std::uint64_t rest = geometry.l2_coverage() - (at.value & (geometry.l2_coverage() - 1));
-        return Mapped{ClusterKind::unallocated, std::min(limit, rest), {}, {}};
+        return Mapped{.length = std::min(limit, rest)};
     }
     const HostOffset table = l1.l2_table();
-    if (!is_aligned(table.value, geometry.cluster_size())) {
-        return damaged(*core_, l1_place(),
-                       fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size", table.value));
-    }
 
     const std::uint64_t index = geometry.l2_index(at);
     const unsigned entry_words = geometry.entry_words();
@@ -51,15 +67,8 @@ Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
     const auto loaded = TRY(
         core_->words.load(entry_at, std::span(buffer).first(std::min<std::uint64_t>(wanted * entry_words, max_words))));
     const auto words = std::span<const std::uint64_t>(buffer).first(loaded);
-    if (words[0] == 0) {
-        // Zeros are also what lies past the end of the file: there, no table can be.
-        const auto file_size = TRY(core_->file->size());
-        if (!lies_within(table.value, geometry.cluster_size(), file_size)) {
-            return damaged(*core_, l1_place(),
-                           fmt::format("the L2 table at {:#x} reaches past the end of the file ({} bytes)", table.value,
-                                       file_size));
-        }
-    }
+    // Zeros are also what lies past the end of the file: there, no table can be.
+    if (words[0] == 0) TRY_VOID(verify_table_is_there(table, l1_entry_at(at)));
     auto mapped = TRY(scan(words, at, entry_at));
     mapped.length = std::min(mapped.length, limit);
     return mapped;
@@ -79,6 +88,7 @@ Result<Mapped> Mapping::scan(std::span<const std::uint64_t> words, GuestOffset a
     Mapped mapped;
     const std::uint64_t skip = geometry.offset_in_cluster(at.value);
     mapped.kind = rules.run(first, 0).kind;
+    mapped.copied = first.copied();
     mapped.length = count_alike(words, mapped.kind) * geometry.cluster_size() - skip;
     if (mapped.kind == ClusterKind::compressed) {
         mapped.compressed = first.compressed_range(geometry.cluster_bits);
@@ -114,12 +124,14 @@ Mapped Mapping::scan_subclusters(std::span<const std::uint64_t> words, GuestOffs
     Mapped mapped;
     mapped.host = L2Entry{words[0]}.cluster() + skip;
     mapped.kind = rules.run({words[0], words[1]}, index).kind;
+    mapped.copied = L2Entry{words[0]}.copied();
     const std::uint64_t grows = stride(mapped.kind, geometry.cluster_size());
     std::uint64_t cluster = L2Entry{words[0]}.cluster().value;
     std::uint64_t subclusters = 0;
     for (std::size_t i = 0; i + 1 < words.size(); i += 2, index = 0, cluster += grows) {
         const L2Entry entry{words[i], words[i + 1]};
-        if (i != 0 && (entry.compressed() || rules.flaw(entry) || (grows != 0 && entry.cluster().value != cluster)))
+        if (i != 0 && (entry.compressed() || rules.flaw(entry) || entry.copied() != mapped.copied ||
+                       (grows != 0 && entry.cluster().value != cluster)))
             break;
         const auto run = rules.run(entry, index);
         if (run.kind != mapped.kind) break;

@@ -17,10 +17,15 @@ public:
     [[nodiscard]] Result<void> read(GuestOffset at, std::span<std::byte> to) const;
     [[nodiscard]] Result<Extent> extent(GuestOffset at, std::uint64_t limit) const;
 
+    /// Errc::encrypted or not_found where the guest's bytes are out of reach.
+    [[nodiscard]] Result<void> verify_readable() const;
+
+    [[nodiscard]] const Mapping& mapping() const { return mapping_; }
+    [[nodiscard]] Mapping& mapping() { return mapping_; }
+
 private:
     [[nodiscard]] Result<void> read_data(HostOffset host, GuestOffset at, std::span<std::byte> to) const;
     [[nodiscard]] Result<void> read_one_compressed(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const;
-    [[nodiscard]] Result<void> verify_readable() const;
 
     std::shared_ptr<const Core> core_;
     Mapping mapping_;

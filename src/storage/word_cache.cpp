@@ -16,7 +16,8 @@ namespace qcow {
 namespace {
 
 constexpr std::size_t max_page_bytes = 4096;
-constexpr std::uint64_t max_offset = bit(56);  // so that page number and version fit in a tag
+constexpr std::size_t max_page_words = max_page_bytes / 8;
+constexpr std::uint64_t max_offset = bit(56);
 constexpr std::size_t max_sets = std::size_t{1} << 20;
 
 }  // namespace
@@ -28,7 +29,7 @@ WordCache::WordCache(std::shared_ptr<const Storage> storage, std::size_t page_by
       page_words_(page_bytes / 8),
       set_count_(std::bit_floor(std::clamp<std::size_t>(budget_bytes / (page_bytes * ways), 1, max_sets))),
       sets_(std::make_unique<Set[]>(set_count_)),
-      locks_(std::make_unique<SetLock[]>(set_count_)) {
+      states_(std::make_unique<SetState[]>(set_count_)) {
     assert(std::has_single_bit(page_bytes) && page_bytes >= 512 && page_bytes <= max_page_bytes);
     // calloc, because it takes pages of memory only as they are touched. Zeroed memory is a valid array of atomics.
     static_assert(std::atomic<std::uint64_t>::is_always_lock_free && sizeof(std::atomic<std::uint64_t>) == 8);
@@ -42,43 +43,64 @@ std::size_t WordCache::set_of(std::uint64_t page) const {
     return static_cast<std::size_t>(page * 0x9e3779b97f4a7c15 >> 40) & (set_count_ - 1);
 }
 
+/// Under the set's lock: the way that holds the page, or `ways`.
+std::size_t WordCache::find(std::size_t set, std::uint64_t page) const {
+    const auto& tags = sets_[set].tags;
+    std::size_t way = 0;
+    while (way < ways && tags[way].load(std::memory_order_relaxed) != page + 1) ++way;
+    return way;
+}
+
 bool WordCache::load_cached(std::uint64_t page, std::size_t first, std::span<std::uint64_t> to) const {
     const std::size_t set = set_of(page);
     for (std::size_t way = 0; way < ways; ++way) {
-        const auto& slot = sets_[set].tags[way];
-        const std::uint64_t tag = slot.load(std::memory_order_acquire);
-        if (tag >> version_bits != page + 1) continue;
+        if (sets_[set].tags[way].load(std::memory_order_relaxed) != page + 1) continue;
+        const auto& version = sets_[set].versions[way];
+        const std::uint64_t before = version.load(std::memory_order_acquire);
+        if (before % 2 != 0 || sets_[set].tags[way].load(std::memory_order_acquire) != page + 1) return false;
         const auto* words = words_of(set, way) + first;
-        // Acquire, so that the second look at the tag comes after the words.
+        // Acquire, so that the second look at the version comes after the words.
         for (std::size_t i = 0; i < to.size(); ++i) to[i] = words[i].load(std::memory_order_acquire);
-        return slot.load(std::memory_order_relaxed) == tag;
+        return version.load(std::memory_order_relaxed) == before;
     }
     return false;
 }
 
-Result<void> WordCache::fill(std::uint64_t page) {
-    const std::size_t set = set_of(page);
-    auto& tags = sets_[set].tags;
-    auto& lock = locks_[set];
-    const std::lock_guard guard(lock.mutex);
-    const auto holds = [&](const auto& tag) { return tag.load(std::memory_order_relaxed) >> version_bits == page + 1; };
-    if (std::ranges::any_of(tags, holds)) return {};  // another thread has been faster
+/// Under the set's lock: makes the way hold `tag`, with these words from the `first` on.
+void WordCache::change(std::size_t set, std::size_t way, std::uint64_t tag, std::size_t first,
+                       std::span<const std::uint64_t> words) {
+    auto& version = sets_[set].versions[way];
+    const std::uint64_t before = version.load(std::memory_order_relaxed);
+    version.store(before + 1, std::memory_order_relaxed);
+    // Release, so that whoever sees a new tag or word also sees that the page is being changed.
+    sets_[set].tags[way].store(tag, std::memory_order_release);
+    auto* to = words_of(set, way) + first;
+    for (std::size_t i = 0; i < words.size(); ++i) to[i].store(words[i], std::memory_order_release);
+    version.store(before + 2, std::memory_order_release);
+}
 
+Result<void> WordCache::read_page(std::uint64_t page, std::span<std::uint64_t> to) const {
     std::array<std::byte, max_page_bytes> buffer;
-    const auto bytes = std::span(buffer).first(page_words_ * 8);
-    const HostOffset at{page * bytes.size()};
-    TRY(storage_->read(at, bytes));
-
-    const std::size_t way = lock.next_victim++ % ways;
-    auto& slot = tags[way];
-    const std::uint64_t version = (slot.load(std::memory_order_relaxed) + 1) & low_bits(version_bits);
-    slot.store(version, std::memory_order_relaxed);
-    auto* words = words_of(set, way);
-    // Release, so that whoever sees a new word also sees that the page is being replaced.
-    for (std::size_t i = 0; i < page_words_; ++i)
-        words[i].store(load_be<std::uint64_t>(bytes, i * 8), std::memory_order_release);
-    slot.store((page + 1) << version_bits | version, std::memory_order_release);
+    const auto bytes = std::span(buffer).first(page_bytes());
+    TRY(storage_->read({page * bytes.size()}, bytes));
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] = load_be<std::uint64_t>(bytes, i * 8);
     return {};
+}
+
+/// Under the set's lock: the way that holds the page, read from the file if need be; `ways` where none can be replaced.
+Result<std::size_t> WordCache::fill(std::size_t set, std::uint64_t page) {
+    if (const std::size_t way = find(set, page); way < ways) return way;
+    auto& state = states_[set];
+    for (std::size_t tried = 0; tried < ways; ++tried) {
+        const std::size_t way = state.next_victim++ % ways;
+        if (!state.slots[way].replaceable()) continue;
+        std::array<std::uint64_t, max_page_words> words;
+        const auto page_words = std::span(words).first(page_words_);
+        TRY_VOID(read_page(page, page_words));
+        change(set, way, page + 1, 0, page_words);
+        return way;
+    }
+    return ways;
 }
 
 Result<std::size_t> WordCache::load(HostOffset at, std::span<std::uint64_t> to) {
@@ -86,8 +108,99 @@ Result<std::size_t> WordCache::load(HostOffset at, std::span<std::uint64_t> to) 
     const std::uint64_t page = at.value / 8 / page_words_;
     const std::size_t first = at.value / 8 % page_words_;
     to = to.first(std::min(to.size(), page_words_ - first));
-    while (!load_cached(page, first, to)) TRY_VOID(fill(page));
+    while (!load_cached(page, first, to)) {
+        const std::size_t set = set_of(page);
+        const std::lock_guard guard(states_[set].mutex);
+        if (TRY(fill(set, page)) < ways) continue;
+        // No room, but then it is not here either: the file has what was last stored.
+        std::array<std::uint64_t, max_page_words> words;
+        TRY_VOID(read_page(page, std::span(words).first(page_words_)));
+        std::ranges::copy(std::span(words).subspan(first, to.size()), to.begin());
+        break;
+    }
     return to.size();
+}
+
+Result<bool> WordCache::store(HostOffset at, std::span<const std::uint64_t> words, PageClass page_class, bool barrier) {
+    const std::uint64_t page = at.value / 8 / page_words_;
+    const std::size_t first = at.value / 8 % page_words_;
+    assert(at.value % 8 == 0 && at.value < max_offset && first + words.size() <= page_words_);
+    const std::size_t set = set_of(page);
+    const std::lock_guard guard(states_[set].mutex);
+    const std::size_t way = TRY(fill(set, page));
+    if (way == ways) return false;
+    change(set, way, page + 1, first, words);
+    auto& slot = states_[set].slots[way];
+    slot.barrier |= barrier;
+    slot.page_class = page_class;
+    if (!std::exchange(slot.changed, true)) {
+        auto& list = list_of(page_class);
+        const std::lock_guard list_guard(list.mutex);
+        list.slots.push_back(set * ways + way);
+    }
+    return true;
+}
+
+std::vector<WordCache::Changed> WordCache::take_changed(PageClass page_class, std::size_t most) {
+    std::vector<std::size_t> slots;
+    {
+        auto& list = list_of(page_class);
+        const std::lock_guard guard(list.mutex);
+        const std::size_t count = std::min(most, list.slots.size());
+        slots.assign(list.slots.end() - static_cast<std::ptrdiff_t>(count), list.slots.end());
+        list.slots.resize(list.slots.size() - count);
+    }
+    std::vector<Changed> pages;
+    pages.reserve(slots.size());
+    for (const std::size_t index : slots) {
+        const std::size_t set = index / ways;
+        const std::size_t way = index % ways;
+        const std::lock_guard guard(states_[set].mutex);
+        auto& slot = states_[set].slots[way];
+        if (!slot.changed || slot.page_class != page_class) continue;  // forgotten, and used for another page maybe
+        Changed page;
+        page.at = {(sets_[set].tags[way].load(std::memory_order_relaxed) - 1) * page_bytes()};
+        page.barrier = slot.barrier;
+        page.slot = index;
+        page.bytes.resize(page_bytes());
+        const auto* words = words_of(set, way);
+        for (std::size_t i = 0; i < page_words_; ++i)
+            store_be(std::span(page.bytes), i * 8, words[i].load(std::memory_order_relaxed));
+        slot.changed = slot.barrier = false;
+        slot.being_written = true;
+        pages.push_back(std::move(page));
+    }
+    std::ranges::sort(pages, {}, &Changed::at);
+    return pages;
+}
+
+void WordCache::written(std::span<const Changed> pages, PageClass page_class, bool success) {
+    for (const auto& page : pages) {
+        const std::lock_guard guard(states_[page.slot / ways].mutex);
+        auto& slot = states_[page.slot / ways].slots[page.slot % ways];
+        slot.being_written = false;
+        const auto tag = sets_[page.slot / ways].tags[page.slot % ways].load(std::memory_order_relaxed);
+        if (success || tag != page.at.value / page_bytes() + 1) continue;
+        slot.barrier |= page.barrier;
+        if (!std::exchange(slot.changed, true)) {
+            auto& list = list_of(page_class);
+            const std::lock_guard list_guard(list.mutex);
+            list.slots.push_back(page.slot);
+        }
+    }
+}
+
+void WordCache::forget(HostOffset begin, std::uint64_t length) {
+    const std::uint64_t end = divide_up(begin.value + length, page_bytes());
+    for (std::uint64_t page = begin.value / page_bytes(); page < end; ++page) {
+        const std::size_t set = set_of(page);
+        const std::lock_guard guard(states_[set].mutex);
+        const std::size_t way = find(set, page);
+        if (way == ways) continue;
+        change(set, way, 0, 0, {});
+        auto& slot = states_[set].slots[way];
+        slot.changed = slot.barrier = false;
+    }
 }
 
 }  // namespace qcow

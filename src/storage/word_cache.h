@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <vector>
 
 #include "qcow/error.h"
 #include "qcow/offset.h"
@@ -16,7 +17,7 @@
 namespace qcow {
 
 /// Holds the words of a file in pages of at most 4 KiB, `budget_bytes` of them in all whatever the file's size. Memory
-/// is taken page by page as it is used.
+/// is taken page by page as it is used. Words that are stored stay here until somebody takes their pages to write them.
 ///
 /// Thread-safe. A load that hits takes no lock and writes nothing that others read: each page carries a version that
 /// changes when its contents do, and a reader that sees it change starts over (a seqlock). A miss locks the set of
@@ -38,27 +39,70 @@ public:
         return word;
     }
 
+    /// Changed pages are written in two classes, because what may be on disk before what depends on it.
+    enum class PageClass : std::uint8_t { refcounts, mapping };
+
+    /// Changes words that lie in one page, all at once for every reader. `barrier`: the page may be written only after
+    /// a flush that begins from now on. False, and nothing changed, where there is no room for the page because all
+    /// that it could replace are changed: take some, write them, and try again. Callers see to it that no two stores
+    /// to the same word run at once. Errc::io.
+    Result<bool> store(HostOffset at, std::span<const std::uint64_t> words, PageClass page_class, bool barrier = false);
+
+    /// A changed page as it was when it was taken.
+    struct Changed {
+        HostOffset at;
+        std::vector<std::byte> bytes;
+        bool barrier = false;
+        std::size_t slot = 0;
+    };
+
+    /// Takes up to `most` changed pages of a class. They stay in the cache, and are not replaced until they are given
+    /// to written(). One thread at a time for each class.
+    std::vector<Changed> take_changed(PageClass page_class, std::size_t most);
+
+    /// They have been written; or not, and count as changed again.
+    void written(std::span<const Changed> pages, PageClass page_class, bool success);
+
+    /// Drops the pages of [begin, begin + length), changed or not: what they are about is no longer metadata.
+    void forget(HostOffset begin, std::uint64_t length);
+
+    [[nodiscard]] std::size_t page_bytes() const { return page_words_ * 8; }
+
 private:
     static constexpr std::size_t ways = 8;
 
-    // A tag is the page's number plus one, shifted, and a version in the low bits; 0 in the high bits: no page, or one
-    // that is being replaced.
-    static constexpr unsigned version_bits = 16;
-
     struct alignas(64) Set {
-        std::array<std::atomic<std::uint64_t>, ways> tags = {};
+        std::array<std::atomic<std::uint64_t>, ways> tags = {};      // the page's number plus one; 0: no page
+        std::array<std::atomic<std::uint64_t>, ways> versions = {};  // odd while the page is being changed
     };
-    struct SetLock {
+    struct Slot {
+        bool changed = false;
+        bool barrier = false;
+        bool being_written = false;
+        PageClass page_class = PageClass::refcounts;
+        [[nodiscard]] bool replaceable() const { return !changed && !being_written; }
+    };
+    struct SetState {
         std::mutex mutex;
         std::uint8_t next_victim = 0;
+        std::array<Slot, ways> slots = {};
+    };
+    struct ChangedList {
+        std::mutex mutex;
+        std::vector<std::size_t> slots;
     };
 
     [[nodiscard]] std::size_t set_of(std::uint64_t page) const;
     [[nodiscard]] std::atomic<std::uint64_t>* words_of(std::size_t set, std::size_t way) const {
         return words_.get() + (set * ways + way) * page_words_;
     }
+    [[nodiscard]] std::size_t find(std::size_t set, std::uint64_t page) const;
     bool load_cached(std::uint64_t page, std::size_t first, std::span<std::uint64_t> to) const;
-    Result<void> fill(std::uint64_t page);
+    Result<std::size_t> fill(std::size_t set, std::uint64_t page);
+    Result<void> read_page(std::uint64_t page, std::span<std::uint64_t> to) const;
+    void change(std::size_t set, std::size_t way, std::uint64_t tag, std::size_t first,
+                std::span<const std::uint64_t> words);
+    ChangedList& list_of(PageClass page_class) { return changed_[static_cast<std::size_t>(page_class)]; }
 
     struct Free {
         void operator()(void* memory) const;
@@ -68,8 +112,9 @@ private:
     std::size_t page_words_;
     std::size_t set_count_;  // a power of two
     std::unique_ptr<Set[]> sets_;
-    std::unique_ptr<SetLock[]> locks_;
+    std::unique_ptr<SetState[]> states_;
     std::unique_ptr<std::atomic<std::uint64_t>[], Free> words_;
+    std::array<ChangedList, 2> changed_;
 };
 
 }  // namespace qcow

@@ -1,0 +1,254 @@
+#include "qcow2/refcounts.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+
+#include "base/try.h"
+
+namespace qcow::qcow2 {
+namespace {
+
+constexpr std::size_t max_words = 512;  // a page of the cache
+
+}  // namespace
+
+struct Refcounts::Growth {
+    std::uint64_t first = 0;            // where the new blocks begin, one behind the other
+    std::vector<std::uint64_t> blocks;  // their places in the table
+    std::uint64_t table_clusters = 0;   // of a new table behind them; 0: the old one is large enough
+    [[nodiscard]] ClusterRun run() const { return {first, blocks.size() + table_clusters}; }
+};
+
+Result<void> make_zeros(Storage& file, HostOffset at, std::uint64_t length) {
+    const std::uint64_t size = TRY(file.size());
+    if (at.value < size) TRY_VOID(file.write_zeroes(at, std::min(length, size - at.value)));
+    return at.value + length > size ? file.resize(at.value + length) : Result<void>();
+}
+
+Refcounts::Refcounts(Core& core, WriteBack& write_back, MetadataMap& metadata)
+    : core_(core),
+      write_back_(write_back),
+      metadata_(metadata),
+      cluster_bits_(core.header.cluster_bits),
+      order_(core.header.refcount_order),
+      per_block_(format::refcounts_per_block(cluster_bits_, order_)) {}
+
+Result<void> Refcounts::load() {
+    const auto header = core_.current_header();
+    std::vector<std::byte> bytes(std::size_t{header.refcount_table_clusters} << cluster_bits_);
+    TRY(core_.file->read(header.refcount_table, bytes));
+    table_.resize(bytes.size() / 8);
+    for (std::size_t i = 0; i < table_.size(); ++i) {
+        const format::RefcountTableEntry entry{load_be<std::uint64_t>(bytes, i * 8)};
+        if (!is_aligned(entry.block().value, bit(cluster_bits_)) || entry.block().value >= format::max_host_offset) {
+            return fail(
+                Errc::corrupt, fmt::format("{}: refcount table entry {}", core_.file->name(), i),
+                fmt::format("the block's offset {:#x} is not a multiple of the cluster size", entry.block().value));
+        }
+        table_[i] = entry.block().value;
+    }
+    return {};
+}
+
+Result<std::uint64_t> Refcounts::get(std::uint64_t cluster) const {
+    if (!has_block(cluster / per_block_)) return 0;
+    const std::uint64_t index = cluster % per_block_;
+    const auto word = TRY(core_.words.load({table_[cluster / per_block_] + (index >> (6 - order_)) * 8}));
+    return format::refcount_in(word, index, order_);
+}
+
+/// Calls `visit` for the clusters of the run that one page of the cache has the refcounts of: with the page's words,
+/// the host offset of the first, the refcount's index in them, and the number.
+template <class Visit>
+Result<void> Refcounts::each_span(ClusterRun run, Visit&& visit) const {
+    const unsigned per_word_bits = 6 - order_;
+    while (run.count > 0) {
+        const std::uint64_t block = table_[run.first / per_block_];
+        const std::uint64_t index = run.first % per_block_;
+        const HostOffset at{block + (index >> per_word_bits) * 8};
+        const std::uint64_t inner = index & low_bits(per_word_bits);
+        std::array<std::uint64_t, max_words> buffer;
+        const std::uint64_t in_block = std::min(run.count, per_block_ - index);
+        const std::uint64_t wanted = divide_up(inner + in_block, bit(per_word_bits));
+        const auto loaded =
+            TRY(core_.words.load(at, std::span(buffer).first(std::min<std::uint64_t>(wanted, max_words))));
+        const std::uint64_t count = std::min(in_block, (loaded << per_word_bits) - inner);
+        TRY_VOID(visit(std::span(buffer).first(loaded), at, inner, ClusterRun{run.first, count}));
+        run.first += count;
+        run.count -= count;
+    }
+    return {};
+}
+
+Result<void> Refcounts::add(ClusterRun run, std::int64_t delta) {
+    const std::uint64_t amount = delta < 0 ? static_cast<std::uint64_t>(-delta) : static_cast<std::uint64_t>(delta);
+    const auto place = [&](std::uint64_t cluster) {
+        return fmt::format("{}: refcount of the cluster at host offset {:#x}", core_.file->name(),
+                           cluster << cluster_bits_);
+    };
+    const auto changed = [&](std::uint64_t value) { return delta < 0 ? value - amount : value + amount; };
+    const auto verify = [&](std::span<std::uint64_t> words, HostOffset, std::uint64_t inner,
+                            ClusterRun part) -> Result<void> {
+        for (std::uint64_t i = 0; i < part.count; ++i) {
+            const auto value = format::refcount_in(words[(inner + i) >> (6 - order_)], inner + i, order_);
+            if (delta < 0 && value < amount) return fail(Errc::corrupt, place(part.first + i), "it would fall below 0");
+            if (delta > 0 && amount > format::max_refcount(order_) - value) {
+                return fail(Errc::limit_exceeded, place(part.first + i),
+                            fmt::format("{} bits cannot count further than {}; convert to an image with larger "
+                                        "refcount_bits",
+                                        1U << order_, format::max_refcount(order_)));
+            }
+        }
+        return {};
+    };
+    for (std::uint64_t cluster = run.first; cluster < run.end(); cluster = (cluster / per_block_ + 1) * per_block_) {
+        if (!has_block(cluster / per_block_))
+            return fail(Errc::corrupt, place(cluster), "there is no refcount block for it");
+    }
+    TRY_VOID(each_span(run, verify));
+    return each_span(run, [&](std::span<std::uint64_t> words, HostOffset at, std::uint64_t inner, ClusterRun part) {
+        for (std::uint64_t i = 0; i < part.count; ++i) {
+            auto& word = words[(inner + i) >> (6 - order_)];
+            word =
+                format::with_refcount(word, inner + i, order_, changed(format::refcount_in(word, inner + i, order_)));
+        }
+        return write_back_.store(at, words, WordCache::PageClass::refcounts);
+    });
+}
+
+Result<ClusterRun> Refcounts::find_free(std::uint64_t from, std::uint64_t end, std::uint64_t most) const {
+    ClusterRun found;
+    bool complete = false;
+    while (from < end && !complete) {
+        const std::uint64_t block_end = std::min(end, (from / per_block_ + 1) * per_block_);
+        if (!has_block(from / per_block_)) {
+            if (found.count == 0) found.first = from;
+            found.count += block_end - from;
+            complete = found.count >= most;
+            from = block_end;
+            continue;
+        }
+        TRY_VOID(each_span(
+            {from, block_end - from},
+            [&](std::span<std::uint64_t> words, HostOffset, std::uint64_t inner, ClusterRun part) -> Result<void> {
+                for (std::uint64_t i = 0; i < part.count && !complete; ++i) {
+                    const bool free = format::refcount_in(words[(inner + i) >> (6 - order_)], inner + i, order_) == 0;
+                    if (free && found.count++ == 0) found.first = part.first + i;
+                    complete = found.count != 0 && (!free || found.count >= most);
+                }
+                return {};
+            }));
+        from = block_end;
+    }
+    found.count = std::min(found.count, most);
+    return found;
+}
+
+Result<std::uint64_t> Refcounts::counted_end(std::uint64_t from) const {
+    std::uint64_t end = from;
+    for (std::uint64_t index = from / per_block_; index < table_.size(); ++index) {
+        if (!has_block(index)) continue;
+        const std::uint64_t first = std::max(from, index * per_block_);
+        TRY_VOID(each_span(
+            {first, (index + 1) * per_block_ - first},
+            [&](std::span<std::uint64_t> words, HostOffset, std::uint64_t inner, ClusterRun part) -> Result<void> {
+                for (std::uint64_t i = 0; i < part.count; ++i) {
+                    if (format::refcount_in(words[(inner + i) >> (6 - order_)], inner + i, order_) != 0)
+                        end = part.first + i + 1;
+                }
+                return {};
+            }));
+    }
+    return end;
+}
+
+Refcounts::Growth Refcounts::plan_growth(std::uint64_t first, std::uint64_t count) const {
+    Growth growth;
+    growth.first = first;
+    const std::uint64_t entries_per_cluster = bit(cluster_bits_ - 3);
+    // What is added must be counted itself, which may take more: until it no longer does.
+    for (;;) {
+        const std::uint64_t last = (growth.run().end() + count - 1) / per_block_;
+        std::vector<std::uint64_t> blocks;
+        for (std::uint64_t index = first / per_block_; index <= last; ++index) {
+            if (!has_block(index)) blocks.push_back(index);
+        }
+        // Half as large again, so that a growing image does this seldom.
+        const std::uint64_t table_clusters =
+            last < table_.size() ? 0 : divide_up(std::max(last + 1, table_.size() * 3 / 2), entries_per_cluster);
+        const bool stable = blocks.size() == growth.blocks.size() && table_clusters == growth.table_clusters;
+        growth.blocks = std::move(blocks);
+        growth.table_clusters = table_clusters;
+        if (stable) return growth;
+    }
+}
+
+Result<std::uint64_t> Refcounts::cover(std::uint64_t first, std::uint64_t count) {
+    const auto growth = plan_growth(first, count);
+    if (growth.run().count == 0) return 0;
+    if (growth.run().end() + count > format::max_host_offset >> cluster_bits_ ||
+        growth.table_clusters << cluster_bits_ > format::max_refcount_table_bytes) {
+        return fail(Errc::no_space, core_.file->name(),
+                    "the file cannot grow further in this format; convert to an image with larger clusters");
+    }
+    TRY_VOID(grow(growth));
+    return growth.run().count;
+}
+
+Result<void> Refcounts::grow(const Growth& growth) {
+    const HostOffset at{growth.first << cluster_bits_};
+    const std::uint64_t bytes = growth.run().count << cluster_bits_;
+    if (const auto used = metadata_.find(at, bytes); !used.empty()) {
+        return write_back_.declare_corrupt(fmt::format("host offset {:#x}", at.value),
+                                           fmt::format("{} lies in clusters with refcount 0", used));
+    }
+    const std::uint64_t old_entries = table_.size();
+    TRY_VOID(make_zeros(*core_.file, at, bytes));
+    core_.words.forget(at, bytes);
+    if (growth.table_clusters != 0) table_.resize((growth.table_clusters << cluster_bits_) / 8);
+    for (std::size_t i = 0; i < growth.blocks.size(); ++i) table_[growth.blocks[i]] = at.value + (i << cluster_bits_);
+
+    const auto attempt = [&]() -> Result<void> {
+        TRY_VOID(add(growth.run(), 1));
+        TRY_VOID(write_back_.write_refcounts());
+        return write_back_.sync();  // before anything names the blocks
+    };
+    if (auto done = attempt(); !done) {
+        for (const auto index : growth.blocks) table_[index] = 0;
+        core_.words.forget(at, bytes);
+        table_.resize(old_entries);
+        return done;
+    }
+    TRY_VOID(metadata_.add(at, growth.blocks.size() << cluster_bits_, MetadataMap::Kind::refcount_block));
+    if (growth.table_clusters != 0) return replace_table(growth);
+    return write_table_entries(growth.blocks.front(), growth.blocks.back() - growth.blocks.front() + 1);
+}
+
+Result<void> Refcounts::write_table_entries(std::uint64_t first, std::uint64_t count) {
+    std::vector<std::byte> bytes(count * 8);
+    for (std::uint64_t i = 0; i < count; ++i) store_be(bytes, i * 8, table_[first + i]);
+    return core_.file->write(core_.current_header().refcount_table + first * 8, bytes);
+}
+
+Result<void> Refcounts::replace_table(const Growth& growth) {
+    const auto old = core_.current_header();
+    const HostOffset at{(growth.first + growth.blocks.size()) << cluster_bits_};
+    TRY_VOID(metadata_.add(at, growth.table_clusters << cluster_bits_, MetadataMap::Kind::refcount_table));
+    std::vector<std::byte> bytes(table_.size() * 8);
+    for (std::size_t i = 0; i < table_.size(); ++i) store_be(bytes, i * 8, table_[i]);
+    TRY_VOID(core_.file->write(at, bytes));
+    TRY_VOID(write_back_.sync());
+    TRY_VOID(write_back_.update_header([&](format::Header& header) {
+        header.refcount_table = at;
+        header.refcount_table_clusters = static_cast<std::uint32_t>(growth.table_clusters);
+    }));
+    TRY_VOID(write_back_.sync());  // before the old one may be used for anything else
+    const std::uint64_t old_bytes = std::uint64_t{old.refcount_table_clusters} << cluster_bits_;
+    metadata_.remove(old.refcount_table, old_bytes);
+    core_.words.forget(old.refcount_table, old_bytes);
+    return add({old.refcount_table.value >> cluster_bits_, old.refcount_table_clusters}, -1);
+}
+
+}  // namespace qcow::qcow2

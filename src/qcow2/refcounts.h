@@ -1,0 +1,73 @@
+#pragma once
+// The refcounts of an image that is being written.
+// Source: the qcow2 specification, "Host cluster management".
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "format/refcount.h"
+#include "qcow2/metadata_map.h"
+#include "qcow2/write_back.h"
+
+namespace qcow::qcow2 {
+
+/// Clusters one behind the other, by number.
+struct ClusterRun {
+    std::uint64_t first = 0;
+    std::uint64_t count = 0;
+    [[nodiscard]] std::uint64_t end() const { return first + count; }
+};
+
+/// Reads and changes refcounts in the cache, and adds blocks and table clusters as the file grows. The table itself is
+/// in memory, 8 MiB at most. Not thread-safe.
+class Refcounts {
+public:
+    Refcounts(Core& core, WriteBack& write_back, MetadataMap& metadata);
+
+    /// Reads the table. Errc::corrupt.
+    Result<void> load();
+
+    [[nodiscard]] Result<std::uint64_t> get(std::uint64_t cluster) const;
+
+    /// Adds `delta` to the refcount of each cluster of the run, all of which have blocks. Errc::limit_exceeded where
+    /// one would become too large, Errc::corrupt where it would fall below zero; then none is changed.
+    Result<void> add(ClusterRun run, std::int64_t delta);
+
+    /// The first run of clusters with refcount 0 in [from, end), `most` at most (> 0); empty: there is none.
+    [[nodiscard]] Result<ClusterRun> find_free(std::uint64_t from, std::uint64_t end, std::uint64_t most) const;
+
+    /// One past the last cluster, from `from` on, whose refcount is not 0; `from` if there is none.
+    [[nodiscard]] Result<std::uint64_t> counted_end(std::uint64_t from) const;
+
+    /// Sees to it that the clusters from `first` on, which are free, have blocks for `count` of them behind those that
+    /// blocks and table take themselves; gives how many these are. On the way the file gets long enough for blocks and
+    /// table, not for the rest. Errc::no_space where the format's limit or the file system's is reached.
+    Result<std::uint64_t> cover(std::uint64_t first, std::uint64_t count);
+
+    [[nodiscard]] unsigned order() const { return order_; }
+
+private:
+    struct Growth;
+    [[nodiscard]] Growth plan_growth(std::uint64_t first, std::uint64_t count) const;
+    Result<void> grow(const Growth& growth);
+    Result<void> write_table_entries(std::uint64_t first, std::uint64_t count);
+    Result<void> replace_table(const Growth& growth);
+    [[nodiscard]] bool has_block(std::uint64_t index) const { return index < table_.size() && table_[index] != 0; }
+    template <class Visit>
+    Result<void> each_span(ClusterRun run, Visit&& visit) const;
+
+    Core& core_;
+    WriteBack& write_back_;
+    MetadataMap& metadata_;
+    unsigned cluster_bits_;
+    unsigned order_;
+    std::uint64_t per_block_;
+    std::vector<std::uint64_t> table_;  // host offsets of blocks
+};
+
+/// Makes [at, at + length) of a file zeros, growing it if it ends before.
+Result<void> make_zeros(Storage& file, HostOffset at, std::uint64_t length);
+
+}  // namespace qcow::qcow2

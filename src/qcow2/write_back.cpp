@@ -1,0 +1,116 @@
+#include "qcow2/write_back.h"
+
+#include <algorithm>
+#include <array>
+
+#include "base/try.h"
+
+namespace qcow::qcow2 {
+namespace {
+
+using PageClass = WordCache::PageClass;
+
+constexpr std::size_t batch_pages = 256;  // bounds the memory for copies of pages: 1 MiB
+
+}  // namespace
+
+void WriteBack::stop(Error why) {
+    const std::lock_guard lock(stop_mutex_);
+    if (stopped_) return;
+    why_ = std::move(why);
+    stopped_.store(true, std::memory_order_release);
+}
+
+Result<void> WriteBack::why_stopped() const {
+    const std::lock_guard lock(stop_mutex_);
+    return std::unexpected(why_);
+}
+
+Result<void> WriteBack::store(HostOffset at, std::span<const std::uint64_t> words, PageClass page_class, bool barrier) {
+    while (!TRY(core_.words.store(at, words, page_class, barrier))) TRY_VOID(write_all());
+    return {};
+}
+
+Result<void> WriteBack::write_pages(std::span<const WordCache::Changed> pages, PageClass page_class) {
+    std::vector<std::byte> joined;
+    auto result = [&]() -> Result<void> {
+        for (std::size_t i = 0; i < pages.size();) {
+            joined.clear();
+            const HostOffset at = pages[i].at;
+            for (; i < pages.size() && pages[i].at == at + joined.size(); ++i)
+                joined.insert(joined.end(), pages[i].bytes.begin(), pages[i].bytes.end());
+            TRY_VOID(core_.file->write(at, joined));
+        }
+        return {};
+    }();
+    core_.words.written(pages, page_class, result.has_value());
+    return result;
+}
+
+Result<void> WriteBack::write_refcounts() {
+    const std::lock_guard lock(refcount_mutex_);
+    TRY_VOID(verify_writable());
+    for (;;) {
+        const auto pages = core_.words.take_changed(PageClass::refcounts, batch_pages);
+        if (pages.empty()) return {};
+        TRY_VOID(write_pages(pages, PageClass::refcounts));
+    }
+}
+
+Result<void> WriteBack::write_all() {
+    const std::lock_guard lock(mapping_mutex_);
+    TRY_VOID(verify_writable());
+    for (;;) {
+        // Copied first: what the copies refer to was written or counted before they were made, so that what is written
+        // and flushed now covers it.
+        const auto pages = core_.words.take_changed(PageClass::mapping, batch_pages);
+        auto ready = write_refcounts();
+        const bool barrier = std::ranges::any_of(pages, &WordCache::Changed::barrier);
+        if (ready && barrier) ready = sync();
+        if (!ready) {
+            core_.words.written(pages, PageClass::mapping, false);
+            return ready;
+        }
+        if (pages.empty()) return {};
+        TRY_VOID(write_pages(pages, PageClass::mapping));
+    }
+}
+
+Result<void> WriteBack::sync() {
+    TRY_VOID(verify_writable());
+    if (!flushes_) return {};
+    auto result = core_.data != core_.file ? core_.data->flush() : Result<void>();
+    if (result) result = core_.file->flush();
+    if (result) return {};
+    auto error = std::move(result).error();
+    // The system may have dropped what it could not write, and will not say so again.
+    error.what += "; what was written since the last flush may be lost, so writing stops: open the image again";
+    stop(error);
+    return std::unexpected(std::move(error));
+}
+
+Result<void> WriteBack::update_header(const std::function<void(format::Header&)>& change) {
+    const std::lock_guard lock(header_mutex_);
+    auto header = core_.current_header();
+    change(header);
+    std::array<std::byte, 512> sector;
+    TRY(core_.file->read({0}, sector));
+    format::update_header(sector, header);
+    TRY_VOID(core_.file->write({0}, sector));
+    core_.replace_header(header);
+    return {};
+}
+
+std::unexpected<Error> WriteBack::declare_corrupt(std::string place, std::string what) {
+    Error error{Errc::corrupt, core_.file->name() + ": " + place,
+                what + "; the image is marked as corrupt and no longer written: check it"};
+    if (core_.header.version >= 3 && !stopped_) {
+        // If this fails, too, the image is at least not written any more.
+        if (update_header([](format::Header& header) { header.incompatible |= format::incompatible::corrupt; }))
+            static_cast<void>(sync());
+    }
+    stop(error);
+    return std::unexpected(std::move(error));
+}
+
+}  // namespace qcow::qcow2

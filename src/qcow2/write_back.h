@@ -1,0 +1,66 @@
+#pragma once
+// In which order changes reach the disk.
+
+#include <atomic>
+#include <functional>
+#include <mutex>
+#include <span>
+
+#include "qcow2/core.h"
+
+namespace qcow::qcow2 {
+
+/// Writes the changed pages of the cache, and the header, so that at every instant what is on disk is consistent:
+///
+/// * A page of refcounts may be written at any time: a count goes up in the cache before anything refers to the
+///   cluster, and down only after nothing on disk does any more.
+/// * A page of the mapping may be written once the refcounts are, and what its entries lead to: at any time for
+/// clusters
+///   that were reserved (counted and zero on disk), after a flush of data and refcounts for what it marks as `barrier`.
+///
+/// Where that order broke, because a flush failed, nothing is believed any more: every further change is refused.
+/// Thread-safe.
+class WriteBack {
+public:
+    WriteBack(Core& core, bool flushes) : core_(core), flushes_(flushes) {}
+
+    /// Errc::io, corrupt: why the image can no longer be written.
+    [[nodiscard]] Result<void> verify_writable() const {
+        return stopped_.load(std::memory_order_acquire) ? why_stopped() : Result<void>();
+    }
+
+    /// Changes words in the cache; see WordCache::store. Writes pages where there is no room.
+    Result<void> store(HostOffset at, std::span<const std::uint64_t> words, WordCache::PageClass page_class,
+                       bool barrier = false);
+
+    /// Writes all changed refcounts. Does not flush.
+    Result<void> write_refcounts();
+
+    /// Writes everything that is changed in the cache, flushing where the order needs it, but not at the end.
+    Result<void> write_all();
+
+    /// Makes durable what was written. A failure stops all writing.
+    Result<void> sync();
+
+    /// Changes the header, in memory once it is written to the file. Does not flush.
+    Result<void> update_header(const std::function<void(format::Header&)>& change);
+
+    /// Marks the image as corrupt on disk, and stops all writing. Gives the error to report.
+    std::unexpected<Error> declare_corrupt(std::string place, std::string what);
+
+private:
+    Result<void> write_pages(std::span<const WordCache::Changed> pages, WordCache::PageClass page_class);
+    [[nodiscard]] Result<void> why_stopped() const;
+    void stop(Error why);
+
+    Core& core_;
+    bool flushes_;
+    std::mutex mapping_mutex_;   // one writer of mapping pages
+    std::mutex refcount_mutex_;  // one writer of refcount pages
+    std::mutex header_mutex_;
+    std::atomic<bool> stopped_ = false;
+    mutable std::mutex stop_mutex_;
+    Error why_;
+};
+
+}  // namespace qcow::qcow2

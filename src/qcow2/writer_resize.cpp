@@ -1,0 +1,104 @@
+// The writer's changes of the virtual size, and of the L1 table with it.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "base/try.h"
+#include "qcow2/writer.h"
+
+namespace qcow::qcow2 {
+
+using format::L2Entry;
+
+Result<void> Writer::resize(std::uint64_t size) {
+    TRY_VOID(begin_writing());
+    const auto header = core_->current_header();
+    const auto refuse = [&](std::string what) { return fail(Errc::unsupported, core_->file->name(), std::move(what)); };
+    if (header.bitmaps) return refuse("it has bitmaps, which are of the old size; remove them first");
+    if (header.version < 3 && header.snapshot_count != 0)
+        return refuse("it has snapshots, and version 2 cannot record that theirs is another size; use version 3");
+    const std::uint64_t most = (format::max_l1_bytes / 8) * rules_.geometry.l2_coverage();
+    if (size > most || size > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
+        return fail(Errc::invalid_argument, core_->file->name(),
+                    fmt::format("{} bytes are more than clusters of {} can map", size, header.cluster_size()));
+    if (size == header.size) return {};
+    return size > header.size ? grow(header.size, size) : shrink(size);
+}
+
+Result<void> Writer::set_header_size(std::uint64_t size) {
+    TRY_VOID(write_back_.update_header([&](format::Header& header) { header.size = size; }));
+    return write_back_.sync();
+}
+
+Result<void> Writer::grow(std::uint64_t old_size, std::uint64_t size) {
+    TRY_VOID(grow_l1(divide_up(size, rules_.geometry.l2_coverage())));
+    if (raw_data_) TRY_VOID(core_->data->resize(size));
+    size_ = size;
+    // What the last cluster has behind the old end was nobody's, and a longer backing file would come to light.
+    auto zeroed = [&]() -> Result<void> {
+        const std::uint64_t cluster_end = std::min(size, rules_.geometry.clusters(old_size) << cluster_bits_);
+        TRY_VOID(zero_range({old_size}, cluster_end - old_size, Zeroing::release));
+        if (core_->below.exists()) TRY_VOID(zero_range({cluster_end}, size - cluster_end, Zeroing::release));
+        return flush();
+    }();
+    if (zeroed) zeroed = set_header_size(size);
+    if (!zeroed) size_ = old_size;
+    return zeroed;
+}
+
+Result<void> Writer::shrink(std::uint64_t size) {
+    const std::uint64_t old_size = size_.exchange(size);
+    TRY_VOID(set_header_size(size));
+    // The header is durable: what it no longer covers can go.
+    const std::uint64_t end = rules_.geometry.clusters(old_size);
+    for (std::uint64_t first = rules_.geometry.clusters(size); first < end;) {
+        const std::uint64_t last = std::min(end, l2_end(cluster_at(first)));
+        if (TRY(active_.mapping().l1_entry(cluster_at(first))).allocated()) {
+            const RangeLocks::Guard guard(clusters_, first, last);
+            const auto old = TRY(load_entries({first, last}));
+            TRY_VOID(store_entries(first, std::vector<L2Entry>(old.size()), false));
+            retire(old);
+        }
+        first = last;
+    }
+    if (raw_data_) TRY_VOID(core_->data->resize(size));
+    return flush();
+}
+
+/// Moves the L1 table to where it has room for so many entries.
+Result<void> Writer::grow_l1(std::uint64_t entries) {
+    const auto header = core_->current_header();
+    if (entries <= header.l1_entries) return {};
+    const std::uint64_t bytes = divide_up(entries * 8, bit(cluster_bits_)) << cluster_bits_;
+    const auto run = TRY(allocator_.take_contiguous(bytes >> cluster_bits_));
+    const HostOffset table{run.first << cluster_bits_};
+    TRY_VOID(metadata_.add(table, bytes, MetadataMap::Kind::l1_table));
+
+    // Nobody may change an entry of the old table while it moves.
+    std::vector<std::unique_lock<std::mutex>> locks;
+    for (auto& lock : l2_locks_) locks.emplace_back(lock);
+    core_->words.forget(table, bytes);
+    std::vector<std::byte> copy(bytes);
+    std::array<std::uint64_t, 512> words;
+    for (std::uint64_t i = 0; i < header.l1_entries;) {
+        const auto wanted = std::min<std::uint64_t>(words.size(), header.l1_entries - i);
+        const auto loaded = TRY(core_->words.load(header.l1_table + i * 8, std::span(words).first(wanted)));
+        for (std::size_t k = 0; k < loaded; ++k, ++i) store_be(copy, i * 8, words[k]);
+    }
+    TRY_VOID(core_->file->write(table, copy));
+    // Entries that were only in the cache may refer to tables that had to be written first.
+    TRY_VOID(write_back_.write_all());
+    TRY_VOID(write_back_.sync());
+    TRY_VOID(write_back_.update_header([&](format::Header& changed) {
+        changed.l1_table = table;
+        changed.l1_entries = static_cast<std::uint32_t>(entries);
+    }));
+    TRY_VOID(write_back_.sync());
+    active_.mapping().move_l1(table);
+    if (header.l1_entries != 0) allocator_.retire_table(header.l1_table, std::uint64_t{header.l1_entries} * 8);
+    return {};
+}
+
+}  // namespace qcow::qcow2
