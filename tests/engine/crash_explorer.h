@@ -68,6 +68,14 @@ public:
         return report;
     }
 
+    /// What is wrong with the files as they are when everything is over, without a power loss.
+    std::optional<std::string> judge_now(const Files& files) {
+        now_ = history_.log.events().size();
+        settled_ = history_.model.settled_at(now_);
+        durable_ = [&] { return files; };
+        return judge(files);
+    }
+
 private:
     /// One state: a moment, and what of the pending events arrived.
     struct Case {

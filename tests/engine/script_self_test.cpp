@@ -10,13 +10,13 @@
 namespace qcow::test {
 namespace {
 
-/// A Storage that loses the last byte of every so many-th write.
+/// A Storage that gets the last byte of every fourth write wrong.
 class Forgetful final : public PassThrough {
 public:
     using PassThrough::PassThrough;
 
     Result<void> write(HostOffset at, std::span<const std::byte> from) override {
-        if (++writes_ % 16 != 0) return inner().write(at, from);
+        if (++writes_ % 4 != 0) return inner().write(at, from);
         auto wrong = Bytes(from.begin(), from.end());
         wrong.back() ^= std::byte{1};
         return inner().write(at, wrong);

@@ -22,6 +22,8 @@ enum class Mistake : std::uint8_t {
     punch_before_commit,  ///< and zeroed
     reuse_while_in_use,   ///< or while a request is still reading or writing it
     lost_update,          ///< two requests that fill parts of one new block at once: one of them is lost
+    error_swallowed,      ///< a flush that fails succeeds
+    flush_tried_again,    ///< what a flush did not make durable is taken for durable after the next one
 };
 
 inline std::string mistake_name(Mistake mistake) {
@@ -96,6 +98,7 @@ public:
     }
 
     Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
+        if (auto usable = verify_usable(); !usable) return usable;
         return each_block(at, from.size(),
                           [&](std::uint64_t guest, std::uint64_t within, std::uint64_t done, std::uint64_t n) {
                               const auto part = from.subspan(done, n);
@@ -118,6 +121,7 @@ public:
     }
 
     Result<void> discard(GuestOffset at, std::uint64_t length) override {
+        if (auto usable = verify_usable(); !usable) return usable;
         const auto first = (at.value + block - 1) / block;
         for (auto guest = first; (guest + 1) * block <= at.value + length; ++guest) {
             const std::lock_guard lock(mutex_);
@@ -128,9 +132,11 @@ public:
 
     Result<void> flush() override {
         if (mistake_ == Mistake::flush_skipped) return {};
-        std::unique_lock lock(mutex_);
+        if (auto usable = verify_usable(); !usable) return usable;
+        const std::lock_guard lock(mutex_);
+        if (auto flushed = flush_storage(); !flushed)
+            return mistake_ == Mistake::error_swallowed ? Result<void>() : flushed;
         const auto dropped = std::exchange(dropped_, {});
-        if (auto flushed = storage_->flush(); !flushed) return flushed;
         for (const auto host : dropped) {
             if (mistake_ != Mistake::reuse_while_in_use && users_[host] != 0) {
                 dropped_.push_back(host);  // perhaps with the next flush
@@ -203,12 +209,12 @@ private:
         std::ranges::copy(part, bytes.begin() + static_cast<std::ptrdiff_t>(within));
         if (mistake_ == Mistake::data_last || mistake_ == Mistake::mapping_first) {
             if (mistake_ == Mistake::data_last) {
-                if (auto flushed = storage_->flush(); !flushed) return flushed;
+                if (auto flushed = flush_storage(); !flushed) return flushed;
             }
             if (auto wrote = storage_->write({host * block}, bytes); !wrote) return wrote;
         } else {
             if (auto wrote = storage_->write({host * block}, bytes); !wrote) return wrote;
-            if (auto flushed = storage_->flush(); !flushed) return flushed;
+            if (auto flushed = flush_storage(); !flushed) return flushed;
         }
         const std::lock_guard lock(mutex_);
         return map(guest, host);
@@ -217,8 +223,7 @@ private:
     /// Lets a guest block be elsewhere, or nowhere. The place where it was is free only later.
     Result<void> map(std::uint64_t guest, std::uint64_t host) {
         const auto before = std::exchange(map_[guest], static_cast<std::uint8_t>(host));
-        if (auto stored = storage_->write({guest}, std::as_bytes(std::span(map_).subspan(guest, 1))); !stored)
-            return stored;
+        if (auto stored = store({guest}, std::span(map_).subspan(guest, 1)); !stored) return stored;
         if (before == 0) return {};
         if (mistake_ == Mistake::reuse_before_commit) {
             counts_[before] = 0;
@@ -228,8 +233,28 @@ private:
         return mistake_ == Mistake::punch_before_commit ? storage_->write_zeroes({before * block}, block)
                                                         : Result<void>();
     }
-    Result<void> store_count(std::uint64_t host) {
-        return storage_->write({block + host}, std::as_bytes(std::span(counts_).subspan(host, 1)));
+
+    Result<void> store_count(std::uint64_t host) { return store({block + host}, std::span(counts_).subspan(host, 1)); }
+
+    Result<void> store(HostOffset at, std::span<const std::uint8_t> bytes) {
+        return or_unusable(storage_->write(at, std::as_bytes(bytes)));
+    }
+
+    Result<void> flush_storage() {
+        auto flushed = storage_->flush();
+        return mistake_ == Mistake::flush_tried_again ? flushed : or_unusable(std::move(flushed));
+    }
+
+    /// Once it is not known any more what the file holds, nothing can be promised: all that follows fails.
+    Result<void> or_unusable(Result<void> result) {
+        const std::lock_guard lock(usable_mutex_);
+        if (!result && usable_) usable_ = result;
+        return result;
+    }
+
+    Result<void> verify_usable() {
+        const std::lock_guard lock(usable_mutex_);
+        return mistake_ == Mistake::error_swallowed ? Result<void>() : usable_;
     }
 
     std::shared_ptr<Storage> storage_;
@@ -240,6 +265,8 @@ private:
     std::vector<std::uint8_t> counts_;
     std::vector<unsigned> users_;
     std::vector<std::uint64_t> dropped_;
+    std::mutex usable_mutex_;  // the last one
+    Result<void> usable_;
 };
 
 }  // namespace qcow::test

@@ -1,6 +1,7 @@
 #pragma once
 // A Storage that fails when it is told to.
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <optional>
@@ -93,7 +94,10 @@ public:
 
     Result<void> write(HostOffset at, std::span<const std::byte> from) override {
         if (const auto fault = faults_->next(Operation::write, at.value + from.size())) {
-            const auto done = from.first(from.size() * fault->percent_done / 100);
+            // Disks write whole sectors or nothing of them.
+            const auto end = at.value + from.size() * fault->percent_done / 100;
+            const auto whole_end = fault->percent_done == 100 ? end : std::max(at.value, end / 512 * 512);
+            const auto done = from.first(whole_end - at.value);
             if (auto partly = inner().write(at, done); !partly) return partly;
             return failed(*fault);
         }

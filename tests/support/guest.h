@@ -4,6 +4,7 @@
 #include <atomic>
 #include <functional>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "qcow/image.h"
@@ -16,12 +17,15 @@ class Guest {
 public:
     /// `discards_read_as_zeros`: whether the format lets whole blocks become zeros, whatever lies below them.
     Guest(Image& image, SectorModel& model, std::function<Tick()> clock, bool discards_read_as_zeros,
-          Value first_value = 1)
+          Value first_number = 1)
         : image_(image),
           model_(model),
           clock_(std::move(clock)),
           discards_read_as_zeros_(discards_read_as_zeros),
-          next_value_(first_value) {}
+          next_value_(first_number) {}
+
+    /// From now on what returns is durable without a flush.
+    void expect_writethrough() { writethrough_ = true; }
 
     Result<void> write(std::uint64_t first, std::uint64_t count) {
         const auto value = next_value_++;
@@ -64,6 +68,14 @@ public:
         return result;
     }
 
+    /// Flushes, too.
+    Result<void> close() {
+        const auto begun = clock_();
+        auto result = image_.close();
+        if (result) model_.flushed(begun, clock_());
+        return result;
+    }
+
     Result<void> resize(std::uint64_t count, Image::Shrink shrink = Image::Shrink::refuse) {
         const auto before = sectors();
         const auto begun = clock_();
@@ -78,11 +90,11 @@ public:
         return result;
     }
 
-    /// What is wrong with what is read now.
-    std::optional<std::string> verify(std::uint64_t first, std::uint64_t count) {
+    /// Reads, and tells what is wrong with that.
+    Result<std::optional<std::string>> inspect(std::uint64_t first, std::uint64_t count) {
         Bytes bytes(count * sector_bytes);
         const auto begun = clock_();
-        if (const auto read = image_.read(offset(first), bytes); !read) return read.error().message();
+        if (const auto read = image_.read(offset(first), bytes); !read) return std::unexpected(read.error());
         const auto ended = clock_();
         for (std::uint64_t i = 0; i < count; ++i) {
             const auto value = value_in(first + i, std::span(bytes).subspan(i * sector_bytes, sector_bytes));
@@ -91,13 +103,18 @@ public:
         return std::nullopt;
     }
 
+    /// The same, where being unable to read is wrong, too.
+    std::optional<std::string> verify(std::uint64_t first, std::uint64_t count) {
+        auto wrong = inspect(first, count);
+        return wrong ? *std::move(wrong) : wrong.error().message();
+    }
+
     /// Takes what is there now for what was there before everything else.
     void adopt() {
-        Bytes sector(sector_bytes);
-        for (std::uint64_t i = 0; i < sectors(); ++i) {
-            if (!image_.read(offset(i), sector)) throw std::runtime_error("the disk cannot be read");
-            model_.preset(i, value_in(i, sector));
-        }
+        Bytes bytes(sectors() * sector_bytes);
+        if (!image_.read({0}, bytes)) throw std::runtime_error("the disk cannot be read");
+        for (std::uint64_t i = 0; i < sectors(); ++i)
+            model_.preset(i, value_in(i, std::span(bytes).subspan(i * sector_bytes, sector_bytes)));
     }
 
     [[nodiscard]] std::uint64_t sectors() const { return image_.size() / sector_bytes; }
@@ -117,6 +134,8 @@ private:
     void settle(const Result<void>& result, const SectorModel::Change& change) {
         if (result) {
             model_.end(change, clock_());
+            const auto now = clock_();
+            if (writethrough_) model_.flushed(now, now);
         } else {
             model_.fail(change, clock_());
         }
@@ -126,6 +145,7 @@ private:
     SectorModel& model_;
     std::function<Tick()> clock_;
     bool discards_read_as_zeros_;
+    bool writethrough_ = false;
     std::atomic<Value> next_value_;
 };
 

@@ -170,6 +170,13 @@ public:
         return settled;
     }
 
+    /// Whether a flush was under way that succeeded.
+    [[nodiscard]] bool flushing_at(Tick now) const {
+        const std::lock_guard lock(mutex_);
+        return std::ranges::any_of(flushes_,
+                                   [&](const Flush& flush) { return flush.begun < now && now < flush.ended; });
+    }
+
     [[nodiscard]] bool allows(std::uint64_t index, Value value, Tick settled, Tick now) const {
         const std::lock_guard lock(mutex_);
         return sectors_[index].allows(value, settled, now);
