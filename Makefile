@@ -4,8 +4,9 @@ SHELL := /bin/bash
 JOBS ?= $(shell nproc)
 PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 60
+TORTURE_SECONDS ?= 3600
 
-.PHONY: all demo test test-asan test-tsan bench lint format fuzz install clean
+.PHONY: all demo test test-asan test-tsan torture bench lint format fuzz install clean
 
 all: ## Build the tool: build/release/qcow
 	@cmake --preset release >/dev/null
@@ -27,6 +28,12 @@ test-asan test-tsan: test-%: ## The same tests under the address and undefined-b
 	@cmake --preset $* >/dev/null
 	@cmake --build --preset $* -j $(JOBS)
 	@ctest --test-dir build/$* --output-on-failure -j $(JOBS)
+
+torture: ## Try to break the engine for TORTURE_SECONDS (3600), each time from another seed
+	@scripts/install-dependencies build test
+	@cmake --preset release-tests >/dev/null
+	@cmake --build --preset release-tests -j $(JOBS) --target engine_test
+	@scripts/torture build/release/engine_test $(TORTURE_SECONDS) $(JOBS)
 
 bench: ## Measure against qemu-img
 	@scripts/install-dependencies build test

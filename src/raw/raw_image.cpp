@@ -84,6 +84,12 @@ public:
         return write_ && write_->cache != CacheMode::unsafe ? storage_->flush() : Result<void>();
     }
 
+    Result<void> close() override {
+        TRY_VOID(flush());
+        write_.reset();
+        return {};
+    }
+
     [[nodiscard]] Result<ImageInfo> info() const override {
         ImageInfo info;
         info.filename = storage_->name();
@@ -104,7 +110,7 @@ private:
 
     std::shared_ptr<Storage> storage_;
     std::atomic<std::uint64_t> size_;
-    std::optional<WriteOptions> write_;  // nothing: read-only
+    std::optional<WriteOptions> write_;  // nothing: read-only, or closed
 };
 
 class PendingRaw final : public PendingImage {

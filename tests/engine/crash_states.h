@@ -1,0 +1,172 @@
+#pragma once
+// What a power loss may leave of the files of a StorageLog.
+
+#include <functional>
+#include <map>
+#include <set>
+
+#include "support/memory_files.h"
+#include "support/recording.h"
+
+namespace qcow::test {
+
+/// The files as they may be found after a power loss at one moment of a log, which can only be moved on. What was
+/// complete before a flush that ended began is there. Of everything else each sector of 512 bytes may have arrived in
+/// any of the versions that it had since, whatever became of its neighbours; and so may the length of the file.
+class CrashStates {
+public:
+    CrashStates(const StorageLog& log, const Files& before) : log_(log) {
+        for (const auto& [name, storage] : before) {
+            auto& file = files_[name];
+            file.now = contents_of(*storage);
+            file.durable = file.now;
+        }
+    }
+
+    /// To the moment before event `now`.
+    void advance(std::size_t now) {
+        for (; at_ < now; ++at_) apply(log_.events()[at_]);
+    }
+
+    /// The events whose effects may be missing, in order.
+    [[nodiscard]] std::vector<std::size_t> pending() const {
+        std::set<std::size_t> result;
+        for (const auto& [name, file] : files_) {
+            for (const auto& [sector, versions] : file.pending) {
+                for (const auto& version : versions) result.insert(version.event);
+            }
+            for (const auto& size : file.pending_sizes) result.insert(size.event);
+        }
+        return {result.begin(), result.end()};
+    }
+
+    /// The state in which exactly those events have arrived that are chosen, sector by sector: of an event that is
+    /// chosen for some calls only, some sectors.
+    [[nodiscard]] Files build(const std::function<bool(std::size_t event)>& arrived) const {
+        Files result;
+        for (const auto& [name, file] : files_) {
+            auto bytes = file.durable;
+            for (const auto& [sector, versions] : file.pending) {
+                const auto* const chosen = latest(versions, arrived);
+                if (chosen == nullptr) continue;
+                const auto at = sector * sector_bytes;
+                if (bytes.size() < at + sector_bytes) bytes.resize(at + sector_bytes);
+                std::ranges::copy(chosen->bytes, bytes.begin() + static_cast<std::ptrdiff_t>(at));
+            }
+            const auto* const size = latest(file.pending_sizes, arrived);
+            bytes.resize(size != nullptr ? size->bytes : file.durable.size());
+            result[name] = memory_storage(std::move(bytes), name);
+        }
+        return result;
+    }
+
+private:
+    static constexpr std::uint64_t sector_bytes = 512;
+
+    template <class Contents>
+    struct Version {
+        std::size_t event = 0;
+        Contents bytes;
+        bool lost = false;  // a flush of it failed: later ones no longer make it durable
+    };
+
+    struct File {
+        Bytes now;
+        Bytes durable;
+        std::map<std::uint64_t, std::vector<Version<Bytes>>> pending;  // by sector
+        std::vector<Version<std::uint64_t>> pending_sizes;
+    };
+
+    template <class Contents>
+    static const Version<Contents>* latest(const std::vector<Version<Contents>>& versions,
+                                           const std::function<bool(std::size_t)>& arrived) {
+        for (auto it = versions.rbegin(); it != versions.rend(); ++it) {
+            if (arrived(it->event)) return &*it;
+        }
+        return nullptr;
+    }
+
+    void apply(const StorageEvent& event) {
+        if (event.kind == StorageEvent::Kind::mark) return;
+        auto& file = files_.at(event.file);
+        switch (event.kind) {
+            case StorageEvent::Kind::mark:
+            case StorageEvent::Kind::flush_begin: break;
+            case StorageEvent::Kind::write: write(file, event.at, event.bytes); break;
+            case StorageEvent::Kind::zeroes:
+                if (event.at < file.now.size())
+                    write(file, event.at, Bytes(std::min(event.length, file.now.size() - event.at)));
+                break;
+            case StorageEvent::Kind::size: resize(file, event.length); break;
+            case StorageEvent::Kind::flush_end: flush(file, event.begun); break;
+            case StorageEvent::Kind::flush_lost: lose(file, event.begun); break;
+        }
+    }
+
+    void write(File& file, std::uint64_t at, const Bytes& bytes) {
+        if (bytes.empty()) return;
+        if (file.now.size() < at + bytes.size()) resize(file, at + bytes.size());
+        std::ranges::copy(bytes, file.now.begin() + static_cast<std::ptrdiff_t>(at));
+        touch(file, at, at + bytes.size());
+    }
+
+    /// Notes the present contents of these sectors as a version.
+    void touch(File& file, std::uint64_t begin, std::uint64_t end) {
+        for (auto sector = begin / sector_bytes; sector * sector_bytes < end; ++sector) {
+            Bytes bytes(sector_bytes);
+            const auto at = sector * sector_bytes;
+            if (at < file.now.size()) {
+                const auto length = std::min<std::uint64_t>(sector_bytes, file.now.size() - at);
+                std::copy_n(file.now.begin() + static_cast<std::ptrdiff_t>(at), length, bytes.begin());
+            }
+            file.pending[sector].push_back({at_, std::move(bytes)});
+        }
+    }
+
+    void resize(File& file, std::uint64_t size) {
+        const auto before = file.now.size();
+        if (size == before) return;
+        file.now.resize(size);
+        file.pending_sizes.push_back({at_, size});
+        if (size < before) touch(file, size, before);
+    }
+
+    static void flush(File& file, std::size_t begun) {
+        if (const auto size = settle(file.pending_sizes, begun)) file.durable.resize(*size);
+        for (auto it = file.pending.begin(); it != file.pending.end();) {
+            if (const auto bytes = settle(it->second, begun)) {
+                const auto at = it->first * sector_bytes;
+                if (at < file.durable.size()) {
+                    const auto length = std::min<std::uint64_t>(sector_bytes, file.durable.size() - at);
+                    std::copy_n(bytes->begin(), length, file.durable.begin() + static_cast<std::ptrdiff_t>(at));
+                }
+            }
+            it = it->second.empty() ? file.pending.erase(it) : std::next(it);
+        }
+    }
+
+    /// The newest version of what that flush covers; it and what is older are no longer pending.
+    template <class Contents>
+    static std::optional<Contents> settle(std::vector<Version<Contents>>& versions, std::size_t begun) {
+        const auto last = std::find_if(versions.rbegin(), versions.rend(),
+                                       [&](const auto& version) { return version.event < begun && !version.lost; });
+        if (last == versions.rend()) return std::nullopt;
+        auto result = std::move(last->bytes);
+        versions.erase(versions.begin(), last.base());
+        return result;
+    }
+
+    static void lose(File& file, std::size_t begun) {
+        const auto mark = [&](auto& versions) {
+            for (auto& version : versions) version.lost |= version.event < begun;
+        };
+        mark(file.pending_sizes);
+        for (auto& [sector, versions] : file.pending) mark(versions);
+    }
+
+    const StorageLog& log_;
+    std::size_t at_ = 0;
+    std::map<std::string, File> files_;
+};
+
+}  // namespace qcow::test
