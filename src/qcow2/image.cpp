@@ -117,10 +117,7 @@ public:
 
     Result<void> resize(std::uint64_t size, Shrink shrink) override {
         TRY_VOID(verify_request({0}, 0));
-        if (size < this->size()) {
-            if (shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
-            size_ = size;
-        }
+        if (size < this->size() && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
         TRY_VOID(writer_->resize(size));
         size_ = size;
         return {};

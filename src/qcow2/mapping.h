@@ -12,9 +12,9 @@ namespace qcow::qcow2 {
 /// A run of guest bytes that one L2 table maps alike.
 struct Mapped {
     format::ClusterKind kind = format::ClusterKind::unallocated;
-    bool copied = false;                 // the host clusters are this mapping's alone
-    std::uint64_t length = 0;            // bytes
-    HostOffset host = {};                // data and zero_allocated: of the first byte, the others behind it
+    bool copied = false;                      // the host clusters are this mapping's alone
+    std::uint64_t length = 0;                 // bytes
+    HostOffset host = {};                     // data and zero_allocated: of the first byte, the others behind it
     format::CompressedRange compressed = {};  // compressed: of the first cluster; the run may have several
 };
 

@@ -47,7 +47,10 @@ protected:
                     fill(first, cluster, 0);
                     break;
                 case 2:
-                    if (!GetParam().can_compress() || first + cluster > bytes.size()) break;
+                    // QEMU does not compress over what has a place already, and version 2 may keep the place.
+                    if (GetParam().create.version == 2 || !GetParam().can_compress()) break;
+                    if (first + cluster > bytes.size()) break;
+                    commands.push_back(fmt::format("discard -q {} {}", first, cluster));
                     commands.push_back(fmt::format("write -q -c -P {} {} {}", value, first, cluster));
                     fill(first, cluster, value);
                     break;
