@@ -69,8 +69,9 @@ public:
     /// Gives back what is reserved, and cuts it off the end of the file. No request may be in flight.
     Result<void> give_back();
 
-    /// For repairs: the refcounts themselves. Nothing else may be in flight.
-    Refcounts& refcounts() { return refcounts_; }
+    /// Makes each refcount what the references come to. Nothing else may be in flight. Errc::corrupt where references
+    /// cannot be counted.
+    Result<void> rebuild();
 
 private:
     Result<void> reserve();

@@ -53,7 +53,8 @@ public:
           findings_(options.max_findings),
           workers_(options.workers == 0 ? default_workers() : options.workers) {}
 
-    Result<CheckReport> run() {
+    /// Fills the map of references.
+    Result<void> count() {
         const auto& header = core_.header;
         TRY_VOID(add_table("header", {0}, 1));
         TRY_VOID(add_table("refcount table", header.refcount_table,
@@ -68,17 +69,30 @@ public:
                               header.l1_table, header.l1_entries, true));
         TRY_VOID(add_snapshots());
         merge_l2_references();
-        TRY_VOID(walk_l2_tables());
+        return walk_l2_tables();
+    }
+
+    Result<CheckReport> run() {
+        TRY_VOID(count());
         TRY_VOID(compare_refcounts());
 
         CheckReport report;
-        report.total_clusters = geometry_.clusters(header.size);
+        report.total_clusters = geometry_.clusters(core_.header.size);
         report.allocated_clusters = tally_.allocated;
         report.compressed_clusters = tally_.compressed;
         report.fragmented_clusters = tally_.fragmented;
         report.image_end = image_end_clusters_ * geometry_.cluster_size();
         findings_.move_to(report);
         return report;
+    }
+
+    /// Errc::corrupt with the first thing that was wrong, if anything was.
+    Result<void> verify_nothing_found() {
+        CheckReport report;
+        findings_.move_to(report);
+        if (report.corruptions == 0 && report.errors == 0) return {};
+        const auto& first = report.findings.front();
+        return fail(Errc::corrupt, first.place, first.what);
     }
 
 private:
@@ -579,12 +593,31 @@ private:
 
 }  // namespace
 
-Result<CheckReport> check_image(const Core& core, const CheckOptions& options) {
-    const auto file_size = TRY(core.file->size());
+namespace {
+
+Result<std::unique_ptr<ReferenceMap>> empty_map(const Core& core, std::uint64_t file_size,
+                                                const CheckOptions& options) {
     // One more than the file has: a preallocated cluster may lie right behind its end.
     auto references = ReferenceMap::create(core.rules.geometry.clusters(file_size) + 1, options.memory_bytes);
     if (!references) return std::unexpected(std::move(references).error().in("check").in(core.file->name()));
-    auto report = Checker(core, options, file_size, **references).run();
+    return references;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<ReferenceMap>> count_references(const Core& core, const CheckOptions& options) {
+    const auto file_size = TRY(core.file->size());
+    auto references = TRY(empty_map(core, file_size, options));
+    Checker checker(core, options, file_size, *references);
+    TRY_VOID(checker.count());
+    TRY_VOID(checker.verify_nothing_found());
+    return references;
+}
+
+Result<CheckReport> check_image(const Core& core, const CheckOptions& options) {
+    const auto file_size = TRY(core.file->size());
+    const auto references = TRY(empty_map(core, file_size, options));
+    auto report = Checker(core, options, file_size, *references).run();
     if (!report) return std::unexpected(std::move(report).error().in("check"));
     return report;
 }

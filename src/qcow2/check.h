@@ -3,6 +3,7 @@
 
 #include "qcow/check.h"
 #include "qcow2/core.h"
+#include "qcow2/reference_map.h"
 
 namespace qcow::qcow2 {
 
@@ -10,5 +11,9 @@ namespace qcow::qcow2 {
 /// that several L1 tables share is read once and counted as often as it is shared, so that neither many snapshots nor a
 /// hostile image multiply the work. Memory: see CheckOptions::memory_bytes.
 Result<CheckReport> check_image(const Core& core, const CheckOptions& options);
+
+/// How often each host cluster is referenced, whatever the refcounts say. Errc::corrupt where the metadata are damaged,
+/// so that this cannot be told.
+Result<std::unique_ptr<ReferenceMap>> count_references(const Core& core, const CheckOptions& options);
 
 }  // namespace qcow::qcow2

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <set>
 
 #include "base/try.h"
 
@@ -164,29 +165,42 @@ Result<std::uint64_t> Refcounts::counted_end(std::uint64_t from) const {
     return end;
 }
 
-Refcounts::Growth Refcounts::plan_growth(std::uint64_t first, std::uint64_t count) const {
+/// What is needed for `count` clusters behind the growth itself, which is at `first`, and for those of `clusters`.
+Refcounts::Growth Refcounts::plan_growth(std::uint64_t first, std::uint64_t count,
+                                         std::span<const std::uint64_t> clusters) const {
     Growth growth;
     growth.first = first;
     const std::uint64_t entries_per_cluster = bit(cluster_bits_ - 3);
     // What is added must be counted itself, which may take more: until it no longer does.
     for (;;) {
-        const std::uint64_t last = (growth.run().end() + count - 1) / per_block_;
-        std::vector<std::uint64_t> blocks;
-        for (std::uint64_t index = first / per_block_; index <= last; ++index) {
-            if (!has_block(index)) blocks.push_back(index);
-        }
+        const std::uint64_t end = growth.run().end() + count;
+        std::set<std::uint64_t> blocks;
+        const auto need = [&](std::uint64_t index) {
+            if (!has_block(index)) blocks.insert(index);
+        };
+        for (const auto cluster : clusters) need(cluster / per_block_);
+        for (std::uint64_t index = first / per_block_; index * per_block_ < end; ++index) need(index);
+        const std::uint64_t entries = blocks.empty() ? 0 : *blocks.rbegin() + 1;
         // Half as large again, so that a growing image does this seldom.
         const std::uint64_t table_clusters =
-            last < table_.size() ? 0 : divide_up(std::max(last + 1, table_.size() * 3 / 2), entries_per_cluster);
+            entries <= table_.size() ? 0 : divide_up(std::max(entries, table_.size() * 3 / 2), entries_per_cluster);
         const bool stable = blocks.size() == growth.blocks.size() && table_clusters == growth.table_clusters;
-        growth.blocks = std::move(blocks);
+        growth.blocks.assign(blocks.begin(), blocks.end());
         growth.table_clusters = table_clusters;
         if (stable) return growth;
     }
 }
 
 Result<std::uint64_t> Refcounts::cover(std::uint64_t first, std::uint64_t count) {
-    const auto growth = plan_growth(first, count);
+    return carry_out(plan_growth(first, count), count);
+}
+
+Result<void> Refcounts::add_blocks_for(std::span<const std::uint64_t> clusters, std::uint64_t tail) {
+    TRY(carry_out(plan_growth(tail, 0, clusters), 0));
+    return {};
+}
+
+Result<std::uint64_t> Refcounts::carry_out(const Growth& growth, std::uint64_t count) {
     if (growth.run().count == 0) return 0;
     if (growth.run().end() + count > format::max_host_offset >> cluster_bits_ ||
         growth.table_clusters << cluster_bits_ > format::max_refcount_table_bytes) {

@@ -46,11 +46,18 @@ public:
     /// table, not for the rest. Errc::no_space where the format's limit or the file system's is reached.
     Result<std::uint64_t> cover(std::uint64_t first, std::uint64_t count);
 
+    /// The same for the blocks of these clusters, wherever they are, put behind `tail`, where the file ends.
+    Result<void> add_blocks_for(std::span<const std::uint64_t> clusters, std::uint64_t tail);
+
+    [[nodiscard]] bool is_covered(std::uint64_t cluster) const { return has_block(cluster / per_block_); }
+    [[nodiscard]] std::uint64_t per_block() const { return per_block_; }
     [[nodiscard]] unsigned order() const { return order_; }
 
 private:
     struct Growth;
-    [[nodiscard]] Growth plan_growth(std::uint64_t first, std::uint64_t count) const;
+    [[nodiscard]] Growth plan_growth(std::uint64_t first, std::uint64_t count,
+                                     std::span<const std::uint64_t> clusters = {}) const;
+    Result<std::uint64_t> carry_out(const Growth& growth, std::uint64_t count);
     Result<void> grow(const Growth& growth);
     Result<void> write_table_entries(std::uint64_t first, std::uint64_t count);
     Result<void> replace_table(const Growth& growth);

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "base/try.h"
+#include "qcow2/check.h"
 
 namespace qcow::qcow2 {
 namespace {
@@ -45,7 +46,23 @@ Result<void> Writer::open() {
                     "the image is marked as corrupt, so it is not written; check it, or open it for reading only");
     }
     TRY_VOID(metadata_.load(*core_));
-    return allocator_.load();
+    TRY_VOID(allocator_.load());
+    return header.has(format::incompatible::dirty) ? rebuild_refcounts() : Result<void>();
+}
+
+/// Of an image whose last writer kept them in memory, and did not close it.
+Result<void> Writer::rebuild_refcounts() {
+    TRY_VOID(allocator_.rebuild());
+    CheckOptions options;
+    options.max_findings = 1;
+    const auto report = TRY(check_image(*core_, options));
+    if (report.corruptions != 0 || report.errors != 0) {
+        return fail(Errc::corrupt, report.findings.front().place,
+                    report.findings.front().what + "; this is left after the refcounts of a dirty image were rebuilt");
+    }
+    TRY_VOID(write_back_.update_header(
+        [](format::Header& changed) { changed.incompatible &= ~format::incompatible::dirty; }));
+    return write_back_.sync();
 }
 
 /// What has to be on disk before the first change is.

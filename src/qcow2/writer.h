@@ -51,6 +51,7 @@ private:
         std::uint64_t end = 0;
     };
 
+    Result<void> rebuild_refcounts();
     Result<void> begin_writing();
     Result<void> finish_request();
     [[nodiscard]] Result<void> verify_no_metadata(const Storage& file, HostOffset at, std::uint64_t length);

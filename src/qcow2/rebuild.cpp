@@ -1,0 +1,49 @@
+// The refcounts of an image that was not closed, counted anew.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "base/try.h"
+#include "qcow2/allocator.h"
+#include "qcow2/check.h"
+
+namespace qcow::qcow2 {
+namespace {
+
+/// A cluster of each refcount block that there should be, for what is referenced, and is not.
+std::vector<std::uint64_t> uncovered(const ReferenceMap& references, const Refcounts& refcounts) {
+    std::vector<std::uint64_t> clusters;
+    for (std::uint64_t cluster = 0; cluster < references.clusters();) {
+        cluster = references.next_used(cluster, references.clusters());
+        if (cluster < references.clusters() && !refcounts.is_covered(cluster)) clusters.push_back(cluster);
+        cluster = (cluster / refcounts.per_block() + 1) * refcounts.per_block();
+    }
+    return clusters;
+}
+
+}  // namespace
+
+Result<void> Allocator::rebuild() {
+    const std::lock_guard lock(mutex_);
+    auto references = TRY(count_references(core_, {}));
+    if (const auto missing = uncovered(*references, refcounts_); !missing.empty()) {
+        TRY_VOID(refcounts_.add_blocks_for(missing, TRY(tail())));
+        references = TRY(count_references(core_, {}));  // the blocks, too
+    }
+    // The writes may come in any order: nobody believes refcounts as long as the image is marked as dirty.
+    const std::uint64_t end = std::max(references->clusters(), TRY(tail()));
+    for (std::uint64_t cluster = 0; cluster < end; ++cluster) {
+        const std::uint64_t wanted = cluster < references->clusters() ? references->at(cluster).count() : 0;
+        const std::uint64_t found = TRY(refcounts_.get(cluster));
+        if (wanted != found)
+            TRY_VOID(
+                refcounts_.add({cluster, 1}, static_cast<std::int64_t>(wanted) - static_cast<std::int64_t>(found)));
+    }
+    counted_end_ = 0;
+    search_from_ = 0;
+    TRY_VOID(write_back_.write_refcounts());
+    return write_back_.sync();
+}
+
+}  // namespace qcow::qcow2
