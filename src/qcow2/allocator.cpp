@@ -65,6 +65,7 @@ Result<std::vector<ClusterRun>> Allocator::find_runs(std::uint64_t wanted) {
 Result<void> Allocator::commit_reservation(std::vector<ClusterRun> runs) {
     std::size_t counted = 0;
     const auto attempt = [&]() -> Result<void> {
+        TRY_VOID(refcounts_.write_table());
         for (const auto& run : runs) {
             const HostOffset at{run.first << cluster_bits_};
             const std::uint64_t bytes = run.count << cluster_bits_;

@@ -224,41 +224,52 @@ Result<void> Refcounts::grow(const Growth& growth) {
     if (growth.table_clusters != 0) table_.resize((growth.table_clusters << cluster_bits_) / 8);
     for (std::size_t i = 0; i < growth.blocks.size(); ++i) table_[growth.blocks[i]] = at.value + (i << cluster_bits_);
 
+    const HostOffset table_at = at + (growth.blocks.size() << cluster_bits_);
     const auto attempt = [&]() -> Result<void> {
         TRY_VOID(add(growth.run(), 1));
         TRY_VOID(write_back_.write_refcounts());
-        return write_back_.sync();  // before anything names the blocks
+        if (growth.table_clusters != 0) TRY_VOID(core_.file->write(table_at, encode_table(0, table_.size())));
+        return write_back_.sync();  // before anything names them
     };
     if (auto done = attempt(); !done) {
         for (const auto index : growth.blocks) table_[index] = 0;
-        core_.words.forget(at, bytes);
         table_.resize(old_entries);
+        core_.words.forget(at, bytes);
         return done;
     }
     TRY_VOID(metadata_.add(at, growth.blocks.size() << cluster_bits_, MetadataMap::Kind::refcount_block));
-    if (growth.table_clusters != 0) return replace_table(growth);
-    return write_table_entries(growth.blocks.front(), growth.blocks.back() - growth.blocks.front() + 1);
+    if (growth.table_clusters != 0) return replace_table(table_at, growth.table_clusters);
+    for (const auto index : growth.blocks) unwritten_.insert(index);
+    return write_table();
 }
 
-Result<void> Refcounts::write_table_entries(std::uint64_t first, std::uint64_t count) {
+std::vector<std::byte> Refcounts::encode_table(std::uint64_t first, std::uint64_t count) const {
     std::vector<std::byte> bytes(count * 8);
     for (std::uint64_t i = 0; i < count; ++i) store_be(bytes, i * 8, table_[first + i]);
-    return core_.file->write(core_.current_header().refcount_table + first * 8, bytes);
+    return bytes;
 }
 
-Result<void> Refcounts::replace_table(const Growth& growth) {
+Result<void> Refcounts::write_table() {
+    if (unwritten_.empty()) return {};
+    const std::uint64_t first = *unwritten_.begin();
+    const auto bytes = encode_table(first, *unwritten_.rbegin() - first + 1);
+    TRY_VOID(core_.file->write(core_.current_header().refcount_table + first * 8, bytes));
+    unwritten_.clear();
+    return {};
+}
+
+/// The whole table is durable at its new place.
+Result<void> Refcounts::replace_table(HostOffset at, std::uint64_t clusters) {
     const auto old = core_.current_header();
-    const HostOffset at{(growth.first + growth.blocks.size()) << cluster_bits_};
-    TRY_VOID(metadata_.add(at, growth.table_clusters << cluster_bits_, MetadataMap::Kind::refcount_table));
-    std::vector<std::byte> bytes(table_.size() * 8);
-    for (std::size_t i = 0; i < table_.size(); ++i) store_be(bytes, i * 8, table_[i]);
-    TRY_VOID(core_.file->write(at, bytes));
-    TRY_VOID(write_back_.sync());
-    TRY_VOID(write_back_.update_header([&](format::Header& header) {
+    TRY_VOID(metadata_.add(at, clusters << cluster_bits_, MetadataMap::Kind::refcount_table));
+    auto named = write_back_.update_header([&](format::Header& header) {
         header.refcount_table = at;
-        header.refcount_table_clusters = static_cast<std::uint32_t>(growth.table_clusters);
-    }));
-    TRY_VOID(write_back_.sync());  // before the old one may be used for anything else
+        header.refcount_table_clusters = static_cast<std::uint32_t>(clusters);
+    });
+    if (named) named = write_back_.sync();  // before the old one may be used for anything else
+    // Which of the two the file names can no longer be told.
+    if (!named) return write_back_.stop(std::move(named).error());
+    unwritten_.clear();
     const std::uint64_t old_bytes = std::uint64_t{old.refcount_table_clusters} << cluster_bits_;
     metadata_.remove(old.refcount_table, old_bytes);
     core_.words.forget(old.refcount_table, old_bytes);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <set>
 #include <vector>
 
 #include "format/refcount.h"
@@ -49,6 +50,9 @@ public:
     /// The same for the blocks of these clusters, wherever they are, put behind `tail`, where the file ends.
     Result<void> add_blocks_for(std::span<const std::uint64_t> clusters, std::uint64_t tail);
 
+    /// Writes what an earlier failure has left unwritten of the table. To be called before anything relies on a count.
+    Result<void> write_table();
+
     [[nodiscard]] bool is_covered(std::uint64_t cluster) const { return has_block(cluster / per_block_); }
     [[nodiscard]] std::uint64_t per_block() const { return per_block_; }
     [[nodiscard]] unsigned order() const { return order_; }
@@ -59,8 +63,8 @@ private:
                                      std::span<const std::uint64_t> clusters = {}) const;
     Result<std::uint64_t> carry_out(const Growth& growth, std::uint64_t count);
     Result<void> grow(const Growth& growth);
-    Result<void> write_table_entries(std::uint64_t first, std::uint64_t count);
-    Result<void> replace_table(const Growth& growth);
+    [[nodiscard]] std::vector<std::byte> encode_table(std::uint64_t first, std::uint64_t count) const;
+    Result<void> replace_table(HostOffset at, std::uint64_t clusters);
     [[nodiscard]] bool has_block(std::uint64_t index) const { return index < table_.size() && table_[index] != 0; }
     template <class Visit>
     Result<void> each_span(ClusterRun run, Visit&& visit) const;
@@ -71,7 +75,8 @@ private:
     unsigned cluster_bits_;
     unsigned order_;
     std::uint64_t per_block_;
-    std::vector<std::uint64_t> table_;  // host offsets of blocks
+    std::vector<std::uint64_t> table_;   // host offsets of blocks
+    std::set<std::uint64_t> unwritten_;  // its entries that the file does not have yet
 };
 
 /// Makes [at, at + length) of a file zeros, growing it if it ends before.

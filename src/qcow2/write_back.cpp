@@ -14,11 +14,14 @@ constexpr std::size_t batch_pages = 256;  // bounds the memory for copies of pag
 
 }  // namespace
 
-void WriteBack::stop(Error why) {
+std::unexpected<Error> WriteBack::stop(Error why) {
     const std::lock_guard lock(stop_mutex_);
-    if (stopped_) return;
-    why_ = std::move(why);
-    stopped_.store(true, std::memory_order_release);
+    if (!stopped_) {
+        why_ = why;
+        why_.what += "; writing has stopped: open the image again";
+        stopped_.store(true, std::memory_order_release);
+    }
+    return std::unexpected(std::move(why));
 }
 
 Result<void> WriteBack::why_stopped() const {
@@ -82,11 +85,10 @@ Result<void> WriteBack::sync() {
     auto result = core_.data != core_.file ? core_.data->flush() : Result<void>();
     if (result) result = core_.file->flush();
     if (result) return {};
-    auto error = std::move(result).error();
     // The system may have dropped what it could not write, and will not say so again.
-    error.what += "; what was written since the last flush may be lost, so writing stops: open the image again";
-    stop(error);
-    return std::unexpected(std::move(error));
+    auto error = std::move(result).error();
+    error.what += "; what was written since the last flush may be lost";
+    return stop(std::move(error));
 }
 
 Result<void> WriteBack::update_header(const std::function<void(format::Header&)>& change) {
@@ -102,15 +104,13 @@ Result<void> WriteBack::update_header(const std::function<void(format::Header&)>
 }
 
 std::unexpected<Error> WriteBack::declare_corrupt(std::string place, std::string what) {
-    Error error{Errc::corrupt, core_.file->name() + ": " + place,
-                what + "; the image is marked as corrupt and no longer written: check it"};
+    Error error{Errc::corrupt, core_.file->name() + ": " + place, what + "; the image is marked as corrupt: check it"};
     if (core_.header.version >= 3 && !stopped_) {
         // If this fails, too, the image is at least not written any more.
         if (update_header([](format::Header& header) { header.incompatible |= format::incompatible::corrupt; }))
             static_cast<void>(sync());
     }
-    stop(error);
-    return std::unexpected(std::move(error));
+    return stop(std::move(error));
 }
 
 }  // namespace qcow::qcow2

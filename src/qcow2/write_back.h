@@ -45,13 +45,15 @@ public:
     /// Changes the header, in memory once it is written to the file. Does not flush.
     Result<void> update_header(const std::function<void(format::Header&)>& change);
 
+    /// Refuses all changes from now on, because of this error: what the file holds can no longer be told.
+    std::unexpected<Error> stop(Error why);
+
     /// Marks the image as corrupt on disk, and stops all writing. Gives the error to report.
     std::unexpected<Error> declare_corrupt(std::string place, std::string what);
 
 private:
     Result<void> write_pages(std::span<const WordCache::Changed> pages, WordCache::PageClass page_class);
     [[nodiscard]] Result<void> why_stopped() const;
-    void stop(Error why);
 
     Core& core_;
     bool flushes_;

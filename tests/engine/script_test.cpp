@@ -11,7 +11,7 @@ namespace qcow::test {
 namespace {
 
 /// At least 1,000 scripts in all.
-constexpr unsigned scripts_a_kind = 20;
+constexpr unsigned scripts_a_kind = 21;
 
 class ScriptTest : public testing::TestWithParam<ImageKind> {
 protected:
