@@ -135,6 +135,8 @@ public:
         if (data < 0 && errno == ENXIO) return Run{false, clip(end)};
         if (data < 0) return Run{true, clip(end)};  // holes cannot be told here
         if (data > from) return Run{false, clip(static_cast<std::uint64_t>(data))};
+        // Where the next hole is may take long to find (tmpfs looks at each page): not worth it for so little.
+        if (limit <= 64 * KiB) return Run{true, clip(end)};
         const off_t hole = lseek(fd_.get(), from, SEEK_HOLE);
         return Run{true, clip(hole <= from ? end : static_cast<std::uint64_t>(hole))};
     }
