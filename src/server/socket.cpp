@@ -16,6 +16,9 @@ namespace {
 
 constexpr int backlog = 128;
 
+/// Room for some large pieces, so that the next is read from the disk while the peer takes the last.
+constexpr int send_buffer = 1 << 20;
+
 FileDescriptor make_socket(int family) { return FileDescriptor(socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0)); }
 
 Result<sockaddr_un> unix_address(const std::string& path) {
@@ -118,6 +121,7 @@ Result<TcpListeners> listen_tcp(const std::string& host, std::uint16_t port) {
 SocketStream::SocketStream(FileDescriptor fd) : fd_(std::move(fd)) {
     const int yes = 1;
     setsockopt(fd_.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);  // without effect on a Unix socket
+    setsockopt(fd_.get(), SOL_SOCKET, SO_SNDBUF, &send_buffer, sizeof send_buffer);
     set_patience(std::chrono::seconds(30));
 }
 

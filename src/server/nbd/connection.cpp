@@ -33,7 +33,7 @@ struct SplitWrite {
 
 /// The part of a connection after the handshake. Requests are taken from the input and done on the spot, one after the
 /// other, their replies leaving together when there is nothing more to take; or, where they are known to take long
-/// (see Pace), by the crew.
+/// (see Pace), by the crew. A system call or two a request is all that a small one costs so, and nobody is woken up.
 class Transmission {
 public:
     Transmission(Stream& stream, Input& input, const Session& session, const NbdLimits& limits)
@@ -50,7 +50,7 @@ public:
 private:
     [[nodiscard]] Replies make_replies() { return {output_, session_.style, bounds_.chunk}; }
     [[nodiscard]] Pace& pace_of(const Request& request);
-    [[nodiscard]] bool for_the_crew(const Request& request) { return crew_.exists() && pace_of(request).is_slow(); }
+    [[nodiscard]] bool for_the_crew(const Request& request);
 
     std::optional<std::span<const std::byte>> take(std::size_t count);
     bool handle(const Request& request);
@@ -72,6 +72,13 @@ Pace& Transmission::pace_of(const Request& request) {
     // What ends with a flush takes as long as one.
     const auto command = request.has(command_flag::fua) ? Command::flush : request.command;
     return paces_[static_cast<std::size_t>(command)];
+}
+
+bool Transmission::for_the_crew(const Request& request) {
+    if (!crew_.exists()) return false;
+    // Of large requests two are done at once, even if the disk is quick: one here, one there.
+    const bool large = request.length >= 128 * KiB && input_.buffered() > 0 && crew_.is_idle();
+    return large || pace_of(request).is_slow();
 }
 
 std::optional<std::span<const std::byte>> Transmission::take(std::size_t count) {

@@ -21,6 +21,7 @@ void Crew::reserve(std::uint64_t bytes) {
 }
 
 void Crew::submit(std::uint64_t bytes, Task task) {
+    ++in_flight_;
     std::unique_lock lock(mutex_);
     jobs_.push_back({std::max(bytes, min_weight), std::move(task)});
     if (idle_ < jobs_.size() && threads_.size() < max_threads_) {
@@ -37,6 +38,7 @@ void Crew::submit(std::uint64_t bytes, Task task) {
                 Tools tools{make_replies_()};
                 job.task(tools);
                 tools.replies.flush();
+                --in_flight_;
                 return;
             }
         }
@@ -59,6 +61,7 @@ void Crew::work() {
         job.task(tools);
         job.task = nullptr;
         tools.replies.flush();
+        --in_flight_;
         lock.lock();
         bytes_ -= job.bytes;
         bytes_free_.notify_one();

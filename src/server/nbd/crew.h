@@ -1,6 +1,7 @@
 #pragma once
 // The threads that work for one connection.
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -31,6 +32,9 @@ public:
     /// Whether there are threads to be had.
     [[nodiscard]] bool exists() const { return max_threads_ > 0; }
 
+    /// Whether it has nothing to do.
+    [[nodiscard]] bool is_idle() const { return in_flight_ == 0; }
+
     /// Waits until `bytes` more may be in flight, or none are.
     void reserve(std::uint64_t bytes);
 
@@ -57,6 +61,7 @@ private:
     std::deque<Job> jobs_;
     std::uint64_t bytes_ = 0;
     std::size_t idle_ = 0;
+    std::atomic<std::size_t> in_flight_ = 0;
     bool over_ = false;
     std::vector<std::thread> threads_;
 };
