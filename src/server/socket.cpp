@@ -6,6 +6,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 
 #include <cerrno>
@@ -33,7 +34,10 @@ Result<sockaddr_un> unix_address(const std::string& path) {
 }
 
 /// A server that was killed leaves its socket behind: nobody answers there.
-bool is_abandoned(const sockaddr_un& address) {
+bool is_abandoned(const std::string& path, const sockaddr_un& address) {
+    // Other kinds of files refuse connections, too.
+    struct stat status = {};
+    if (lstat(path.c_str(), &status) != 0 || !S_ISSOCK(status.st_mode)) return false;
     const auto probe = make_socket(AF_UNIX);
     return connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 &&
            errno == ECONNREFUSED;
@@ -61,13 +65,15 @@ Result<Listener> listen_unix(const std::string& path) {
         return bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0;
     };
     bool bound = try_to_bind();
-    if (!bound && errno == EADDRINUSE && is_abandoned(address)) {
+    int error = bound ? 0 : errno;
+    if (error == EADDRINUSE && is_abandoned(path, address)) {
         unlink(path.c_str());
         bound = try_to_bind();
+        error = errno;
     }
-    if (!bound && errno == EADDRINUSE)
+    if (!bound && error == EADDRINUSE)
         return fail(Errc::locked, path, "there is something already; choose another path, or stop the server there");
-    if (!bound) return system_error("cannot make a socket", path, errno);
+    if (!bound) return system_error("cannot make a socket", path, error);
     Listener listener(std::move(fd), path);
     if (listen(listener.fd(), backlog) != 0) return system_error("cannot listen", path, errno);
     return listener;
