@@ -28,10 +28,11 @@ test-asan test-tsan: test-%: ## The same tests under the address and undefined-b
 	@cmake --build --preset $* -j $(JOBS)
 	@ctest --test-dir build/$* --output-on-failure -j $(JOBS)
 
-bench: ## Measure against qemu-img
+bench: ## Measure against qemu-img, qemu-nbd and nbdkit
 	@scripts/install-dependencies build test
 	@$(MAKE) --no-print-directory all
 	@bench/run --qcow build/release/qcow
+	@bench/serve --qcow build/release/qcow
 
 lint: ## clang-format and clang-tidy
 	@scripts/install-dependencies build test lint

@@ -139,6 +139,7 @@ qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
     const auto port = server.listen_tcp(host, options.port);
     if (!port) return std::unexpected(port.error());
     fmt::print("listening on {} port {}\n", host, *port);
+    std::fflush(stdout);
     if (host != "localhost" && !host.starts_with("127.") && host != "::1") {
         complain(fmt::format(
             "WARNING: whoever can reach {} port {} can read{} the disk, and all data crosses the network unencrypted; "
@@ -149,6 +150,10 @@ qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
 }
 
 qcow::Result<int> run(const Options& options) {
+    if (options.names.size() > options.images.size() || options.descriptions.size() > options.images.size()) {
+        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "",
+                                           "more of --export-name or --description than there are images"});
+    }
     std::vector<std::shared_ptr<qcow::Image>> images;
     std::vector<qcow::NbdExport> exports;
     for (std::size_t i = 0; i < options.images.size(); ++i) {
@@ -170,7 +175,6 @@ qcow::Result<int> run(const Options& options) {
     const StopOnSignals signals(**server);
     if (!options.pid_file.empty())
         if (auto done = pid_file.write(options.pid_file); !done) return std::unexpected(std::move(done).error());
-    std::fflush(stdout);
     notify("READY=1");
     auto result = (*server)->run();
     notify("STOPPING=1");
