@@ -169,10 +169,10 @@ qcow::Result<int> run(const Options& options) {
     auto server = qcow::NbdServer::make(
         std::move(exports), {.limits = {.connections = options.connections}, .persistent = options.persistent});
     if (!server) return std::unexpected(std::move(server).error());
+    const StopOnSignals signals(**server);
     if (auto done = listen(**server, options); !done) return std::unexpected(std::move(done).error());
 
     PidFile pid_file;
-    const StopOnSignals signals(**server);
     if (!options.pid_file.empty())
         if (auto done = pid_file.write(options.pid_file); !done) return std::unexpected(std::move(done).error());
     notify("READY=1");

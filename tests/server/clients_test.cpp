@@ -28,9 +28,9 @@ protected:
 
     /// A server on the socket "socket", until the test is done.
     void serve(Arguments arguments) {
-        arguments.insert(arguments.begin(), {QCOW_TOOL, "serve", "--socket", "socket"});
+        arguments.insert(arguments.begin(), {QCOW_TOOL, "serve", "--socket", "socket", "--pid-file", "pid"});
         server_ = std::make_unique<Subprocess>(arguments, directory_.path());
-        for (int i = 0; i < 1000 && !std::filesystem::exists(directory_.file("socket")); ++i)
+        for (int i = 0; i < 1000 && !std::filesystem::exists(directory_.file("pid")); ++i)
             std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
 
@@ -143,9 +143,7 @@ TEST_F(Clients, ASnapshotIsServedReadOnly) {
 }
 
 TEST_F(Clients, TheServerEndsWithItsClient) {
-    serve({"--read-only", "--export-name", "named", "--pid-file", "pid", "disk.raw"});
-    for (int i = 0; i < 500 && !std::filesystem::exists(directory_.file("pid")); ++i)
-        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    serve({"--read-only", "--export-name", "named", "disk.raw"});
     EXPECT_EQ(must_run({"nbdinfo", "--size", uri("named")}).out, "20971520\n");
     const auto finished = server_->finish();
     EXPECT_EQ(finished.status, 0) << finished.text();
