@@ -35,12 +35,13 @@ torture: ## Try to break the engine for TORTURE_SECONDS (3600), each time from a
 	@cmake --build --preset release-tests -j $(JOBS) --target engine_test
 	@scripts/torture build/release/engine_test $(TORTURE_SECONDS) $(JOBS)
 
-bench: ## Measure against qemu-img
+bench: ## Measure against qemu-img, qemu-nbd, nbdkit, pread and pwrite
 	@scripts/install-dependencies build test bench
 	@cmake --preset bench >/dev/null
 	@cmake --build --preset bench -j $(JOBS) --target qcow engine_bench
 	@bench/run --qcow build/release/qcow
 	@build/release/bench/engine_bench --benchmark_repetitions=5 --benchmark_report_aggregates_only
+	@bench/serve --qcow build/release/qcow
 
 lint: ## clang-format and clang-tidy
 	@scripts/install-dependencies build test lint

@@ -15,4 +15,7 @@ void run_header_input(std::span<const std::byte> input);
 /// The decoders of codec/, held against zlib and libzstd.
 void run_codec_input(std::span<const std::byte> input);
 
+/// What a client says to the NBD server; the first byte selects how far the handshake is, and how the bytes arrive.
+void run_nbd_input(std::span<const std::byte> input);
+
 }  // namespace qcow::fuzz

@@ -65,6 +65,10 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
 
 void add_source_options(CLI::App& app, Source& source, const std::string& positional) {
     app.add_option(positional, source.path, "The image: a file or block device")->required();
+    add_reader_options(app, source);
+}
+
+void add_reader_options(CLI::App& app, Source& source) {
     app.add_option("-f,--format", source.format, "Its format, instead of looking at its first bytes")
         ->check(CLI::IsMember({"raw", "qcow", "qcow2"}));
     app.add_flag("-U,--force-share", source.force_share,
@@ -72,14 +76,19 @@ void add_source_options(CLI::App& app, Source& source, const std::string& positi
     app.add_flag("--no-backing", source.no_backing, "Refuse to open backing and data files that the image names");
 }
 
-qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow) {
-    auto storage = qcow::open_file(source.path, {.writable = false, .force_share = source.force_share});
-    if (!storage) return std::unexpected(std::move(storage).error());
+qcow::OpenOptions open_options(const Source& source) {
     qcow::OpenOptions options;
     options.format = qcow::format_from_name(source.format);
     options.gate = source.no_backing ? qcow::no_files() : qcow::local_files(source.force_share);
-    options.follow = follow;
     options.warn = [](const std::string& message) { complain("warning: " + message); };
+    return options;
+}
+
+qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow) {
+    auto storage = qcow::open_file(source.path, {.writable = false, .force_share = source.force_share});
+    if (!storage) return std::unexpected(std::move(storage).error());
+    auto options = open_options(source);
+    options.follow = follow;
     return qcow::open_image(*std::move(storage), options);
 }
 

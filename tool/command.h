@@ -28,6 +28,7 @@ void declare_check(CLI::App& root, int& status);
 void declare_convert(CLI::App& root, int& status);
 void declare_create(CLI::App& root, int& status);
 void declare_read(CLI::App& root, int& status);
+void declare_serve(CLI::App& root, int& status);
 void declare_snapshot(CLI::App& root, int& status);
 
 /// Declares a command whose work is `run`: an error that it gives is printed, and the status is then `failed`.
@@ -43,8 +44,14 @@ struct Source {
     bool no_backing = false;
 };
 
-/// The positional IMAGE and the options that all readers have. `positional` is its name in the help.
+/// The options that all readers have.
+void add_reader_options(CLI::App& app, Source& source);
+
+/// Those, and the positional IMAGE. `positional` is its name in the help.
 void add_source_options(CLI::App& app, Source& source, const std::string& positional = "IMAGE");
+
+/// How the library is to open it.
+qcow::OpenOptions open_options(const Source& source);
 
 /// Opens the image with all that it names; with `follow` false by itself.
 qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow = true);

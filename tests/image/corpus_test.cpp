@@ -31,6 +31,7 @@ void run_corpus(const std::string& name, Run run) {
 TEST(Corpus, Images) { run_corpus("image", run_image_input); }
 TEST(Corpus, Headers) { run_corpus("header", run_header_input); }
 TEST(Corpus, Streams) { run_corpus("codec", run_codec_input); }
+TEST(Corpus, NbdClients) { run_corpus("nbd", run_nbd_input); }
 
 Gate shelf_of(const std::vector<SparseFile>& files) {
     return [&files](const FileReference& reference) -> Result<std::shared_ptr<Storage>> {

@@ -84,6 +84,8 @@ public:
         }
     }
 
+    void signal(int number) const { kill(pid_, number); }
+
     void close_input() {
         if (in_ >= 0) close(in_);
         in_ = -1;

@@ -1,0 +1,88 @@
+#pragma once
+// Serving disks to other programs over the network block device protocol (NBD).
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "qcow/disk.h"
+
+namespace qcow {
+
+/// A run of bytes with the same flags in a context that a client can ask about.
+struct NbdStatus {
+    std::uint64_t length = 0;  ///< bytes, from 1 to the limit that was asked for
+    std::uint32_t flags = 0;   ///< what they mean is the context's own
+};
+
+/// Something that a client can ask about ranges of an export, beside what is allocated.
+struct NbdContext {
+    std::string name;  ///< "NAMESPACE:LEAF", as clients write it
+    /// The run that begins at `at` (within the disk), at most `limit` bytes. Called from any number of threads at once.
+    std::function<Result<NbdStatus>(GuestOffset at, std::uint64_t limit)> status;
+};
+
+/// A disk under a name.
+struct NbdExport {
+    std::string name;         ///< at most 4096 bytes of UTF-8; no two exports of a server have the same
+    std::string description;  ///< a text for people, at most 4096 bytes; empty: none
+    std::shared_ptr<Disk> disk;
+    bool read_only = false;         ///< nothing that changes the disk is let through
+    bool allocation_depth = false;  ///< offers "qemu:allocation-depth": which layer of the chain decides
+    std::vector<NbdContext> contexts = {};
+};
+
+/// What clients can make a server use, whatever they send.
+struct NbdLimits {
+    /// Clients at a time; others wait until one leaves.
+    unsigned connections = 16;
+    /// Threads that one client can keep busy beside the one that reads from it. 0: requests are done one by one.
+    unsigned workers = 16;
+    /// Bytes of data on their way between one client and the disk; further requests wait in the client's socket. A
+    /// thread has a buffer of 256 KiB or one block (the larger) of its own.
+    std::uint64_t connection_bytes = std::uint64_t{4} << 20;
+};
+
+struct NbdOptions {
+    NbdLimits limits = {};
+    /// False: run() returns when the last client has left.
+    bool persistent = true;
+};
+
+/// Serves disks to any number of clients. Functions may be called from any thread, but listen_... not while it runs.
+///
+/// A client that asks for the export with the empty name gets the one that has it, else the first.
+class QCOW_API NbdServer {
+public:
+    /// Errc::invalid_argument: no exports, names that are too long or occur twice.
+    static Result<std::unique_ptr<NbdServer>> make(std::vector<NbdExport> exports, const NbdOptions& options = {});
+
+    NbdServer(const NbdServer&) = delete;
+    NbdServer& operator=(const NbdServer&) = delete;
+    virtual ~NbdServer() = default;
+
+    /// Listens on a Unix socket that is made at `path` and removed with the server. A socket that a dead server left
+    /// there is replaced; Errc::locked where somebody listens on it.
+    virtual Result<void> listen_unix(const std::string& path) = 0;
+
+    /// Listens on every address that `host` has; port 0 takes a free one. Returns the port.
+    virtual Result<std::uint16_t> listen_tcp(const std::string& host, std::uint16_t port) = 0;
+
+    /// Listens on a socket that listens already; it is closed with the server. Errc::invalid_argument.
+    virtual Result<void> listen_inherited(int fd) = 0;
+
+    /// Accepts clients until stop() is called, or the last one leaves where the options say so. Then requests that have
+    /// been received are completed, the clients disconnected and all disks flushed, whose first error is returned. A
+    /// client that does not take its replies is given five seconds.
+    virtual Result<void> run() = 0;
+
+    /// Ends run(), also one that has not begun. Safe in signal handlers.
+    virtual void stop() noexcept = 0;
+
+protected:
+    NbdServer() = default;
+};
+
+}  // namespace qcow

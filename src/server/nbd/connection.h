@@ -1,0 +1,15 @@
+#pragma once
+// One client, from its first byte to its last.
+
+#include <span>
+
+#include "qcow/serve.h"
+#include "server/nbd/stream.h"
+
+namespace qcow::nbd {
+
+/// Serves a client until it leaves, breaks the protocol, or the stream is shut down. Requests that have been received
+/// are completed. The exports have their built-in contexts among their contexts.
+void serve_client(Stream& stream, std::span<const NbdExport> exports, const NbdLimits& limits);
+
+}  // namespace qcow::nbd

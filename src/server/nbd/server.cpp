@@ -1,0 +1,203 @@
+// The server: accepts clients, and gives each a thread.
+
+#include <fmt/format.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <list>
+#include <set>
+#include <thread>
+
+#include "qcow/serve.h"
+#include "server/nbd/connection.h"
+#include "server/nbd/session.h"
+#include "server/socket.h"
+
+namespace qcow {
+namespace {
+
+/// How long clients that do not take their replies can hold up the end.
+constexpr auto grace = std::chrono::seconds(5);
+
+/// An event that wakes a thread that polls.
+class Wakeup {
+public:
+    Wakeup() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+    [[nodiscard]] int fd() const { return fd_.get(); }
+    void ring() const noexcept {
+        const std::uint64_t one = 1;
+        [[maybe_unused]] const auto written = write(fd_.get(), &one, sizeof one);
+    }
+    void quiet() const {
+        std::uint64_t count = 0;
+        [[maybe_unused]] const auto n = read(fd_.get(), &count, sizeof count);
+    }
+
+private:
+    FileDescriptor fd_;
+};
+
+class Server final : public NbdServer {
+public:
+    Server(std::vector<NbdExport> exports, const NbdOptions& options)
+        : exports_(std::move(exports)), options_(options) {}
+
+    [[nodiscard]] bool usable() const { return wakeup_.fd() >= 0; }
+
+    Result<void> listen_unix(const std::string& path) override {
+        listeners_.push_back(TRY(qcow::listen_unix(path)));
+        return {};
+    }
+
+    Result<std::uint16_t> listen_tcp(const std::string& host, std::uint16_t port) override {
+        auto made = TRY(qcow::listen_tcp(host, port));
+        for (auto& listener : made.listeners) listeners_.push_back(std::move(listener));
+        return made.port;
+    }
+
+    Result<void> listen_inherited(int fd) override {
+        listeners_.push_back(TRY(qcow::listen_inherited(fd)));
+        return {};
+    }
+
+    Result<void> run() override;
+
+    void stop() noexcept override {
+        stopping_ = true;
+        wakeup_.ring();
+    }
+
+private:
+    struct Client {
+        explicit Client(FileDescriptor fd) : stream(std::move(fd)) {}
+        SocketStream stream;
+        std::atomic<bool> gone = false;
+        std::thread thread;
+    };
+
+    Result<void> accept_clients();
+    Result<void> accept_from(const Listener& listener);
+    void part_with_those_gone();
+    void part_with_all();
+
+    std::vector<NbdExport> exports_;
+    NbdOptions options_;
+    Wakeup wakeup_;
+    std::atomic<bool> stopping_ = false;
+    std::vector<Listener> listeners_;
+    std::list<Client> clients_;
+};
+
+Result<void> Server::run() {
+    auto result = accept_clients();
+    listeners_.clear();
+    part_with_all();
+    for (const auto& exported : exports_) {
+        if (exported.read_only) continue;
+        auto flushed = exported.disk->flush();
+        if (result) result = std::move(flushed);
+    }
+    return result;
+}
+
+Result<void> Server::accept_clients() {
+    bool had_clients = false;
+    while (!stopping_) {
+        part_with_those_gone();
+        if (had_clients && clients_.empty() && !options_.persistent) return {};
+        std::vector<pollfd> polled = {{wakeup_.fd(), POLLIN, 0}};
+        // Whoever comes when there are enough waits in the backlog.
+        if (clients_.size() < options_.limits.connections)
+            for (const auto& listener : listeners_) polled.push_back({listener.fd(), POLLIN, 0});
+        if (poll(polled.data(), polled.size(), -1) < 0 && errno != EINTR)
+            return system_error("cannot wait for clients", "server", errno);
+        wakeup_.quiet();
+        for (std::size_t i = 1; i < polled.size(); ++i) {
+            if (polled[i].revents == 0 || clients_.size() >= options_.limits.connections) continue;
+            TRY_VOID(accept_from(listeners_[i - 1]));
+        }
+        had_clients |= !clients_.empty();
+    }
+    return {};
+}
+
+Result<void> Server::accept_from(const Listener& listener) {
+    FileDescriptor fd(accept4(listener.fd(), nullptr, nullptr, SOCK_CLOEXEC));
+    if (fd.get() < 0) {
+        // What befell this one client, or passes, is no reason to leave the others.
+        if (errno == EBADF || errno == EINVAL || errno == ENOTSOCK || errno == EOPNOTSUPP)
+            return system_error("cannot accept clients", "server", errno);
+        if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
+            std::this_thread::sleep_for(std::chrono::milliseconds(100));
+        return {};
+    }
+    auto& client = clients_.emplace_back(std::move(fd));
+    try {
+        client.thread = std::thread([this, &client] {
+            nbd::serve_client(client.stream, exports_, options_.limits);
+            client.gone = true;
+            wakeup_.ring();
+        });
+    } catch (const std::system_error&) {
+        clients_.pop_back();  // no more threads to be had: the client sees a closed connection
+    }
+    return {};
+}
+
+void Server::part_with_those_gone() {
+    std::erase_if(clients_, [](Client& client) {
+        if (!client.gone) return false;
+        client.thread.join();
+        return true;
+    });
+}
+
+void Server::part_with_all() {
+    const auto deadline = std::chrono::steady_clock::now() + grace;
+    for (auto& client : clients_) client.stream.stop_receiving();
+    for (;;) {
+        part_with_those_gone();
+        if (clients_.empty()) return;
+        const auto left =
+            std::chrono::duration_cast<std::chrono::milliseconds>(deadline - std::chrono::steady_clock::now());
+        if (left.count() <= 0) break;
+        pollfd polled = {wakeup_.fd(), POLLIN, 0};
+        poll(&polled, 1, static_cast<int>(left.count()));
+        wakeup_.quiet();
+    }
+    for (auto& client : clients_) {
+        client.stream.shutdown();
+        client.thread.join();
+    }
+    clients_.clear();
+}
+
+}  // namespace
+
+Result<std::unique_ptr<NbdServer>> NbdServer::make(std::vector<NbdExport> exports, const NbdOptions& options) {
+    if (exports.empty()) return fail(Errc::invalid_argument, "server", "there is nothing to serve");
+    std::set<std::string_view> names;
+    for (const auto& exported : exports) {
+        if (exported.name.size() > nbd::max_string || exported.description.size() > nbd::max_string) {
+            return fail(Errc::invalid_argument, "server",
+                        fmt::format("names and descriptions of exports have at most {} bytes", nbd::max_string));
+        }
+        if (!names.insert(exported.name).second) {
+            return fail(Errc::invalid_argument, "server",
+                        fmt::format("two exports have the name \"{}\"; give each one of its own", exported.name));
+        }
+    }
+    for (auto& exported : exports) {
+        auto contexts = nbd::built_in_contexts(exported);
+        exported.contexts.insert(exported.contexts.begin(), contexts.begin(), contexts.end());
+    }
+    auto server = std::make_unique<Server>(std::move(exports), options);
+    if (!server->usable()) return system_error("cannot be made", "server", errno);
+    return server;
+}
+
+}  // namespace qcow

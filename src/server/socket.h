@@ -1,0 +1,58 @@
+#pragma once
+// Sockets: those that listen, and the Stream of one that is connected.
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "server/nbd/stream.h"
+#include "storage/file.h"
+
+namespace qcow {
+
+/// A socket that listens. The file of one that has a path is removed with it.
+class Listener {
+public:
+    Listener(FileDescriptor fd, std::string path) : fd_(std::move(fd)), path_(std::move(path)) {}
+    Listener(Listener&& other) noexcept : fd_(std::move(other.fd_)), path_(std::exchange(other.path_, {})) {}
+    Listener& operator=(Listener&&) = delete;
+    ~Listener();
+
+    [[nodiscard]] int fd() const { return fd_.get(); }
+
+private:
+    FileDescriptor fd_;
+    std::string path_;  // empty: none
+};
+
+/// See NbdServer, which has the same.
+Result<Listener> listen_unix(const std::string& path);
+Result<Listener> listen_inherited(int fd);
+
+struct TcpListeners {
+    std::vector<Listener> listeners;  ///< one an address, on one port
+    std::uint16_t port = 0;
+};
+Result<TcpListeners> listen_tcp(const std::string& host, std::uint16_t port);
+
+/// A connected socket. Until wait_forever, a peer that is silent for half a minute has gone.
+class SocketStream final : public nbd::Stream {
+public:
+    explicit SocketStream(FileDescriptor fd);
+
+    std::size_t receive(std::span<std::byte> to) override;
+    bool send(std::span<const std::byte> bytes) override;
+    void wait_forever() override;
+    void shutdown() override;
+
+    /// Nothing more is received; what has arrived still is, and sending goes on.
+    void stop_receiving();
+
+private:
+    void set_patience(std::chrono::seconds patience);
+
+    FileDescriptor fd_;
+};
+
+}  // namespace qcow

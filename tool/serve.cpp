@@ -1,0 +1,237 @@
+// qcow serve: images for programs that speak NBD.
+
+#include <fmt/format.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+
+#include "command.h"
+#include "qcow/serve.h"
+
+namespace tool {
+namespace {
+
+struct Options {
+    std::vector<std::string> images;
+    Source source;  // what all images have in common
+    std::vector<std::string> names;
+    std::vector<std::string> descriptions;
+    std::string socket;
+    std::string bind;
+    std::uint16_t port = 10809;
+    std::string pid_file;
+    std::string cache = "writeback";
+    std::string discard = "unmap";
+    unsigned connections = qcow::NbdLimits().connections;
+    bool port_given = false;
+    bool read_only = false;
+    bool persistent = false;
+    bool allocation_depth = false;
+};
+
+std::unexpected<qcow::Error> system_failure(const std::string& place, const std::string& what) {
+    return std::unexpected(qcow::Error{qcow::Errc::io, place, fmt::format("{}: {}", what, std::strerror(errno))});
+}
+
+/// How many sockets a service manager hands over, from file descriptor 3 on.
+int inherited_sockets() {
+    const auto number = [](const char* name) {
+        const char* text = std::getenv(name);
+        return text == nullptr ? 0 : std::atoi(text);
+    };
+    return number("LISTEN_PID") == getpid() ? std::max(0, number("LISTEN_FDS")) : 0;
+}
+
+/// Tells a service manager that wants to know.
+void notify(const std::string& state) {
+    const char* path = std::getenv("NOTIFY_SOCKET");
+    sockaddr_un address = {};
+    address.sun_family = AF_UNIX;
+    if (path == nullptr || std::strlen(path) >= sizeof address.sun_path) return;
+    std::strcpy(address.sun_path, path);
+    if (address.sun_path[0] == '@') address.sun_path[0] = '\0';  // the abstract name space
+    const int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + std::strlen(path));
+    sendto(fd, state.data(), state.size(), MSG_NOSIGNAL, reinterpret_cast<const sockaddr*>(&address), length);
+    close(fd);
+}
+
+/// A file with the number of this process, removed with it.
+class PidFile {
+public:
+    PidFile() = default;
+    PidFile(const PidFile&) = delete;
+    PidFile& operator=(const PidFile&) = delete;
+    ~PidFile() {
+        if (!path_.empty()) unlink(path_.c_str());
+    }
+
+    qcow::Result<void> write(const std::string& path) {
+        auto* file = std::fopen(path.c_str(), "w");
+        if (file == nullptr) return system_failure(path, "cannot write");
+        path_ = path;
+        fmt::print(file, "{}\n", getpid());
+        if (std::fclose(file) != 0) return system_failure(path, "cannot write");
+        return {};
+    }
+
+private:
+    std::string path_;
+};
+
+qcow::NbdServer* serving = nullptr;
+
+/// SIGTERM and SIGINT end the service while this lives.
+class StopOnSignals {
+public:
+    explicit StopOnSignals(qcow::NbdServer& server) {
+        serving = &server;
+        set([](int) { serving->stop(); });
+    }
+    StopOnSignals(const StopOnSignals&) = delete;
+    StopOnSignals& operator=(const StopOnSignals&) = delete;
+    ~StopOnSignals() { set(SIG_DFL); }
+
+private:
+    static void set(void (*handler)(int)) {
+        struct sigaction action = {};
+        action.sa_handler = handler;
+        for (const int signal : {SIGTERM, SIGINT}) sigaction(signal, &action, nullptr);
+    }
+};
+
+qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, const std::string& path) {
+    auto source = options.source;
+    source.path = path;
+    if (options.read_only || !source.snapshot.empty()) return open_source(source);
+    auto storage = qcow::open_file(path, {.writable = true, .force_share = source.force_share});
+    if (!storage) return std::unexpected(std::move(storage).error());
+    auto open = open_options(source);
+    open.writable = true;
+    open.write.discard = options.discard == "unmap";
+    open.write.cache = options.cache == "writethrough" ? qcow::CacheMode::writethrough
+                       : options.cache == "unsafe"     ? qcow::CacheMode::unsafe
+                                                       : qcow::CacheMode::writeback;
+    return qcow::open_image(*std::move(storage), open);
+}
+
+std::string export_name(const Options& options, std::size_t index) {
+    if (index < options.names.size()) return options.names[index];
+    return options.images.size() == 1 ? "" : std::filesystem::path(options.images[index]).filename().string();
+}
+
+qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
+    const int inherited = inherited_sockets();
+    for (int i = 0; i < inherited; ++i)
+        if (auto done = server.listen_inherited(3 + i); !done) return done;
+    if (!options.socket.empty())
+        if (auto done = server.listen_unix(options.socket); !done) return done;
+    const bool tcp = !options.bind.empty() || options.port_given || (inherited == 0 && options.socket.empty());
+    if (!tcp) return {};
+    const auto host = options.bind.empty() ? "localhost" : options.bind;
+    const auto port = server.listen_tcp(host, options.port);
+    if (!port) return std::unexpected(port.error());
+    fmt::print("listening on {} port {}\n", host, *port);
+    std::fflush(stdout);
+    if (host != "localhost" && !host.starts_with("127.") && host != "::1") {
+        complain(fmt::format(
+            "WARNING: whoever can reach {} port {} can read{} the disk, and all data crosses the network unencrypted; "
+            "bind to localhost and use a tunnel, or a Unix socket",
+            host, *port, options.read_only ? "" : " and change"));
+    }
+    return {};
+}
+
+qcow::Result<int> run(const Options& options) {
+    if (options.names.size() > options.images.size() || options.descriptions.size() > options.images.size()) {
+        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "",
+                                           "more of --export-name or --description than there are images"});
+    }
+    std::vector<std::shared_ptr<qcow::Image>> images;
+    std::vector<qcow::NbdExport> exports;
+    for (std::size_t i = 0; i < options.images.size(); ++i) {
+        auto image = open_served(options, options.images[i]);
+        if (!image) return std::unexpected(std::move(image).error());
+        auto disk = disk_of(*image, options.source);
+        if (!disk) return std::unexpected(std::move(disk).error());
+        images.push_back(*image);
+        exports.push_back({export_name(options, i),
+                           i < options.descriptions.size() ? options.descriptions[i] : std::string(), *disk,
+                           options.read_only || !options.source.snapshot.empty(), options.allocation_depth});
+    }
+    auto server = qcow::NbdServer::make(
+        std::move(exports), {.limits = {.connections = options.connections}, .persistent = options.persistent});
+    if (!server) return std::unexpected(std::move(server).error());
+    const StopOnSignals signals(**server);
+    if (auto done = listen(**server, options); !done) return std::unexpected(std::move(done).error());
+
+    PidFile pid_file;
+    if (!options.pid_file.empty())
+        if (auto done = pid_file.write(options.pid_file); !done) return std::unexpected(std::move(done).error());
+    notify("READY=1");
+    auto result = (*server)->run();
+    notify("STOPPING=1");
+    for (const auto& image : images) {
+        auto closed = image->close();
+        if (result) result = std::move(closed);
+    }
+    if (!result) return std::unexpected(std::move(result).error());
+    return ok;
+}
+
+}  // namespace
+
+void declare_serve(CLI::App& root, int& status) {
+    const auto options = std::make_shared<Options>();
+    auto& app = declare(
+        root, status, "serve", "Serve images over NBD: to virtual machines, backup tools, nbdcopy, ...",
+        "Without --socket and --bind, and unless a service manager (or nbdcopy) hands over a socket, the server\n"
+        "listens on TCP port 10809 of localhost. It ends when its last client leaves, or with --persistent when it\n"
+        "gets SIGTERM or SIGINT; requests that have arrived are then completed, and everything is flushed.\n"
+        "\n"
+        "Several images are several exports. A client that names none gets the first. One image alone has the empty\n"
+        "name; several have those of their files, unless --export-name is given, once for each.\n"
+        "Anybody who can connect can use the disk: put a Unix socket into a directory that only the right people can\n"
+        "enter, and do not serve to a network that you do not trust.\n"
+        "Examples:\n"
+        "  qcow serve --socket /run/vm/disk.sock --persistent disk.qcow2\n"
+        "  qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/vm/disk.sock,format=raw ...\n"
+        "  nbdcopy -- [ qcow serve --read-only disk.qcow2 ] disk.raw\n"
+        "  nbdinfo --map -- [ qcow serve --read-only --snapshot monday disk.qcow2 ]",
+        [options] { return run(*options); });
+    app.add_option("IMAGE", options->images, "The images: files or block devices")->required();
+    add_reader_options(app, options->source);
+    app.add_option("-l,--snapshot", options->source.snapshot, "Serve this internal snapshot (id or name), read-only");
+    app.add_flag("-r,--read-only", options->read_only, "Let nobody write; other processes may read the image, too");
+    app.add_option("-k,--socket", options->socket, "Listen on a Unix socket at this path");
+    app.add_option("-b,--bind", options->bind, "Listen on TCP, on the addresses of this host (default: localhost)");
+    app.add_option("-p,--port", options->port, "The TCP port; 0: a free one, which is printed")
+        ->capture_default_str()
+        ->each([options](const std::string&) { options->port_given = true; });
+    app.add_option("-x,--export-name", options->names, "The name of the export; once for each image")
+        ->allow_extra_args(false);
+    app.add_option("-D,--description", options->descriptions, "What clients are told about it; once for each image")
+        ->allow_extra_args(false);
+    app.add_option("-e,--connections", options->connections, "Clients at a time; others wait")
+        ->check(CLI::Range(1U, 10000U))
+        ->capture_default_str();
+    app.add_flag("-t,--persistent", options->persistent, "Stay when the last client has left");
+    app.add_option("--pid-file", options->pid_file, "Write the process number to this file once clients can connect");
+    app.add_option("--cache", options->cache, "When writes reach the disk: with a client's flush, at once, or whenever")
+        ->check(CLI::IsMember({"writeback", "writethrough", "unsafe"}))
+        ->capture_default_str();
+    app.add_option("--discard", options->discard, "What clients' trim requests do: give space back, or nothing")
+        ->check(CLI::IsMember({"unmap", "ignore"}))
+        ->capture_default_str();
+    app.add_flag("-A,--allocation-depth", options->allocation_depth,
+                 "Offer the context qemu:allocation-depth: which image of the chain decides");
+}
+
+}  // namespace tool
