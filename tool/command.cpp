@@ -63,8 +63,12 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
     return app;
 }
 
-void add_source_options(CLI::App& app, Source& source, const std::string& positional) {
-    app.add_option(positional, source.path, "The image: a file or block device")->required();
+void add_source_options(CLI::App& app, Source& source) {
+    app.add_option("IMAGE", source.path, "The image: a file or block device")->required();
+    add_open_options(app, source);
+}
+
+void add_open_options(CLI::App& app, Source& source) {
     app.add_option("-f,--format", source.format, "Its format, instead of looking at its first bytes")
         ->check(CLI::IsMember({"raw", "qcow", "qcow2"}));
     app.add_flag("-U,--force-share", source.force_share,

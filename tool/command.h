@@ -43,8 +43,11 @@ struct Source {
     bool no_backing = false;
 };
 
-/// The positional IMAGE and the options that all readers have. `positional` is its name in the help.
-void add_source_options(CLI::App& app, Source& source, const std::string& positional = "IMAGE");
+/// The positional IMAGE and the options of add_open_options.
+void add_source_options(CLI::App& app, Source& source);
+
+/// The options that all readers have: all of Source but its path and snapshot.
+void add_open_options(CLI::App& app, Source& source);
 
 /// Opens the image with all that it names; with `follow` false by itself.
 qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow = true);
