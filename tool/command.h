@@ -30,6 +30,9 @@ void declare_create(CLI::App& root, int& status);
 void declare_read(CLI::App& root, int& status);
 void declare_snapshot(CLI::App& root, int& status);
 
+/// The whole command line. Running a command puts the exit status into `status`.
+std::unique_ptr<CLI::App> make_app(int& status);
+
 /// Declares a command whose work is `run`: an error that it gives is printed, and the status is then `failed`.
 CLI::App& declare(CLI::App& root, int& status, const std::string& name, const std::string& summary,
                   const std::string& help, std::function<qcow::Result<int>()> run);
