@@ -95,9 +95,11 @@ std::string manual_page(const CLI::App& app, const CLI::App* parent) {
     page += fmt::format(".SH NAME\n{} \\- {}\n", roff(page_name), roff(app.get_description()));
     page += fmt::format(".SH SYNOPSIS\n{}\n", roff(usage(app, name)));
     std::string arguments;
-    for (const auto* option : app.get_options([](const CLI::Option* o) { return o->get_positional(); }))
+    const auto positionals = app.get_options([](const CLI::Option* option) { return option->get_positional(); });
+    for (const auto* option : positionals) {
         arguments += entry(fmt::format("\\fI{}\\fR {}", roff(option->get_name(true)), roff(option->get_option_text())),
                            option->get_description());
+    }
     if (!arguments.empty()) page += ".SH ARGUMENTS\n" + arguments;
     std::string list;
     for (const auto* command : commands_of(app)) {
