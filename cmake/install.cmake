@@ -1,9 +1,11 @@
-# What `make install` puts where: libraries, headers, the CMake package, the pkg-config file, the tool.
+# What `make install` puts where: libraries, headers, the CMake package, the pkg-config file, the tool with its
+# manual pages and completions.
 include(CMakePackageConfigHelpers)
 
 install(TARGETS qcowkit EXPORT qcowkit LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(TARGETS qcowkit_static ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(TARGETS qcow RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+install(DIRECTORY ${PROJECT_BINARY_DIR}/share/ DESTINATION ${CMAKE_INSTALL_DATADIR})
 install(DIRECTORY include/qcow DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(EXPORT qcowkit NAMESPACE qcowkit:: DESTINATION ${CMAKE_INSTALL_LIBDIR}/cmake/qcowkit)
 

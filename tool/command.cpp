@@ -51,6 +51,28 @@ void complain(const std::string& message) {
 
 void print_json(const Json& json) { fmt::print("{}\n", json.dump(2, ' ', false, Json::error_handler_t::replace)); }
 
+std::unique_ptr<CLI::App> make_app(int& status) {
+    auto made = std::make_unique<CLI::App>(
+        "qcow looks into, verifies, converts and serves disk images: qcow2 (versions 2 and 3), qcow and raw.", "qcow");
+    auto& app = *made;
+    app.set_version_flag("-V,--version", "qcow " QCOW_VERSION);
+    app.set_help_flag("-h,--help", "Show this help; after a command, the help of that command");
+    app.require_subcommand(1);
+    app.footer(
+        "Sizes and offsets are bytes, or numbers with k, M, G, T, P or E (powers of 1024): 64k, 1.5G.\n"
+        "Exit status: 0 done, 1 failed or used wrongly; check has more, see qcow check --help.\n"
+        "Examples:\n"
+        "  qcow info disk.qcow2                what is this?\n"
+        "  qcow check disk.qcow2               is it sound?\n"
+        "  qcow convert disk.qcow2 disk.raw    get the contents out");
+
+    for (const Declare declare_command : {declare_info, declare_map, declare_check, declare_create, declare_convert,
+                                          declare_read, declare_snapshot, declare_serve}) {
+        declare_command(app, status);
+    }
+    return made;
+}
+
 CLI::App& declare(CLI::App& root, int& status, const std::string& name, const std::string& summary,
                   const std::string& help, std::function<qcow::Result<int>()> run) {
     auto& app = *root.add_subcommand(name, summary);
@@ -63,12 +85,12 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
     return app;
 }
 
-void add_source_options(CLI::App& app, Source& source, const std::string& positional) {
-    app.add_option(positional, source.path, "The image: a file or block device")->required();
-    add_reader_options(app, source);
+void add_source_options(CLI::App& app, Source& source) {
+    app.add_option("IMAGE", source.path, "The image: a file or block device")->required();
+    add_open_options(app, source);
 }
 
-void add_reader_options(CLI::App& app, Source& source) {
+void add_open_options(CLI::App& app, Source& source) {
     app.add_option("-f,--format", source.format, "Its format, instead of looking at its first bytes")
         ->check(CLI::IsMember({"raw", "qcow", "qcow2"}));
     app.add_flag("-U,--force-share", source.force_share,

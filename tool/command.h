@@ -31,6 +31,9 @@ void declare_read(CLI::App& root, int& status);
 void declare_serve(CLI::App& root, int& status);
 void declare_snapshot(CLI::App& root, int& status);
 
+/// The whole command line. Running a command puts the exit status into `status`.
+std::unique_ptr<CLI::App> make_app(int& status);
+
 /// Declares a command whose work is `run`: an error that it gives is printed, and the status is then `failed`.
 CLI::App& declare(CLI::App& root, int& status, const std::string& name, const std::string& summary,
                   const std::string& help, std::function<qcow::Result<int>()> run);
@@ -44,11 +47,11 @@ struct Source {
     bool no_backing = false;
 };
 
-/// The options that all readers have.
-void add_reader_options(CLI::App& app, Source& source);
+/// The positional IMAGE and the options of add_open_options.
+void add_source_options(CLI::App& app, Source& source);
 
-/// Those, and the positional IMAGE. `positional` is its name in the help.
-void add_source_options(CLI::App& app, Source& source, const std::string& positional = "IMAGE");
+/// The options that all readers have: all of Source but its path and snapshot.
+void add_open_options(CLI::App& app, Source& source);
 
 /// How the library is to open it.
 qcow::OpenOptions open_options(const Source& source);

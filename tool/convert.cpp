@@ -3,10 +3,12 @@
 #include <fmt/format.h>
 
 #include <filesystem>
+#include <span>
 
 #include "command.h"
 #include "create_options.h"
 #include "progress.h"
+#include "qcow/concat.h"
 #include "qcow/copy.h"
 #include "text.h"
 
@@ -14,7 +16,8 @@ namespace tool {
 namespace {
 
 struct Options {
-    Source source;
+    Source source;                   // how each of them is opened
+    std::vector<std::string> paths;  // of the sources, and then the target's
     std::string target;
     std::string target_format = "raw";
     NewImageArguments image;
@@ -91,14 +94,34 @@ qcow::Result<void> verify_target_is_not_read(const std::shared_ptr<qcow::Image>&
     return {};
 }
 
-qcow::Result<int> run(const Options& options) {
-    auto image = open_source(options.source);
-    if (!image) return std::unexpected(std::move(image).error());
-    auto source = disk_of(*image, options.source);
-    if (!source) return std::unexpected(std::move(source).error());
-    if (auto verified = verify_target_is_not_read(*image, options.target); !verified) {
-        return std::unexpected(std::move(verified).error());
+qcow::Result<std::shared_ptr<qcow::Disk>> open_sources(const Options& options) {
+    const auto paths = std::span(options.paths).first(options.paths.size() - 1);
+    if (paths.empty()) {
+        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "TARGET", "it is required"});
     }
+    if (paths.size() > 1 && !options.source.snapshot.empty()) {
+        return std::unexpected(
+            qcow::Error{qcow::Errc::invalid_argument, "option --snapshot", "only a single source can have one"});
+    }
+    std::vector<std::shared_ptr<qcow::Disk>> disks;
+    for (const auto& path : paths) {
+        Source source = options.source;
+        source.path = path;
+        auto image = open_source(source);
+        if (!image) return std::unexpected(std::move(image).error());
+        if (auto verified = verify_target_is_not_read(*image, options.target); !verified) {
+            return std::unexpected(std::move(verified).error());
+        }
+        auto disk = disk_of(*image, source);
+        if (!disk) return disk;
+        disks.push_back(*std::move(disk));
+    }
+    return disks.size() == 1 ? disks[0] : qcow::concatenate(std::move(disks));
+}
+
+qcow::Result<int> run(const Options& options) {
+    auto source = open_sources(options);
+    if (!source) return std::unexpected(std::move(source).error());
 
     const bool qcow2_wanted =
         options.compress || options.level || !options.image.options.empty() || !options.image.backing.empty();
@@ -122,6 +145,12 @@ qcow::Result<int> run(const Options& options) {
     return ok;
 }
 
+/// Help that shows what the one positional option stands for.
+class SourcesAndTarget final : public CLI::Formatter {
+public:
+    std::string make_option_usage(const CLI::Option*) const override { return "SOURCE... TARGET"; }
+};
+
 }  // namespace
 
 void declare_convert(CLI::App& root, int& status) {
@@ -136,11 +165,18 @@ void declare_convert(CLI::App& root, int& status) {
             "  qcow convert -O qcow2 -c disk.raw disk.qcow2         compressed\n"
             "  qcow convert -O qcow2 -c -o compression_type=zstd disk.raw disk.qcow2\n"
             "  qcow convert -O qcow2 -B base.qcow2 -F qcow2 disk.raw overlay.qcow2    what differs from base\n"
+            "  qcow convert part1.raw part2.raw whole.raw            one behind the other\n"
             "  qcow convert -l before-upgrade disk.qcow2 old.raw    one internal snapshot",
         [options] { return run(*options); });
-    add_source_options(app, options->source, "SOURCE");
-    app.add_option("TARGET", options->target, "The file to make, or (raw only) a block device to overwrite")
-        ->required();
+    // One option for both: CLI11 would give all to SOURCE and leave none for TARGET.
+    app.formatter(std::make_shared<SourcesAndTarget>());
+    app.add_option("SOURCE", options->paths,
+                   "The images: files or block devices, several are put one behind the other; and the file to make, or "
+                   "(raw only) a block device to overwrite")
+        ->required()
+        ->option_text("... TARGET")
+        ->each([options](const std::string& path) { options->target = path; });
+    add_open_options(app, options->source);
     app.add_option("-O,--target-format", options->target_format, "Format of the target")
         ->check(CLI::IsMember({"raw", "qcow2"}))
         ->capture_default_str();

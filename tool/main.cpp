@@ -11,25 +11,9 @@
 namespace {
 
 int run(int argc, char** argv) {
-    CLI::App app("qcow looks into, verifies, converts and serves disk images: qcow2 (versions 2 and 3), qcow and raw.",
-                 "qcow");
-    app.set_version_flag("-V,--version", "qcow " QCOW_VERSION);
-    app.set_help_flag("-h,--help", "Show this help; after a command, the help of that command");
-    app.require_subcommand(1);
-    app.footer(
-        "Sizes and offsets are bytes, or numbers with k, M, G, T, P or E (powers of 1024): 64k, 1.5G.\n"
-        "Exit status: 0 done, 1 failed or used wrongly; check has more, see qcow check --help.\n"
-        "Examples:\n"
-        "  qcow info disk.qcow2                what is this?\n"
-        "  qcow check disk.qcow2               is it sound?\n"
-        "  qcow convert disk.qcow2 disk.raw    get the contents out");
-
     int status = tool::ok;
-    for (const tool::Declare declare :
-         {tool::declare_info, tool::declare_map, tool::declare_check, tool::declare_create, tool::declare_convert,
-          tool::declare_read, tool::declare_snapshot, tool::declare_serve}) {
-        declare(app, status);
-    }
+    const auto made = tool::make_app(status);
+    auto& app = *made;
     const std::string_view first = argc > 1 ? argv[1] : "-";
     const auto commands = app.get_subcommands([](const CLI::App*) { return true; });
     if (!first.starts_with('-') && std::ranges::none_of(commands, [&](auto* c) { return c->get_name() == first; })) {

@@ -207,7 +207,7 @@ void declare_serve(CLI::App& root, int& status) {
         "  nbdinfo --map -- [ qcow serve --read-only --snapshot monday disk.qcow2 ]",
         [options] { return run(*options); });
     app.add_option("IMAGE", options->images, "The images: files or block devices")->required();
-    add_reader_options(app, options->source);
+    add_open_options(app, options->source);
     app.add_option("-l,--snapshot", options->source.snapshot, "Serve this internal snapshot (id or name), read-only");
     app.add_flag("-r,--read-only", options->read_only, "Let nobody write; other processes may read the image, too");
     app.add_option("-k,--socket", options->socket, "Listen on a Unix socket at this path");

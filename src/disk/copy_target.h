@@ -45,7 +45,9 @@ public:
     /// Decides what becomes of each part of the piece, and compresses it if it is to be. Any number of threads at once.
     virtual Result<void> prepare(Piece& piece) const = 0;
 
-    // The others are called by one thread at a time, in guest order.
+    /// Whether the others may be called in any order and by any number of threads at once. Otherwise they are called by
+    /// one thread at a time, in guest order.
+    [[nodiscard]] virtual bool any_order() const = 0;
 
     virtual Result<void> write(const Piece& piece) = 0;
 

@@ -70,6 +70,11 @@ struct L2Entry {
     }
 };
 
+/// The bits of subclusters [first, end) in a half of an extended entry's bitmap; end <= 32.
+constexpr std::uint64_t subcluster_mask(std::uint64_t first, std::uint64_t end) {
+    return low_bits(static_cast<unsigned>(end)) & ~low_bits(static_cast<unsigned>(first));
+}
+
 /// What subclusters [index, index + count) of an extended entry are, all alike.
 struct SubclusterRun {
     ClusterKind kind = ClusterKind::unallocated;

@@ -33,9 +33,9 @@ struct Stretch {
     std::unique_ptr<Buffer> buffer;
 };
 
-/// Workers take stretches in guest order, read and prepare them at the same time, and put them back into order. Kernels
-/// let one thread at a time write to a file and have the others spin meanwhile; so whoever finds nobody writing writes
-/// all that is next in order, and the others go on reading.
+/// Workers take stretches in guest order, read and prepare them at the same time, and put them back into order for a
+/// target that needs it: whoever finds nobody writing writes all that is next, and the others go on reading. Otherwise
+/// each writes what it has read while that is still in its processor's cache.
 class Copier {
 public:
     Copier(Disk& source, CopyTarget& target, unsigned workers,
@@ -44,6 +44,7 @@ public:
           target_(target),
           progress_(progress),
           workers_(workers == 0 ? default_workers() : workers),
+          any_order_(target.any_order()),
           block_size_(target.block_size()),
           piece_bytes_(std::max({min_piece_bytes, source.block_size(), block_size_})) {
         for (std::size_t i = 0; i < workers_ * buffers_per_worker; ++i) spare_.push_back(std::make_unique<Buffer>());
@@ -139,7 +140,8 @@ private:
     }
 
     [[nodiscard]] bool can_write() const {
-        return !writing_ && !ready_.empty() && ready_.begin()->first == next_to_write_;
+        if (ready_.empty()) return false;
+        return any_order_ || (!writing_ && ready_.begin()->first == next_to_write_);
     }
 
     Result<void> write_ready(Lock& lock) {
@@ -152,7 +154,8 @@ private:
             writing_ = false;
             ++next_to_write_;
             if (stretch.buffer) spare_.push_back(std::move(stretch.buffer));
-            if (progress_) progress_(stretch.extent.start.value + stretch.extent.length, source_.size());
+            done_ += stretch.extent.length;
+            if (progress_) progress_(done_, source_.size());
             changed_.notify_all();
         }
         return {};
@@ -186,6 +189,7 @@ private:
     CopyTarget& target_;
     const std::function<void(std::uint64_t, std::uint64_t)>& progress_;
     const unsigned workers_;
+    const bool any_order_;
     const std::uint64_t block_size_;
     const std::uint64_t piece_bytes_;
 
@@ -197,6 +201,7 @@ private:
     Extent rest_;         // of the extent that lies there
     std::uint64_t next_number_ = 0;
     std::uint64_t next_to_write_ = 0;
+    std::uint64_t done_ = 0;  // bytes
     bool writing_ = false;
     std::map<std::uint64_t, Stretch> ready_;
     std::vector<std::unique_ptr<Buffer>> spare_;

@@ -17,6 +17,8 @@ public:
 
     [[nodiscard]] std::uint64_t block_size() const override { return 4 * KiB; }
 
+    [[nodiscard]] bool any_order() const override { return true; }
+
     /// Cuts the data into what is zero and what is not.
     Result<void> prepare(Piece& piece) const override {
         const std::span<const std::byte> bytes = piece.bytes;

@@ -109,8 +109,9 @@ private:
     }
 
     Result<Mapped> lookup(GuestOffset at, std::uint64_t limit) {
+        const std::uint64_t file_size = TRY(file_->size());
         const HostOffset l1_at = header_.l1_table + at.value / header_.l2_coverage() * 8;
-        const HostOffset table{TRY(load_word(l1_at, "L1"))};
+        const HostOffset table{TRY(load_word(l1_at, file_size, "L1"))};
         if (table.value == 0) {
             return Mapped{{}, std::min(limit, header_.l2_coverage() - at.value % header_.l2_coverage())};
         }
@@ -121,7 +122,7 @@ private:
         Mapped mapped;
         std::uint64_t count = 0;
         for (; count < wanted; ++count) {
-            const Qcow1Entry entry{TRY(load_word(table + (index + count) * 8, "L2"))};
+            const Qcow1Entry entry{TRY(load_word(table + (index + count) * 8, file_size, "L2"))};
             if (count == 0) {
                 mapped.entry = entry;
                 // Read one by one anyway: looking further each time would take time squared.
@@ -143,8 +144,8 @@ private:
     }
 
     /// A word of a table, which in this format need not be aligned to anything.
-    Result<std::uint64_t> load_word(HostOffset at, std::string_view table) {
-        if (!lies_within(at.value, 8, TRY(file_->size()))) {
+    Result<std::uint64_t> load_word(HostOffset at, std::uint64_t file_size, std::string_view table) {
+        if (!lies_within(at.value, 8, file_size)) {
             return fail(
                 Errc::corrupt, file_->name(),
                 fmt::format("an {} entry at host offset {:#x} would lie past the end of the file", table, at.value));

@@ -22,6 +22,7 @@ public:
                                                   const ConvertOptions& convert);
 
     [[nodiscard]] std::uint64_t block_size() const override { return geometry_.cluster_size(); }
+    [[nodiscard]] bool any_order() const override { return false; }  // the same source gives the same bytes
     Result<void> prepare(Piece& piece) const override;
     Result<void> write(const Piece& piece) override;
     Result<void> write_zeroes(GuestOffset at, std::uint64_t length) override;

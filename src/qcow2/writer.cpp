@@ -19,11 +19,6 @@ constexpr std::uint64_t max_batch_bytes = 16 * MiB;  // that one change of entri
 constexpr std::uint64_t max_retired_bytes = 256 * MiB;
 constexpr std::size_t page_entries = 512;
 
-/// Bits [first, end) of an extended entry's halves.
-std::uint64_t subcluster_mask(std::uint64_t first, std::uint64_t end) {
-    return low_bits(static_cast<unsigned>(end)) & ~low_bits(static_cast<unsigned>(first));
-}
-
 }  // namespace
 
 Writer::Writer(std::shared_ptr<Core> core, View& active, const WriteOptions& options)
@@ -182,7 +177,7 @@ Result<std::size_t> Writer::write_into_new(GuestOffset at, std::span<const std::
             const auto at_sub = (std::max(at, cluster) - cluster) / unit;
             const auto end_sub = divide_up(std::min(write_end, cluster + bit(cluster_bits_)) - cluster, unit);
             // Of what moved, zeros stay zeros and holes stay holes.
-            const std::uint64_t touched = subcluster_mask(at_sub, end_sub);
+            const std::uint64_t touched = format::subcluster_mask(at_sub, end_sub);
             const std::uint64_t moved = (old[i].compressed() ? ~std::uint64_t{0} : old[i].bitmap) & low_bits(32);
             const std::uint64_t zeros = old[i].compressed() ? 0 : old[i].bitmap & ~low_bits(32) & ~(touched << 32);
             entry.bitmap = touched | moved | zeros;
@@ -211,7 +206,7 @@ Result<std::size_t> Writer::write_into_own(GuestOffset at, std::span<const std::
     L2Entry entry = old;
     if (rules_.geometry.extended_l2) {
         const GuestOffset start = cluster_at(cluster);
-        const std::uint64_t touched = subcluster_mask((begin - start) / unit, divide_up(end - start, unit));
+        const std::uint64_t touched = format::subcluster_mask((begin - start) / unit, divide_up(end - start, unit));
         entry.bitmap = (old.bitmap | touched) & ~(touched << 32);
     } else {
         entry.word &= ~format::zero_bit;

@@ -12,11 +12,6 @@ using format::L2Entry;
 
 constexpr std::size_t page_entries = 512;
 
-/// Bits [first, end) of 32.
-std::uint64_t subcluster_mask(std::uint64_t first, std::uint64_t end) {
-    return low_bits(static_cast<unsigned>(end)) & ~low_bits(static_cast<unsigned>(first));
-}
-
 }  // namespace
 
 Result<void> Writer::write_zeroes(GuestOffset at, std::uint64_t length, Disk::Zeroes zeroes) {
@@ -81,7 +76,7 @@ Result<bool> Writer::zero_subclusters(GuestOffset begin, GuestOffset end, Zeroin
     const RangeLocks::Guard guard(clusters_, cluster, cluster + 1);
     const auto old = TRY(load_entries({cluster, cluster + 1}));
     const std::uint64_t mask =
-        subcluster_mask((begin - cluster_at(cluster)) / unit, (end - cluster_at(cluster)) / unit);
+        format::subcluster_mask((begin - cluster_at(cluster)) / unit, (end - cluster_at(cluster)) / unit);
     const auto entry = TRY(zeroed(cluster, old.front(), mask, zeroing));
     if (!entry) return false;
     TRY_VOID(store_entries(cluster, {&*entry, 1}, false));

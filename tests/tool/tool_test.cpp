@@ -276,6 +276,38 @@ TEST_F(ToolTest, Convert) {
     EXPECT_EQ(files(), (std::set<std::string>{"base.qcow2", "top.qcow2", "ours.raw", "theirs.raw"}));
 }
 
+TEST_F(ToolTest, ConvertPutsSourcesOneBehindTheOther) {
+    put_file(directory_ / "odd.raw", std::string(100'001, 'o'));
+    put_file(directory_ / "even.raw", std::string(65'536, 'e'));
+    const auto expect_as_qemu = [&](const Arguments& sources) {
+        Arguments ours = {"convert"};
+        Arguments theirs = {"convert", "-O", "raw"};
+        ours.insert(ours.end(), sources.begin(), sources.end());
+        theirs.insert(theirs.end(), sources.begin(), sources.end());
+        ours.emplace_back("ours.raw");
+        theirs.emplace_back("theirs.raw");
+        EXPECT_EQ(tool(ours).status, 0);
+        must_qemu_img(theirs, directory_.path());
+        EXPECT_FALSE(
+            first_difference(ReferenceFile(directory_ / "ours.raw"), ReferenceFile(directory_ / "theirs.raw")));
+    };
+    expect_as_qemu({"top.qcow2", "base.qcow2"});
+    expect_as_qemu({"-f", "raw", "odd.raw", "even.raw", "odd.raw"});
+    expect_as_qemu({"base.qcow2", "base.qcow2", "top.qcow2"});
+
+    must_tool({"convert", "-O", "qcow2", "-c", "-f", "raw", "odd.raw", "even.raw", "odd.raw", "ours.qcow2"});
+    must_qemu_img({"convert", "-f", "raw", "-O", "raw", "odd.raw", "even.raw", "odd.raw", "theirs.raw"},
+                  directory_.path());
+    must_qemu_img({"compare", "ours.qcow2", "theirs.raw"}, directory_.path());
+}
+
+TEST_F(ToolTest, ConvertOfSeveralSourcesRefuses) {
+    expect_refusal({"convert", "base.qcow2", "absent.qcow2", "x.raw"}, HasSubstr("absent.qcow2"));
+    expect_refusal({"convert", "base.qcow2", "top.qcow2", "base.qcow2"}, HasSubstr("(part of) the source"));
+    expect_refusal({"convert", "-l", "before", "base.qcow2", "top.qcow2", "x.raw"}, HasSubstr("single source"));
+    expect_refusal({"convert", "base.qcow2"}, HasSubstr("TARGET"));
+}
+
 TEST_F(ToolTest, ConvertMakesHolesOfZeros) {
     must_tool({"convert", "top.qcow2", "sparse.raw"});
     const auto sparse = json::parse(must_tool({"info", "--json", "sparse.raw"}).out);

@@ -1,0 +1,163 @@
+#pragma once
+// Files that mean harm: each is refused, or handled within small bounds of time and memory, with an error that says on
+// one line what is wrong and where. The bounds, and what the tests of them share.
+
+#include <fcntl.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <ctime>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "hostile_image.h"
+#include "qcow/image.h"
+
+namespace qcow::hostile {
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+inline constexpr double slowness = 8;
+inline constexpr std::size_t fatness = 8;
+#else
+inline constexpr double slowness = 1;
+inline constexpr std::size_t fatness = 1;
+#endif
+inline constexpr double max_seconds = 2 * slowness;
+inline constexpr std::size_t max_open_bytes = 64 * MiB * fatness;
+
+/// A line of /proc/self/status, in bytes.
+inline std::size_t memory_status(const std::string& name) {
+    std::ifstream status("/proc/self/status");
+    for (std::string line; std::getline(status, line);) {
+        if (line.starts_with(name + ":")) return std::stoull(line.substr(name.size() + 1)) * KiB;
+    }
+    return 0;
+}
+
+/// What `work` takes: seconds of a processor, so that a busy machine does not matter, and memory at its worst beyond
+/// what there was before.
+struct Cost {
+    double seconds = 0;
+    std::size_t bytes = 0;
+};
+inline Cost cost_of(const std::function<void()>& work) {
+    std::ofstream("/proc/self/clear_refs") << "5";  // forgets the peak so far
+    const auto before = memory_status("VmRSS");
+    const std::clock_t begin = std::clock();
+    work();
+    Cost cost;
+    cost.seconds = static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
+    const auto peak = memory_status("VmHWM");
+    cost.bytes = peak > before ? peak - before : 0;
+    return cost;
+}
+
+inline void expect_good_message(const Error& error) {
+    const auto message = error.message();
+    EXPECT_FALSE(error.what.empty());
+    EXPECT_LT(message.size(), 10'000U);
+    for (const char c : message) ASSERT_TRUE(static_cast<unsigned char>(c) >= 0x20 && c != 0x7f) << message;
+}
+
+template <class T>
+void expect_error(const Result<T>& result, Errc code, const std::vector<std::string>& fragments = {}) {
+    ASSERT_FALSE(result.has_value());
+    expect_good_message(result.error());
+    EXPECT_EQ(static_cast<int>(result.error().code), static_cast<int>(code)) << result.error().message();
+    for (const auto& fragment : fragments) EXPECT_THAT(result.error().message(), testing::HasSubstr(fragment));
+}
+
+inline OpenOptions options_for(std::optional<Format> format, Gate gate = no_files()) {
+    OpenOptions options;
+    options.format = format;
+    options.gate = std::move(gate);
+    return options;
+}
+
+/// Opens within the bounds that hold for every image.
+inline Result<std::shared_ptr<Image>> open_bounded(std::shared_ptr<Storage> storage, Gate gate = no_files()) {
+    Result<std::shared_ptr<Image>> result;
+    const auto cost = cost_of([&] { result = open_image(std::move(storage), options_for(Format::qcow2, gate)); });
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, max_open_bytes);
+    if (!result) expect_good_message(result.error());
+    return result;
+}
+
+inline Result<std::shared_ptr<Image>> open_bounded(fuzz::SparseFile file) {
+    return open_bounded(fuzz::storage_of(std::move(file), "hostile.qcow2"));
+}
+
+/// A check within the bounds; `budget` is what it may use, which the memory it really takes must not exceed by much.
+inline Result<CheckReport> check_bounded(Image& image, std::size_t budget = 512 * MiB) {
+    Result<CheckReport> result;
+    CheckOptions options;
+    options.workers = 2;
+    options.max_findings = 100;
+    options.memory_bytes = budget;
+    const auto cost = cost_of([&] { result = image.check(options); });
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, (budget + 64 * MiB) * fatness);
+    if (!result) expect_good_message(result.error());
+    return result;
+}
+
+inline Result<ImageInfo> info_bounded(const Image& image) {
+    Result<ImageInfo> result;
+    const auto cost = cost_of([&] { result = image.info(); });
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, 128 * MiB * fatness);
+    if (!result) expect_good_message(result.error());
+    return result;
+}
+
+class Hostile : public testing::Test {
+protected:
+    Hostile() {
+        std::string name = std::filesystem::temp_directory_path() / "hostile-XXXXXX";
+        dir_ = ::mkdtemp(name.data());
+    }
+    ~Hostile() override { std::filesystem::remove_all(dir_); }
+
+    [[nodiscard]] std::string path(const std::string& name) const { return dir_ / name; }
+
+    /// The file as a real one, with holes.
+    std::string write(const std::string& name, const fuzz::SparseFile& file) const {
+        const auto target = path(name);
+        const int fd = ::open(target.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+        EXPECT_GE(fd, 0);
+        for (const auto& segment : file.segments) {
+            EXPECT_EQ(::pwrite(fd, segment.bytes.data(), segment.bytes.size(), static_cast<off_t>(segment.offset)),
+                      static_cast<ssize_t>(segment.bytes.size()));
+        }
+        EXPECT_EQ(::ftruncate(fd, static_cast<off_t>(file.size())), 0);
+        ::close(fd);
+        return target;
+    }
+
+    std::shared_ptr<Storage> open(const std::string& name) const {
+        auto opened = open_file(path(name));
+        EXPECT_TRUE(opened.has_value()) << opened.error().message();
+        return opened ? *opened : nullptr;
+    }
+
+    /// An image that holds nothing but the name of another one.
+    static fuzz::SparseFile overlay(const std::string& backing, std::string_view format = "qcow2") {
+        HostileImage image(9);
+        image.size = 4096;
+        image.backing_name = backing;
+        if (!format.empty()) image.set_backing_format(format);
+        return image.finish();
+    }
+
+    std::filesystem::path dir_;
+};
+
+}  // namespace qcow::hostile
