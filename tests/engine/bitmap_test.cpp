@@ -35,10 +35,10 @@ struct Bitmapped {
     }
 };
 
-Bitmapped with_bitmaps(const ImageKind& kind, Random& random, const std::vector<BitmapSpec>& specs) {
+Bitmapped with_bitmaps(Files files, std::uint64_t size, Random& random, const std::vector<BitmapSpec>& specs) {
     Bitmapped result;
-    result.files = prepare(kind, random).files;
-    result.size = kind.create.size;
+    result.files = std::move(files);
+    result.size = size;
     with_files(result.files, [&](const auto& directory) {
         for (const auto& spec : specs) {
             add_bitmap({spec.name, spec.granularity}, directory);
@@ -58,6 +58,10 @@ Bitmapped with_bitmaps(const ImageKind& kind, Random& random, const std::vector<
         }
     });
     return result;
+}
+
+Bitmapped with_bitmaps(const ImageKind& kind, Random& random, const std::vector<BitmapSpec>& specs) {
+    return with_bitmaps(prepare(kind, random).files, kind.create.size, random, specs);
 }
 
 const std::vector<BitmapSpec> some_bitmaps = {
@@ -186,6 +190,11 @@ protected:
 
     void patch(std::uint64_t at, const Bytes& bytes) { value_of(image_.files.at(image_name)->write({at}, bytes)); }
 
+    /// The first byte of the first bitmap.
+    Result<void> read_fine() {
+        return open(image_.files, false)->each_dirty("fine", {0}, 1, [](const auto&) { return Result<void>(); });
+    }
+
     Random random_ = Random::named("marks");
     Bitmapped image_ = with_bitmaps(small_kind(), random_, some_bitmaps);
 };
@@ -265,8 +274,7 @@ TEST_F(BitmapMarksTest, WhatIsOutOfDateIsLeftAlone) {
     const auto before = bytes_of(image_.files);
     const auto image = open(image_.files);
     value_of(image->write_zeroes({0}, image->size()));
-    EXPECT_TRUE(fails(image->each_dirty("fine", {0}, 1, [](const auto&) { return Result<void>(); }), Errc::not_found,
-                      {"up to date"}));
+    EXPECT_TRUE(fails(read_fine(), Errc::not_found, {"up to date"}));
     value_of(image->close());
     const auto after = bytes_of(image_.files);
     const auto size = before.number(before.extension(0x23852875) + 8);
@@ -296,19 +304,16 @@ TEST_F(BitmapMarksTest, AClusterOfOnesStaysOne) {
 TEST_F(BitmapMarksTest, DamagedTablesAreNeverTrusted) {
     const auto table = bytes_of(image_.files).number(bytes_of(image_.files).bitmap_directory());
     patch(table, u64(2));
-    const auto ignore = [](const auto&) { return Result<void>(); };
-    EXPECT_TRUE(fails(open(image_.files, false)->each_dirty("fine", {0}, 1, ignore), Errc::corrupt,
-                      {"\"fine\"", "table entry 0", "reserved"}));
+    EXPECT_TRUE(fails(read_fine(), Errc::corrupt, {"\"fine\"", "table entry 0", "reserved"}));
     const auto image = open(image_.files);
     value_of(image->write_zeroes({0}, 512));
     EXPECT_TRUE(fails(image->close(), Errc::corrupt, {"\"fine\"", "reserved"}));
     EXPECT_TRUE(bitmap_info(*image, "fine").in_use);
 }
 
-/// The number of table entries of the first bitmap, which is then too small for the disk; and extra data.
-TEST_F(BitmapMarksTest, WhatIsNotUnderstoodIsInUseForGood) {
-    const auto entry = bytes_of(image_.files).bitmap_directory();
-    patch(entry + 8, u32(1));
+TEST_F(BitmapMarksTest, ATableOfAnotherSizeIsInUseForGood) {
+    patch(bytes_of(image_.files).bitmap_directory() + 8, u32(1));
+    EXPECT_TRUE(fails(read_fine(), Errc::corrupt, {"\"fine\"", "1 entries"}));
     const auto image = open(image_.files);
     value_of(image->write_zeroes({0}, 512));
     value_of(image->close());
@@ -316,11 +321,34 @@ TEST_F(BitmapMarksTest, WhatIsNotUnderstoodIsInUseForGood) {
     EXPECT_FALSE(bitmap_info(*image, "coarse").in_use);
 }
 
+/// The first letter of the name becomes extra data.
+TEST_F(BitmapMarksTest, WithExtraDataItIsKeptOnlyIfItMayBe) {
+    const auto entry = bytes_of(image_.files).bitmap_directory();
+    patch(entry + 18, u16(3));
+    patch(entry + 20, u32(1));
+    const auto before = image_.files;
+    for (const bool may : {false, true}) {
+        image_.files = copy_of(before);
+        patch(entry + 12, u32(may ? 6 : 2));
+        const auto image = open(image_.files);
+        const auto found = image->each_dirty("ine", {0}, 1, [](const auto&) { return Result<void>(); });
+        EXPECT_TRUE(may ? testing::AssertionResult(found.has_value()) : fails(found, Errc::unsupported, {"\"ine\""}));
+        value_of(image->write_zeroes({0}, 512));
+        value_of(image->close());
+        EXPECT_EQ(bitmap_info(*image, "ine").in_use, !may);
+        EXPECT_EQ(bytes_of(image_.files).number(entry + 12, 4), may ? 6U : 3U);
+    }
+}
+
 TEST_F(BitmapMarksTest, WhatDoesNotFitIntoMemoryIsInUseForGood) {
     auto kind = small_kind(20 * KiB * MiB, 64 * KiB);
     kind.open.cache_bytes = 1;
-    // 5 MiB, 1 MiB and 2.5 MiB of bits, where there is room for 4 MiB.
-    auto image = with_bitmaps(kind, random_, {{"too large", 512}, {"fits", 2 * KiB}, {"no more", KiB}, {"tiny", MiB}});
+    Files files{{image_name, memory_storage({}, image_name)}};
+    value_of(create_image({files.at(image_name), nullptr}, kind.create));
+    // 5, 1.25, 2.5, 1.25 MiB and 2.5 KiB of bits, where there is room for 4 MiB.
+    auto image = with_bitmaps(
+        std::move(files), kind.create.size, random_,
+        {{"too large", 512}, {"fits", 2 * KiB}, {"also fits", KiB}, {"no longer", 2 * KiB}, {"tiny", MiB}});
     const auto opened = value_of(open_kind(kind, image.files, true));
     value_of(opened->write_zeroes({0}, 10 * KiB * MiB));
     EXPECT_TRUE(fails(opened->each_dirty("too large", {0}, 1, [](const auto&) { return Result<void>(); }),
@@ -328,7 +356,8 @@ TEST_F(BitmapMarksTest, WhatDoesNotFitIntoMemoryIsInUseForGood) {
     value_of(opened->close());
     image.changed(0, 10 * KiB * MiB);
     EXPECT_TRUE(bitmap_info(*opened, "too large").in_use);
-    for (const auto* name : {"fits", "no more", "tiny"}) {
+    EXPECT_TRUE(bitmap_info(*opened, "no longer").in_use);
+    for (const auto* name : {"fits", "also fits", "tiny"}) {
         EXPECT_FALSE(bitmap_info(*opened, name).in_use) << name;
         EXPECT_FALSE(image.model(name).difference(bits_of(*opened, image.model(name).spec)));
     }
