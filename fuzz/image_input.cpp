@@ -15,6 +15,8 @@ namespace qcow::fuzz {
 namespace {
 
 constexpr std::size_t max_snapshots = 6;
+constexpr std::size_t max_bitmaps = 6;
+constexpr std::uint64_t max_bits = 100'000;  // of a bitmap
 constexpr std::uint64_t max_whole_read = 64 * KiB;
 constexpr std::size_t probe_bytes = 700;  // not aligned to anything
 
@@ -121,6 +123,18 @@ private:
     bool failed_ = false;
 };
 
+void exercise_bitmap(Image& image, const BitmapInfo& bitmap) {
+    const std::uint64_t length =
+        bitmap.granularity > image.size() / max_bits ? image.size() : bitmap.granularity * max_bits;
+    std::uint64_t at = 0;
+    const auto visited = image.each_dirty(bitmap.name, {0}, length, [&](const DirtyRun& run) -> Result<void> {
+        QCOW_REQUIRE(run.start.value == at && run.length > 0 && run.length <= length - at);
+        at += run.length;
+        return {};
+    });
+    QCOW_REQUIRE(!succeeded(visited) || at == length);
+}
+
 void exercise(Image& image) {
     const bool mapped = DiskExerciser(image).run();
     if (image.format() == Format::raw) return;
@@ -133,6 +147,8 @@ void exercise(Image& image) {
             if (succeeded(snapshot)) DiskExerciser(**snapshot).run();
         }
     }
+    for (std::size_t i = 0; succeeded(info) && i < std::min(info->bitmaps.size(), max_bitmaps); ++i)
+        exercise_bitmap(image, info->bitmaps[i]);
     QCOW_REQUIRE(!succeeded(image.snapshot("there is none of this name")));
 
     CheckOptions options;

@@ -58,7 +58,8 @@ enum class DetectZeroes : std::uint8_t {
     unmap,  ///< and give it up
 };
 
-/// How an image that is open for writing behaves.
+/// How an image that is open for writing behaves. Its enabled bitmaps are marked as in_use before the first change, and
+/// saved by Image::close. What does not fit into memory (see OpenOptions::cache_bytes) or is damaged stays in_use.
 struct WriteOptions {
     CacheMode cache = CacheMode::writeback;
     /// Whether Disk::discard does anything, and storage that is no longer used is given back to the file system.
@@ -77,7 +78,8 @@ struct OpenOptions {
     Gate gate = no_files();
     /// False: this image alone. What it says of itself can be asked; reading what lies in other files fails.
     bool follow = true;
-    /// Memory for cached metadata, in bytes, for the whole chain.
+    /// Memory for cached metadata, in bytes, for the whole chain. The bits of enabled bitmaps that are written to may
+    /// take a quarter of that again, and 4 MiB in any case.
     std::size_t cache_bytes = std::size_t{32} << 20;
     /// Told what is odd but not wrong, a sentence at a time.
     std::function<void(const std::string&)> warn = {};
@@ -105,8 +107,15 @@ struct SnapshotInfo {
 struct BitmapInfo {
     std::string name;
     std::uint64_t granularity = 0;  ///< guest bytes a bit
-    bool in_use = false;            ///< a writer did not close it: its contents cannot be trusted
+    bool in_use = false;            ///< being written, or a writer did not close it: the file's bits cannot be trusted
     bool enabled = false;           ///< QEMU's "auto": every write is to be recorded
+};
+
+/// A run of guest bytes whose bits in a bitmap are alike.
+struct DirtyRun {
+    GuestOffset start = {};
+    std::uint64_t length = 0;  ///< bytes, never 0
+    bool dirty = false;
 };
 
 struct EncryptionInfo {
@@ -168,6 +177,14 @@ public:
 
     /// An internal snapshot, found by id, else by name, as a read-only disk of its own that keeps the image open.
     virtual Result<std::shared_ptr<Disk>> snapshot(std::string_view id_or_name);
+
+    /// Visits what a persistent bitmap says of [begin, begin + length), in guest order: dirty and clean runs by turns.
+    /// Of an image that is open for writing they include every request that completed before the call; a request in
+    /// flight may be included or not. Stops at the first error, of the image or of `visit`. Errc::not_found: no such
+    /// bitmap; corrupt: it is in_use, so that its bits cannot be trusted, or damaged; unsupported: it has extra data
+    /// that have to be understood; invalid_argument: the range does not lie within the disk.
+    virtual Result<void> each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
+                                    const std::function<Result<void>(const DirtyRun&)>& visit);
 
     /// Verifies the metadata of this image, not of its backing files. Errc::unsupported for formats that have none.
     /// The image must not be written meanwhile.

@@ -31,6 +31,11 @@ Result<std::shared_ptr<Disk>> Image::snapshot(std::string_view) {
     return fail(Errc::not_found, "", "the format has no internal snapshots");
 }
 
+Result<void> Image::each_dirty(std::string_view, GuestOffset, std::uint64_t,
+                               const std::function<Result<void>(const DirtyRun&)>&) {
+    return fail(Errc::not_found, "", "the format has no bitmaps");
+}
+
 Result<void> Image::write_compressed(GuestOffset, std::span<const std::byte>, std::optional<int>) {
     return fail(Errc::unsupported, "", "the format has no compressed clusters");
 }

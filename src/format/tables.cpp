@@ -62,7 +62,7 @@ Result<BitmapEntry> parse_bitmap(std::span<const std::byte> in) {
     BitmapEntry entry;
     entry.table = {load_be<std::uint64_t>(in, 0)};
     entry.table_entries = load_be<std::uint32_t>(in, 8);
-    const auto flags = load_be<std::uint32_t>(in, 12);
+    entry.flags = load_be<std::uint32_t>(in, BitmapEntry::flags_at);
     const auto type = static_cast<std::uint8_t>(in[16]);
     entry.granularity_bits = static_cast<std::uint8_t>(in[17]);
     const std::size_t name_length = load_be<std::uint16_t>(in, 18);
@@ -75,11 +75,14 @@ Result<BitmapEntry> parse_bitmap(std::span<const std::byte> in) {
     if (entry.granularity_bits > 63) {
         return fail(Errc::corrupt, "", fmt::format("granularity_bits {} is more than 63", entry.granularity_bits));
     }
-    if ((flags & ~std::uint32_t{7}) != 0)
-        return fail(Errc::corrupt, "", fmt::format("reserved flags are set ({:#x})", flags));
+    constexpr auto known =
+        BitmapEntry::in_use_flag | BitmapEntry::enabled_flag | BitmapEntry::extra_data_compatible_flag;
+    if ((entry.flags & ~known) != 0)
+        return fail(Errc::corrupt, "", fmt::format("reserved flags are set ({:#x})", entry.flags));
+    entry.understood = extra_length == 0 || (entry.flags & BitmapEntry::extra_data_compatible_flag) != 0;
     entry.info.granularity = bit(entry.granularity_bits);
-    entry.info.in_use = (flags & 1) != 0;
-    entry.info.enabled = (flags & 2) != 0;
+    entry.info.in_use = (entry.flags & BitmapEntry::in_use_flag) != 0;
+    entry.info.enabled = (entry.flags & BitmapEntry::enabled_flag) != 0;
     entry.info.name = text(in.subspan(fixed + extra_length, name_length));
     entry.encoded_bytes = total;
     return entry;

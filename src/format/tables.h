@@ -27,9 +27,17 @@ struct SnapshotEntry {
 Result<SnapshotEntry> parse_snapshot(std::span<const std::byte> in, unsigned version, std::uint64_t disk_size);
 
 struct BitmapEntry {
+    /// Where the 32-bit flags lie in the encoded entry: never across two sectors, so that they can be changed in place.
+    static constexpr std::size_t flags_at = 12;
+    static constexpr std::uint32_t in_use_flag = 1;
+    static constexpr std::uint32_t enabled_flag = 2;
+    static constexpr std::uint32_t extra_data_compatible_flag = 4;
+
     HostOffset table;
     std::uint32_t table_entries = 0;
+    std::uint32_t flags = 0;
     unsigned granularity_bits = 0;
+    bool understood = true;  // false: it has extra data, and must not be used by those who do not know what they mean
     BitmapInfo info;
     std::size_t encoded_bytes = 0;
 };
@@ -40,6 +48,7 @@ Result<BitmapEntry> parse_bitmap(std::span<const std::byte> in);
 struct BitmapTableEntry {
     std::uint64_t word = 0;
     [[nodiscard]] HostOffset cluster() const { return {word & 0x00ff'ffff'ffff'fe00}; }
+    [[nodiscard]] bool all_ones() const { return cluster().value == 0 && (word & 1) != 0; }
     [[nodiscard]] bool reserved_bits_set() const {
         const std::uint64_t meaningful = cluster().value != 0 ? 0x00ff'ffff'ffff'fe00 : 1;
         return (word & ~meaningful) != 0;

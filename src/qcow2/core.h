@@ -14,13 +14,14 @@ namespace qcow {
 
 struct Core {
     Core(format::Header parsed, std::shared_ptr<Storage> image_file, std::shared_ptr<Storage> external_data,
-         std::shared_ptr<Image> backing, std::size_t cache_bytes)
+         std::shared_ptr<Image> backing, std::size_t cache_budget)
         : header(std::move(parsed)),
           rules{format::Geometry(header), header.version, header.has(format::incompatible::external_data)},
           file(std::move(image_file)),
           data(rules.external_data ? std::move(external_data) : file),
           below(std::move(backing), header.backing_name),
-          words(file, std::min<std::uint64_t>(header.cluster_size(), 4096), cache_bytes) {}
+          cache_bytes(cache_budget),
+          words(file, std::min<std::uint64_t>(header.cluster_size(), 4096), cache_budget) {}
 
     /// What may change while requests are in flight (size, tables, features) is read through this.
     [[nodiscard]] format::Header current_header() const {
@@ -48,6 +49,7 @@ struct Core {
     std::shared_ptr<Storage> file;  // metadata, and data unless that is external
     std::shared_ptr<Storage> data;  // null: an external data file that was not opened
     Below below;
+    std::size_t cache_bytes;  // this layer's share of the budget
     mutable WordCache words;
     mutable std::atomic<std::uint64_t> known_file_size = 0;  // the file has at least this many bytes
 };

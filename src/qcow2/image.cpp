@@ -11,6 +11,7 @@
 #include "format/file_name.h"
 #include "format/luks.h"
 #include "qcow/text.h"
+#include "qcow2/bitmap_runs.h"
 #include "qcow2/check.h"
 #include "qcow2/tables.h"
 #include "qcow2/view.h"
@@ -142,6 +143,27 @@ public:
         }
         TRY_VOID(verify_snapshot_l1(*core_, *found));
         return std::make_shared<SnapshotDisk>(core_, *found);
+    }
+
+    Result<void> each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
+                            const std::function<Result<void>(const DirtyRun&)>& visit) override {
+        TRY_VOID(verify_range(*this, begin, length));
+        const auto bitmaps = TRY(read_bitmaps(*core_));
+        const auto found = std::ranges::find_if(bitmaps, [&](const auto& b) { return b.info.name == bitmap; });
+        if (found == bitmaps.end()) {
+            return fail(Errc::not_found, core_->file->name(),
+                        fmt::format("there is no bitmap \"{}\" that is up to date", printable(bitmap)));
+        }
+        const auto index = static_cast<std::size_t>(found - bitmaps.begin());
+        const auto* recorded = writer_ ? writer_->bitmaps().recorded(index) : nullptr;
+        if (found->info.in_use && recorded == nullptr) {
+            return fail(Errc::corrupt, core_->file->name(),
+                        fmt::format("bitmap \"{}\" is in use: a writer did not save it, so its bits cannot be trusted; "
+                                    "remove it and make a new one",
+                                    printable(bitmap)));
+        }
+        TRY_VOID(verify_bitmap(*core_, *found));
+        return each_dirty_run(*core_, *found, recorded, begin, length, visit);
     }
 
     Result<CheckReport> check(const CheckOptions& options) override {

@@ -56,8 +56,9 @@ Result<SnapshotTable> read_snapshots(const Core& core) {
 
 Result<std::vector<format::BitmapEntry>> read_bitmaps(const Core& core) {
     std::vector<format::BitmapEntry> result;
-    if (!core.header.bitmaps_consistent()) return result;
-    const auto& extension = *core.header.bitmaps;
+    const auto header = core.current_header();
+    if (!header.bitmaps_consistent()) return result;
+    const auto& extension = *header.bitmaps;
     const auto bad_extension = [&](std::string what) {
         return fail(
             Errc::corrupt,
@@ -67,7 +68,7 @@ Result<std::vector<format::BitmapEntry>> read_bitmaps(const Core& core) {
     const auto file_size = TRY(core.file->size());
     if (extension.count == 0 || extension.count > format::max_bitmaps)
         return bad_extension(fmt::format("{} bitmaps: there may be 1 to {}", extension.count, format::max_bitmaps));
-    if (!is_aligned(extension.directory.value, core.header.cluster_size()))
+    if (!is_aligned(extension.directory.value, header.cluster_size()))
         return bad_extension("its offset is not a multiple of the cluster size");
     if (!lies_within(extension.directory.value, extension.directory_size, file_size)) {
         return bad_extension(

@@ -31,7 +31,8 @@ Writer::Writer(std::shared_ptr<Core> core, View& active, const WriteOptions& opt
       write_back_(*core_, options.cache != CacheMode::unsafe),
       size_(core_->header.size),
       raw_data_((core_->header.autoclear & format::autoclear::raw_external_data) != 0),
-      allocator_(*core_, write_back_, metadata_, epochs_, options.discard) {}
+      allocator_(*core_, write_back_, metadata_, epochs_, options.discard),
+      bitmaps_(*core_, write_back_, metadata_, allocator_) {}
 
 Result<void> Writer::open() {
     TRY_VOID(active_.verify_readable());
@@ -41,12 +42,14 @@ Result<void> Writer::open() {
                     "the image is marked as corrupt, so it is not written; check it, or open it for reading only");
     }
     TRY_VOID(metadata_.load(*core_));
+    TRY_VOID(bitmaps_.load());
     TRY_VOID(allocator_.load());
     return header.has(format::incompatible::dirty) ? rebuild_refcounts() : Result<void>();
 }
 
 /// Of an image whose last writer kept them in memory, and did not close it.
 Result<void> Writer::rebuild_refcounts() {
+    TRY_VOID(begin_first());
     TRY_VOID(allocator_.rebuild());
     CheckOptions options;
     options.max_findings = 1;
@@ -60,18 +63,27 @@ Result<void> Writer::rebuild_refcounts() {
     return write_back_.sync();
 }
 
-/// What has to be on disk before the first change is.
-Result<void> Writer::begin_writing() {
+/// Comes before every change, of these guest bytes.
+Result<void> Writer::begin_writing(GuestOffset at, std::uint64_t length) {
     TRY_VOID(write_back_.verify_writable());
-    if (begun_.load(std::memory_order_acquire)) return {};
+    if (!begun_.load(std::memory_order_acquire)) TRY_VOID(begin_first());
+    bitmaps_.record(at, length);
+    return {};
+}
+
+/// What has to be on disk before the first change is.
+Result<void> Writer::begin_first() {
     const std::lock_guard lock(begin_mutex_);
     if (begun_) return {};
+    const auto header = core_->current_header();
     // What is not known may depend on what is about to change.
-    constexpr std::uint64_t kept = format::autoclear::raw_external_data;
-    if ((core_->current_header().autoclear & ~kept) != 0) {
-        TRY_VOID(write_back_.update_header([](format::Header& header) { header.autoclear &= kept; }));
+    std::uint64_t kept = format::autoclear::raw_external_data;
+    if (header.bitmaps_consistent()) kept |= format::autoclear::bitmaps;
+    if ((header.autoclear & ~kept) != 0) {
+        TRY_VOID(write_back_.update_header([&](format::Header& changed) { changed.autoclear &= kept; }));
         TRY_VOID(write_back_.sync());
     }
+    TRY_VOID(bitmaps_.mark_in_use());
     begun_.store(true, std::memory_order_release);
     return {};
 }
@@ -92,7 +104,7 @@ std::uint64_t Writer::l2_end(GuestOffset at) const {
 // --- writing ---------------------------------------------------------------------------------------------------------
 
 Result<void> Writer::write(GuestOffset at, std::span<const std::byte> from) {
-    TRY_VOID(begin_writing());
+    TRY_VOID(begin_writing(at, from.size()));
     TRY_VOID(write_mapped(at, from));
     return finish_request();
 }
@@ -387,8 +399,12 @@ Result<void> Writer::flush() {
 }
 
 Result<void> Writer::settle() {
+    auto saved = bitmaps_.save();
     TRY_VOID(flush());
-    return allocator_.give_back();
+    begun_ = false;
+    if (saved) saved = bitmaps_.clear_in_use();
+    TRY_VOID(allocator_.give_back());
+    return saved;
 }
 
 }  // namespace qcow::qcow2

@@ -11,6 +11,7 @@
 #include "base/range_locks.h"
 #include "codec/compressor.h"
 #include "qcow2/allocator.h"
+#include "qcow2/dirty_bitmaps.h"
 #include "qcow2/view.h"
 
 namespace qcow::qcow2 {
@@ -41,6 +42,8 @@ public:
     /// Requests that read hold one of these, so that nothing that they may be using is reused.
     Epochs& epochs() { return epochs_; }
 
+    [[nodiscard]] const DirtyBitmaps& bitmaps() const { return bitmaps_; }
+
 private:
     using L2Entry = format::L2Entry;
     enum class Zeroing : std::uint8_t { release, keep, discard };
@@ -52,7 +55,8 @@ private:
     };
 
     Result<void> rebuild_refcounts();
-    Result<void> begin_writing();
+    Result<void> begin_writing(GuestOffset at, std::uint64_t length);
+    Result<void> begin_first();
     Result<void> finish_request();
     [[nodiscard]] Result<void> verify_no_metadata(const Storage& file, HostOffset at, std::uint64_t length);
     [[nodiscard]] GuestOffset cluster_at(std::uint64_t cluster) const { return {cluster << cluster_bits_}; }
@@ -100,6 +104,7 @@ private:
     std::atomic<std::uint64_t> size_;  // of the disk; ahead of the header's while it grows
     bool raw_data_;                    // the external data file is to be a raw image by itself
     Allocator allocator_;
+    DirtyBitmaps bitmaps_;
     GroupCommit group_;
     RangeLocks clusters_;
     std::array<std::mutex, 64> l2_locks_;  // of the L2 table with this number, modulo their count

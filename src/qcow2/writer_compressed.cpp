@@ -20,7 +20,7 @@ Result<void> Writer::write_compressed(GuestOffset at, std::span<const std::byte>
                                 cluster_size));
     }
     const auto compressor = TRY(codec::make_compressor(core_->header.compression, level));
-    TRY_VOID(begin_writing());
+    TRY_VOID(begin_writing(at, from.size()));
     std::vector<std::byte> padded(cluster_size);
     while (!from.empty()) {
         const auto part = from.first(std::min<std::size_t>(from.size(), cluster_size));

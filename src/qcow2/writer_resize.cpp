@@ -13,7 +13,7 @@ namespace qcow::qcow2 {
 using format::L2Entry;
 
 Result<void> Writer::resize(std::uint64_t size) {
-    TRY_VOID(begin_writing());
+    TRY_VOID(begin_writing({0}, 0));
     const auto header = core_->current_header();
     const auto refuse = [&](std::string what) { return fail(Errc::unsupported, core_->file->name(), std::move(what)); };
     if (header.bitmaps) return refuse("it has bitmaps, which are of the old size; remove them first");

@@ -173,7 +173,14 @@ TEST(Bitmap, FlagsAreInUseAutoAndExtraDataCompatible) {
     const auto in_use = must(parse_bitmap(with_u32(bitmap(), flags_at, 0b001)));
     EXPECT_TRUE(in_use.info.in_use);
     EXPECT_FALSE(in_use.info.enabled);
-    EXPECT_TRUE(parse_bitmap(with_u32(bitmap(), flags_at, 0b111)));
+    EXPECT_EQ(must(parse_bitmap(with_u32(bitmap(), flags_at, 0b111))).flags, 0b111U);
+}
+
+TEST(Bitmap, ExtraDataMustBeUnderstoodUnlessTheFlagsSayOtherwise) {
+    EXPECT_TRUE(must(parse_bitmap(bitmap())).understood);
+    const auto extra = bitmap(repeated(9, 0xee));
+    EXPECT_FALSE(must(parse_bitmap(with_u32(extra, flags_at, 0b010))).understood);
+    EXPECT_TRUE(must(parse_bitmap(with_u32(extra, flags_at, 0b110))).understood);
 }
 
 TEST(Bitmap, OtherFlagsAreReserved) {
@@ -225,6 +232,12 @@ TEST(BitmapTableEntry, Bit0CountsOnlyWithoutACluster) {
     EXPECT_FALSE(BitmapTableEntry{1}.reserved_bits_set());        // all ones
     EXPECT_FALSE(BitmapTableEntry{0x50000}.reserved_bits_set());  // bits in a cluster
     EXPECT_TRUE(BitmapTableEntry{0x50001}.reserved_bits_set());
+}
+
+TEST(BitmapTableEntry, IsAllOnesOnlyWithoutACluster) {
+    EXPECT_TRUE(BitmapTableEntry{1}.all_ones());
+    EXPECT_FALSE(BitmapTableEntry{0}.all_ones());
+    EXPECT_FALSE(BitmapTableEntry{0x50001}.all_ones());
 }
 
 TEST(BitmapTableEntry, OtherBitsAreReserved) {

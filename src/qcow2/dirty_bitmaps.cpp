@@ -1,0 +1,133 @@
+#include "qcow2/dirty_bitmaps.h"
+
+#include <algorithm>
+#include <array>
+
+#include "base/try.h"
+#include "qcow2/tables.h"
+
+namespace qcow::qcow2 {
+
+using format::BitmapEntry;
+
+Result<void> DirtyBitmaps::load() {
+    const auto bitmaps = TRY(read_bitmaps(core_));
+    if (bitmaps.empty()) return {};
+    const auto header = core_.current_header();
+    std::uint64_t memory = std::max<std::uint64_t>(core_.cache_bytes / 4, min_memory);
+    HostOffset at = header.bitmaps->directory;
+    for (std::size_t i = 0; i < bitmaps.size(); ++i) {
+        const auto& entry = bitmaps[i];
+        const HostOffset flags_at = at + BitmapEntry::flags_at;
+        at += entry.encoded_bytes;
+        if (!entry.info.enabled || entry.info.in_use) continue;
+        Bitmap bitmap{entry, i, flags_at};
+        const std::uint64_t words = divide_up(divide_up(header.size, entry.info.granularity), 64);
+        if (words <= memory / 8 && verify_bitmap(core_, entry)) {
+            bitmap.kept = true;
+            bitmap.recorded = RecordedBits(words);
+            memory -= words * 8;
+        }
+        enabled_.push_back(std::move(bitmap));
+    }
+    return {};
+}
+
+Result<void> DirtyBitmaps::write_flags(const Bitmap& bitmap, std::uint32_t flags) {
+    std::array<std::byte, 4> bytes;
+    store_be(bytes, 0, flags);
+    return core_.file->write(bitmap.flags_at, bytes);
+}
+
+Result<void> DirtyBitmaps::mark_in_use() {
+    if (enabled_.empty()) return {};
+    marked_ = true;
+    for (const auto& bitmap : enabled_) TRY_VOID(write_flags(bitmap, bitmap.entry.flags | BitmapEntry::in_use_flag));
+    return write_back_.sync();
+}
+
+void DirtyBitmaps::record(GuestOffset at, std::uint64_t length) {
+    if (length == 0) return;
+    for (auto& bitmap : enabled_) {
+        if (!bitmap.kept) continue;
+        const std::uint64_t first = at.value >> bitmap.entry.granularity_bits;
+        const std::uint64_t last = (at.value + length - 1) >> bitmap.entry.granularity_bits;
+        for (std::uint64_t word = first / 64; word <= last / 64; ++word) {
+            std::uint64_t mask = ~std::uint64_t{0};
+            if (word == first / 64) mask <<= first % 64;
+            if (word == last / 64) mask &= ~std::uint64_t{0} >> (63 - last % 64);
+            // Mostly they are set, and a line that is only read can be in every core's cache.
+            if ((bitmap.recorded[word].load(std::memory_order_relaxed) & mask) != mask)
+                bitmap.recorded[word].fetch_or(mask, std::memory_order_relaxed);
+        }
+    }
+}
+
+Result<void> DirtyBitmaps::save() {
+    if (!marked_) return {};
+    TRY_VOID(write_back_.verify_writable());
+    const std::uint64_t cluster_words = core_.header.cluster_size() / 8;
+    for (const auto& bitmap : enabled_) {
+        const std::span recorded(bitmap.recorded);
+        for (std::uint64_t first = 0; first < recorded.size(); first += cluster_words) {
+            const auto words = recorded.subspan(first, std::min(cluster_words, recorded.size() - first));
+            TRY_VOID(save_cluster(bitmap, first / cluster_words, words));
+        }
+    }
+    return {};
+}
+
+/// The bits for which there is one entry in the bitmap's table.
+Result<void> DirtyBitmaps::save_cluster(const Bitmap& bitmap, std::uint64_t index,
+                                        std::span<const std::atomic<std::uint64_t>> recorded) {
+    if (std::ranges::all_of(recorded, [](const auto& word) { return word == 0; })) return {};
+    const auto entry = TRY(bitmap_table_entry(core_, bitmap.entry, index));
+    if (entry.all_ones()) return {};
+    const bool has_cluster = entry.cluster().value != 0;
+    std::vector<std::byte> bits(core_.header.cluster_size());
+    if (has_cluster) TRY(core_.file->read(entry.cluster(), bits));
+    bool changes = false;
+    for (std::size_t i = 0; i < recorded.size(); ++i) {
+        const auto before = load_bits(bits, i);
+        const auto after = before | recorded[i];
+        changes |= before != after;
+        store_bits(bits, i, after);
+    }
+    if (!changes) return {};
+    // Written over in place: nobody trusts them now.
+    return has_cluster ? core_.file->write(entry.cluster(), bits) : add_cluster(bitmap.entry.table + index * 8, bits);
+}
+
+Result<void> DirtyBitmaps::add_cluster(HostOffset table_entry, std::span<const std::byte> bits) {
+    const auto run = TRY(allocator_.take(1));
+    const HostOffset cluster{run.first * bits.size()};
+    auto added = [&]() -> Result<void> {
+        TRY_VOID(core_.file->write(cluster, bits));
+        TRY_VOID(metadata_.add(cluster, bits.size(), MetadataMap::Kind::bitmaps));
+        auto stored = write_back_.store(table_entry, {&cluster.value, 1}, WordCache::PageClass::mapping);
+        if (!stored) metadata_.remove(cluster, bits.size());
+        return stored;
+    }();
+    if (!added) allocator_.retire(run);
+    return added;
+}
+
+Result<void> DirtyBitmaps::clear_in_use() {
+    if (!marked_) return {};
+    for (const auto& bitmap : enabled_) {
+        if (bitmap.kept) TRY_VOID(write_flags(bitmap, bitmap.entry.flags));
+    }
+    TRY_VOID(write_back_.sync());
+    for (auto& bitmap : enabled_) {
+        for (auto& word : bitmap.recorded) word = 0;
+    }
+    marked_ = false;
+    return {};
+}
+
+const RecordedBits* DirtyBitmaps::recorded(std::size_t index) const {
+    const auto found = std::ranges::find(enabled_, index, &Bitmap::index);
+    return found != enabled_.end() && found->kept ? &found->recorded : nullptr;
+}
+
+}  // namespace qcow::qcow2
