@@ -13,7 +13,6 @@ namespace qcow::qcow2 {
 using format::L2Entry;
 
 Result<void> Writer::resize(std::uint64_t size) {
-    TRY_VOID(begin_writing({0}, 0));
     const auto header = core_->current_header();
     const auto refuse = [&](std::string what) { return fail(Errc::unsupported, core_->file->name(), std::move(what)); };
     if (header.bitmaps) return refuse("it has bitmaps, which are of the old size; remove them first");
@@ -24,6 +23,7 @@ Result<void> Writer::resize(std::uint64_t size) {
         return fail(Errc::invalid_argument, core_->file->name(),
                     fmt::format("{} bytes are more than clusters of {} can map", size, header.cluster_size()));
     if (size == header.size) return {};
+    TRY_VOID(begin_writing({0}, 0));
     return size > header.size ? grow(header.size, size) : shrink(size);
 }
 
