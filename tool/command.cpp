@@ -63,10 +63,20 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
     return app;
 }
 
+namespace {
+
+void add_format_option(CLI::App& app, std::string& format) {
+    app.add_option("-f,--format", format, "Its format, instead of looking at its first bytes")
+        ->check(CLI::IsMember({"raw", "qcow", "qcow2"}));
+}
+
+void warn(const std::string& message) { complain("warning: " + message); }
+
+}  // namespace
+
 void add_source_options(CLI::App& app, Source& source, const std::string& positional) {
     app.add_option(positional, source.path, "The image: a file or block device")->required();
-    app.add_option("-f,--format", source.format, "Its format, instead of looking at its first bytes")
-        ->check(CLI::IsMember({"raw", "qcow", "qcow2"}));
+    add_format_option(app, source.format);
     app.add_flag("-U,--force-share", source.force_share,
                  "Read although another process may be writing it; what is seen may be inconsistent");
     app.add_flag("--no-backing", source.no_backing, "Refuse to open backing and data files that the image names");
@@ -79,13 +89,59 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, boo
     options.format = qcow::format_from_name(source.format);
     options.gate = source.no_backing ? qcow::no_files() : qcow::local_files(source.force_share);
     options.follow = follow;
-    options.warn = [](const std::string& message) { complain("warning: " + message); };
+    options.warn = warn;
     return qcow::open_image(*std::move(storage), options);
 }
 
 qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source) {
     if (source.snapshot.empty()) return image;
     return image->snapshot(source.snapshot);
+}
+
+void add_target_options(CLI::App& app, Target& target) {
+    app.add_option("IMAGE", target.path, "The image: a file or block device")->required();
+    add_format_option(app, target.format);
+    add_cache_option(app, target.cache);
+}
+
+CLI::Option* add_cache_option(CLI::App& app, std::string& cache) {
+    return app
+        .add_option(
+            "--cache", cache,
+            "writeback: written to the disk at the end; writethrough: at once, again and again; none: past the\n"
+            "system's cache; unsafe: when the system likes")
+        ->check(CLI::IsMember({"writeback", "writethrough", "none", "unsafe"}))
+        ->capture_default_str();
+}
+
+qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target) {
+    const bool direct = target.cache == "none";
+    auto storage = qcow::open_file(target.path, {.writable = true, .direct = direct});
+    if (!storage) return std::unexpected(std::move(storage).error());
+    qcow::OpenOptions options;
+    options.writable = true;
+    if (target.cache == "writethrough") options.write.cache = qcow::CacheMode::writethrough;
+    if (target.cache == "unsafe") options.write.cache = qcow::CacheMode::unsafe;
+    options.format = qcow::format_from_name(target.format);
+    options.gate = qcow::local_files(false, direct);
+    options.warn = warn;
+    return qcow::open_image(*std::move(storage), options);
+}
+
+qcow::Result<int> change(const Target& target, const std::function<qcow::Result<void>(qcow::Image&)>& work) {
+    auto image = open_target(target);
+    if (!image) return std::unexpected(std::move(image).error());
+    if (auto done = work(**image); !done) return std::unexpected(std::move(done).error());
+    if (auto closed = (*image)->close(); !closed) return std::unexpected(std::move(closed).error());
+    return ok;
+}
+
+qcow::Result<void> verify_range(const qcow::Disk& disk, const std::string& path, std::uint64_t at,
+                                std::uint64_t length) {
+    if (at <= disk.size() && length <= disk.size() - at) return {};
+    return std::unexpected(
+        qcow::Error{qcow::Errc::invalid_argument, path,
+                    fmt::format("{} bytes at {} reach past the end of the disk ({} bytes)", length, at, disk.size())});
 }
 
 }  // namespace tool

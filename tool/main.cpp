@@ -11,7 +11,8 @@
 namespace {
 
 int run(int argc, char** argv) {
-    CLI::App app("qcow looks into, verifies and converts disk images: qcow2 (versions 2 and 3), qcow and raw.", "qcow");
+    CLI::App app("qcow looks into, verifies, converts and changes disk images: qcow2 (versions 2 and 3), qcow and raw.",
+                 "qcow");
     app.set_version_flag("-V,--version", "qcow " QCOW_VERSION);
     app.set_help_flag("-h,--help", "Show this help; after a command, the help of that command");
     app.require_subcommand(1);
@@ -26,7 +27,8 @@ int run(int argc, char** argv) {
     int status = tool::ok;
     for (const tool::Declare declare :
          {tool::declare_info, tool::declare_map, tool::declare_check, tool::declare_create, tool::declare_convert,
-          tool::declare_read, tool::declare_snapshot}) {
+          tool::declare_read, tool::declare_write, tool::declare_zero, tool::declare_discard, tool::declare_resize,
+          tool::declare_snapshot}) {
         declare(app, status);
     }
     const std::string_view first = argc > 1 ? argv[1] : "-";
