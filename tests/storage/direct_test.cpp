@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <chrono>
+#include <latch>
 #include <thread>
 
 #include "support/bytes.h"
@@ -48,6 +50,33 @@ private:
 
 std::shared_ptr<Storage> direct_memory(Bytes bytes = {}) {
     return direct_storage(std::make_shared<Picky>(memory_storage(std::move(bytes))), alignment);
+}
+
+/// Takes its time over every step, so that threads meet between them.
+class Slow final : public PassThrough {
+    template <class Step>
+    static auto slowly(const Step& step) {
+        auto result = step();
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+        return result;
+    }
+
+public:
+    using PassThrough::PassThrough;
+
+    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+        return slowly([&] { return inner().read(at, to); });
+    }
+    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+        return slowly([&] { return inner().write(at, from); });
+    }
+    Result<void> resize(std::uint64_t size) override {
+        return slowly([&] { return inner().resize(size); });
+    }
+};
+
+std::shared_ptr<Storage> slow_direct_memory() {
+    return direct_storage(std::make_shared<Slow>(memory_storage()), alignment);
 }
 
 /// Random requests of all kinds, held against an array.
@@ -146,7 +175,7 @@ TEST(DirectStorage, KeepsWhatNeighboursWriteAtTheSameTime) {
     // Stripes narrower than a block, each thread its own ones, while the file grows.
     constexpr std::uint64_t stripe = 100;
     constexpr unsigned threads = 4;
-    const auto storage = direct_memory();
+    const auto storage = slow_direct_memory();
     std::vector<std::jthread> workers;
     for (unsigned t = 0; t < threads; ++t) {
         workers.emplace_back([&, t] {
@@ -164,22 +193,42 @@ TEST(DirectStorage, KeepsWhatNeighboursWriteAtTheSameTime) {
 }
 
 TEST(DirectStorage, CutsOffNothingThatIsWrittenBehindTheEndAtTheSameTime) {
-    for (unsigned round = 0; round < 50; ++round) {
-        const auto storage = direct_memory();
+    for (unsigned round = 0; round < 200; ++round) {
+        const auto storage = slow_direct_memory();
+        // Parts of one block and what lies behind them, in every order.
+        const std::array<std::pair<std::uint64_t, std::size_t>, 4> writes = {
+            {{0, 100}, {100, 200}, {512, 512}, {1024, 300}}};
+        std::latch start(writes.size());
         std::vector<std::jthread> workers;
-        for (unsigned t = 0; t < 4; ++t) {
-            workers.emplace_back([&, t] {
-                const auto at = 512 * t;
-                const auto length = t % 2 == 0 ? 300 : 512;
-                must(storage->write({at}, repeated(length, static_cast<std::uint8_t>(t + 1))));
+        for (const auto& [at, length] : writes) {
+            workers.emplace_back([&] {
+                start.arrive_and_wait();
+                must(storage->write({at}, repeated(length, static_cast<std::uint8_t>(length % 251))));
             });
         }
         workers.clear();
-        ASSERT_EQ(must(storage->size()), 4 * 512);
-        Bytes read(4 * 512);
+        ASSERT_EQ(must(storage->size()), 1324U);
+        Bytes read(1324);
         must(storage->read({0}, read));
-        ASSERT_EQ(read, joined({repeated(300, 1), repeated(212, 0), repeated(512, 2), repeated(300, 3),
-                                repeated(212, 0), repeated(512, 4)}));
+        ASSERT_EQ(read, joined({repeated(100, 100), repeated(200, 200), repeated(212, 0), repeated(512, 512 % 251),
+                                repeated(300, 300 % 251)}));
+    }
+}
+
+TEST(DirectStorage, IsNotTakenInByAnEndThatIsCutAgain) {
+    // Both end in the same block: whoever comes second must not believe that the file reaches to the end of it.
+    for (unsigned round = 0; round < 200; ++round) {
+        const auto storage = slow_direct_memory();
+        std::latch start(2);
+        std::vector<std::jthread> workers;
+        for (const std::uint64_t end : {100, 300}) {
+            workers.emplace_back([&, end] {
+                start.arrive_and_wait();
+                must(storage->write({end - 100}, repeated(100, static_cast<std::uint8_t>(end % 251))));
+            });
+        }
+        workers.clear();
+        ASSERT_EQ(must(storage->size()), 300U);
     }
 }
 
