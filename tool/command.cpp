@@ -53,7 +53,8 @@ void print_json(const Json& json) { fmt::print("{}\n", json.dump(2, ' ', false, 
 
 std::unique_ptr<CLI::App> make_app(int& status) {
     auto made = std::make_unique<CLI::App>(
-        "qcow looks into, verifies, converts and serves disk images: qcow2 (versions 2 and 3), qcow and raw.", "qcow");
+        "qcow looks into, verifies, converts, changes and serves disk images: qcow2 (versions 2 and 3), qcow and raw.",
+        "qcow");
     auto& app = *made;
     app.set_version_flag("-V,--version", "qcow " QCOW_VERSION);
     app.set_help_flag("-h,--help", "Show this help; after a command, the help of that command");
@@ -66,8 +67,9 @@ std::unique_ptr<CLI::App> make_app(int& status) {
         "  qcow check disk.qcow2               is it sound?\n"
         "  qcow convert disk.qcow2 disk.raw    get the contents out");
 
-    for (const Declare declare_command : {declare_info, declare_map, declare_check, declare_create, declare_convert,
-                                          declare_read, declare_snapshot, declare_serve}) {
+    for (const Declare declare_command :
+         {declare_info, declare_map, declare_check, declare_create, declare_convert, declare_read, declare_write,
+          declare_zero, declare_discard, declare_resize, declare_snapshot, declare_serve}) {
         declare_command(app, status);
     }
     return made;
@@ -85,14 +87,24 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
     return app;
 }
 
+namespace {
+
+void add_format_option(CLI::App& app, std::string& format) {
+    app.add_option("-f,--format", format, "Its format, instead of looking at its first bytes")
+        ->check(CLI::IsMember({"raw", "qcow", "qcow2"}));
+}
+
+void warn(const std::string& message) { complain("warning: " + message); }
+
+}  // namespace
+
 void add_source_options(CLI::App& app, Source& source) {
     app.add_option("IMAGE", source.path, "The image: a file or block device")->required();
     add_open_options(app, source);
 }
 
 void add_open_options(CLI::App& app, Source& source) {
-    app.add_option("-f,--format", source.format, "Its format, instead of looking at its first bytes")
-        ->check(CLI::IsMember({"raw", "qcow", "qcow2"}));
+    add_format_option(app, source.format);
     app.add_flag("-U,--force-share", source.force_share,
                  "Read although another process may be writing it; what is seen may be inconsistent");
     app.add_flag("--no-backing", source.no_backing, "Refuse to open backing and data files that the image names");
@@ -102,7 +114,7 @@ qcow::OpenOptions open_options(const Source& source) {
     qcow::OpenOptions options;
     options.format = qcow::format_from_name(source.format);
     options.gate = source.no_backing ? qcow::no_files() : qcow::local_files(source.force_share);
-    options.warn = [](const std::string& message) { complain("warning: " + message); };
+    options.warn = warn;
     return options;
 }
 
@@ -117,6 +129,52 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, boo
 qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source) {
     if (source.snapshot.empty()) return image;
     return image->snapshot(source.snapshot);
+}
+
+void add_target_options(CLI::App& app, Target& target) {
+    app.add_option("IMAGE", target.path, "The image: a file or block device")->required();
+    add_format_option(app, target.format);
+    add_cache_option(app, target.cache);
+}
+
+CLI::Option* add_cache_option(CLI::App& app, std::string& cache) {
+    return app
+        .add_option(
+            "--cache", cache,
+            "writeback: written to the disk at the end; writethrough: at once, again and again; none: past the\n"
+            "system's cache; unsafe: when the system likes")
+        ->check(CLI::IsMember({"writeback", "writethrough", "none", "unsafe"}))
+        ->capture_default_str();
+}
+
+qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target) {
+    const bool direct = target.cache == "none";
+    auto storage = qcow::open_file(target.path, {.writable = true, .direct = direct});
+    if (!storage) return std::unexpected(std::move(storage).error());
+    qcow::OpenOptions options;
+    options.writable = true;
+    if (target.cache == "writethrough") options.write.cache = qcow::CacheMode::writethrough;
+    if (target.cache == "unsafe") options.write.cache = qcow::CacheMode::unsafe;
+    options.format = qcow::format_from_name(target.format);
+    options.gate = qcow::local_files(false, direct);
+    options.warn = warn;
+    return qcow::open_image(*std::move(storage), options);
+}
+
+qcow::Result<int> change(const Target& target, const std::function<qcow::Result<void>(qcow::Image&)>& work) {
+    auto image = open_target(target);
+    if (!image) return std::unexpected(std::move(image).error());
+    if (auto done = work(**image); !done) return std::unexpected(std::move(done).error());
+    if (auto closed = (*image)->close(); !closed) return std::unexpected(std::move(closed).error());
+    return ok;
+}
+
+qcow::Result<void> verify_range(const qcow::Disk& disk, const std::string& path, std::uint64_t at,
+                                std::uint64_t length) {
+    if (at <= disk.size() && length <= disk.size() - at) return {};
+    return std::unexpected(
+        qcow::Error{qcow::Errc::invalid_argument, path,
+                    fmt::format("{} bytes at {} reach past the end of the disk ({} bytes)", length, at, disk.size())});
 }
 
 }  // namespace tool

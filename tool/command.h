@@ -30,6 +30,10 @@ void declare_create(CLI::App& root, int& status);
 void declare_read(CLI::App& root, int& status);
 void declare_serve(CLI::App& root, int& status);
 void declare_snapshot(CLI::App& root, int& status);
+void declare_write(CLI::App& root, int& status);
+void declare_zero(CLI::App& root, int& status);
+void declare_discard(CLI::App& root, int& status);
+void declare_resize(CLI::App& root, int& status);
 
 /// The whole command line. Running a command puts the exit status into `status`.
 std::unique_ptr<CLI::App> make_app(int& status);
@@ -61,6 +65,29 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, boo
 
 /// The disk to read: the image itself, or the snapshot that was asked for.
 qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source);
+
+/// How an image that is changed is opened.
+struct Target {
+    std::string path;
+    std::string format;  // empty: probed
+    std::string cache = "writeback";
+};
+
+/// The positional IMAGE and the options that all writers have.
+void add_target_options(CLI::App& app, Target& target);
+
+/// When writes reach the disk: an option of those that change an image.
+CLI::Option* add_cache_option(CLI::App& app, std::string& cache);
+
+/// Opens the image for writing, with all that it names.
+qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target);
+
+/// Opens the image for writing, does `work` on it, and closes it. Gives the exit status.
+qcow::Result<int> change(const Target& target, const std::function<qcow::Result<void>(qcow::Image&)>& work);
+
+/// Refuses a range that reaches past the end of the disk. `path` names it in the message.
+qcow::Result<void> verify_range(const qcow::Disk& disk, const std::string& path, std::uint64_t at,
+                                std::uint64_t length);
 
 /// Prints to standard error, as "qcow: ...".
 void complain(const std::string& message);

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <span>
 
@@ -19,7 +20,10 @@ struct Options {
     Source source;                   // how each of them is opened
     std::vector<std::string> paths;  // of the sources, and then the target's
     std::string target;
-    std::string target_format = "raw";
+    std::string target_format;  // empty: raw, or for a target that exists whatever it is
+    bool existing = false;
+    bool target_is_zero = false;
+    std::string cache = "writeback";
     NewImageArguments image;
     std::string sparse = "4k";
     std::optional<int> level;
@@ -94,7 +98,13 @@ qcow::Result<void> verify_target_is_not_read(const std::shared_ptr<qcow::Image>&
     return {};
 }
 
-qcow::Result<std::shared_ptr<qcow::Disk>> open_sources(const Options& options) {
+/// What is converted, as one disk, and the images that it is part of.
+struct Sources {
+    std::shared_ptr<qcow::Disk> disk;
+    std::vector<std::shared_ptr<qcow::Image>> images;
+};
+
+qcow::Result<Sources> open_sources(const Options& options) {
     const auto paths = std::span(options.paths).first(options.paths.size() - 1);
     if (paths.empty()) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "TARGET", "it is required"});
@@ -103,6 +113,7 @@ qcow::Result<std::shared_ptr<qcow::Disk>> open_sources(const Options& options) {
         return std::unexpected(
             qcow::Error{qcow::Errc::invalid_argument, "option --snapshot", "only a single source can have one"});
     }
+    Sources sources;
     std::vector<std::shared_ptr<qcow::Disk>> disks;
     for (const auto& path : paths) {
         Source source = options.source;
@@ -113,19 +124,68 @@ qcow::Result<std::shared_ptr<qcow::Disk>> open_sources(const Options& options) {
             return std::unexpected(std::move(verified).error());
         }
         auto disk = disk_of(*image, source);
-        if (!disk) return disk;
+        if (!disk) return std::unexpected(std::move(disk).error());
         disks.push_back(*std::move(disk));
+        sources.images.push_back(*std::move(image));
     }
-    return disks.size() == 1 ? disks[0] : qcow::concatenate(std::move(disks));
+    qcow::Result<std::shared_ptr<qcow::Disk>> joined =
+        disks.size() == 1 ? disks[0] : qcow::concatenate(std::move(disks));
+    if (!joined) return std::unexpected(std::move(joined).error());
+    sources.disk = *std::move(joined);
+    return sources;
+}
+
+/// Overwrites an image that is there, of whatever format.
+qcow::Result<void> into_existing(const Sources& sources, const Options& options) {
+    auto& source = *sources.disk;
+    const auto refuse = [&](std::string what) {
+        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, options.target, std::move(what)});
+    };
+    if (!options.image.options.empty() || !options.image.backing.empty())
+        return refuse("with -n it is there already, and stays as it was made: no -o, no -B");
+    auto target = open_target({options.target, options.target_format, options.cache});
+    if (!target) return std::unexpected(std::move(target).error());
+    auto info = (*target)->info();
+    if (!info) return std::unexpected(std::move(info).error());
+    if (info->data_file) {
+        for (const auto& image : sources.images) {
+            if (auto verified = verify_target_is_not_read(image, info->data_file->path); !verified) return verified;
+        }
+    }
+    if ((*target)->size() < source.size()) {
+        return refuse(
+            fmt::format("the disk has {} bytes, and the source {}; see qcow resize", (*target)->size(), source.size()));
+    }
+    if (options.compress && (*target)->format() != qcow::Format::qcow2)
+        return refuse("only qcow2 images have compressed clusters");
+    Progress progress("converting", options.progress);
+    qcow::CopyOptions copy;
+    copy.workers = options.workers;
+    copy.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
+    copy.target_is_zero = options.target_is_zero;
+    // Zeros in a part of a cluster would be written anyway.
+    copy.sparse_bytes = parse_size(options.sparse);
+    if (copy.sparse_bytes != 0) copy.sparse_bytes = std::max(copy.sparse_bytes, (*target)->block_size());
+    auto copied = options.compress ? qcow::copy_compressed(source, **target, copy, options.level)
+                                   : qcow::copy_disk(source, **target, copy);
+    if (!copied) return copied;
+    return (*target)->close();
 }
 
 qcow::Result<int> run(const Options& options) {
-    auto source = open_sources(options);
-    if (!source) return std::unexpected(std::move(source).error());
+    auto sources = open_sources(options);
+    if (!sources) return std::unexpected(std::move(sources).error());
+    if (options.existing) {
+        auto converted = into_existing(*sources, options);
+        if (!converted) return std::unexpected(std::move(converted).error());
+        return ok;
+    }
+    const auto& source = sources->disk;
 
     const bool qcow2_wanted =
         options.compress || options.level || !options.image.options.empty() || !options.image.backing.empty();
-    if (options.target_format == "raw" && qcow2_wanted) {
+    const bool raw = options.target_format.empty() || options.target_format == "raw";
+    if (raw && qcow2_wanted) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "target format",
                                            "raw has no options and no compression; say -O qcow2"});
     }
@@ -136,8 +196,8 @@ qcow::Result<int> run(const Options& options) {
         qcow::CopyOptions copy;
         copy.workers = options.workers;
         copy.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
-        const auto convert = options.target_format == "raw" ? to_raw : to_qcow2;
-        if (auto converted = convert(**source, *file, options, copy); !converted) {
+        const auto convert = raw ? to_raw : to_qcow2;
+        if (auto converted = convert(*source, *file, options, copy); !converted) {
             return std::unexpected(std::move(converted).error());
         }
     }
@@ -165,6 +225,7 @@ void declare_convert(CLI::App& root, int& status) {
             "  qcow convert -O qcow2 -c disk.raw disk.qcow2         compressed\n"
             "  qcow convert -O qcow2 -c -o compression_type=zstd disk.raw disk.qcow2\n"
             "  qcow convert -O qcow2 -B base.qcow2 -F qcow2 disk.raw overlay.qcow2    what differs from base\n"
+            "  qcow convert -n disk.raw disk.qcow2                  into an image that is there\n"
             "  qcow convert part1.raw part2.raw whole.raw            one behind the other\n"
             "  qcow convert -l before-upgrade disk.qcow2 old.raw    one internal snapshot",
         [options] { return run(*options); });
@@ -177,9 +238,9 @@ void declare_convert(CLI::App& root, int& status) {
         ->option_text("... TARGET")
         ->each([options](const std::string& path) { options->target = path; });
     add_open_options(app, options->source);
-    app.add_option("-O,--target-format", options->target_format, "Format of the target")
-        ->check(CLI::IsMember({"raw", "qcow2"}))
-        ->capture_default_str();
+    app.add_option("-O,--target-format", options->target_format,
+                   "Format of the target: raw unless said; with -n: told from its first bytes")
+        ->check(CLI::IsMember({"raw", "qcow2"}));
     app.add_option("-l,--snapshot", options->source.snapshot, "Convert this internal snapshot (id or name)");
     app.add_flag("-c,--compress", options->compress, "Compress");
     app.add_option("--level", options->level, "Compression level: 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd");
@@ -189,9 +250,14 @@ void declare_convert(CLI::App& root, int& status) {
     app.add_option("-F,--backing-format", options->image.backing_format,
                    "The format of the backing file: raw, qcow or qcow2");
     app.add_option("-S,--sparse", options->sparse,
-                   "Raw targets: runs of zeros of at least this size become holes; 0: none do")
+                   "Raw targets, and -n: runs of zeros of at least this size become holes; 0: none do")
         ->check(size_text)
         ->capture_default_str();
+    auto* existing = app.add_flag("-n,--no-create", options->existing,
+                                  "Write into the target, an image that is there already and at least as large");
+    app.add_flag("--target-is-zero", options->target_is_zero, "With -n: it reads as zeros, which need not be written")
+        ->needs(existing);
+    add_cache_option(app, options->cache)->needs(existing);
     app.add_option("-m,--workers", options->workers, "Threads; by default one a processor")->check(CLI::Range(1, 1024));
     app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");
 }

@@ -49,10 +49,8 @@ qcow::Result<int> run(const Options& options) {
     qcow::GuestOffset at{parse_size(options.offset)};
     std::vector<std::byte> buffer(std::min<std::uint64_t>(piece, rest));
     // Refused as a whole, rather than after half of it has been printed.
-    if (at.value > (*disk)->size() || rest > (*disk)->size() - at.value) {
-        return std::unexpected(qcow::Error{
-            qcow::Errc::invalid_argument, options.source.path,
-            fmt::format("{} bytes at {} reach past the end of the disk ({} bytes)", rest, at.value, (*disk)->size())});
+    if (auto fits = verify_range(**disk, options.source.path, at.value, rest); !fits) {
+        return std::unexpected(std::move(fits).error());
     }
     while (rest > 0) {
         const auto part = std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), rest));

@@ -3,11 +3,14 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "qcow/disk.h"
 
 namespace qcow {
+
+class Image;
 
 struct CopyOptions {
     unsigned workers = 0;  ///< threads; 0: one a processor
@@ -20,6 +23,11 @@ struct CopyOptions {
 /// Makes the first source.size() bytes of `target` equal to `source`, in parallel. The
 /// target must be at least as large. Does not flush. Memory: workers x 4 pieces of 256 KiB or a block.
 QCOW_API Result<void> copy_disk(Disk& source, Disk& target, const CopyOptions& options = {});
+
+/// The same for an image that is open for writing, whose clusters become compressed: see Image::write_compressed. A
+/// cluster that the source fills only in part is written as it is.
+QCOW_API Result<void> copy_compressed(Disk& source, Image& target, const CopyOptions& options = {},
+                                      std::optional<int> level = std::nullopt);
 
 /// How one layer of a chain contributes to the disk on top of it.
 struct LayerUsage {

@@ -41,8 +41,9 @@ using Gate = std::function<Result<std::shared_ptr<Storage>>(const FileReference&
 QCOW_API Gate no_files();
 
 /// Opens whatever file or block device is named, as the user of the process: for images that are trusted. Read-only,
-/// unless FileReference::writable asks for more.
-QCOW_API Gate local_files(bool force_share = false);
+/// unless FileReference::writable asks for more. FileOptions say what `force_share` means to files that are read, and
+/// `direct` to those that are written.
+QCOW_API Gate local_files(bool force_share = false, bool direct = false);
 
 /// When writes reach the disk.
 enum class CacheMode : std::uint8_t {

@@ -75,6 +75,11 @@ struct FileOptions {
     bool writable = false;
     /// Open without taking locks, although another process may be writing. Reads may then see half a change.
     bool force_share = false;
+    /// Past the system's cache (O_DIRECT): for disks whose contents would not be used again from there. Requests may
+    /// nevertheless begin and end anywhere, and memory lie anywhere: what is not aligned as the device wants it (in
+    /// general to 512 or 4096 bytes) takes a copy, and a write of part of a block reads the block first. Writes still
+    /// need a flush to survive power loss. Errc::unsupported where the file system has no direct I/O.
+    bool direct = false;
 };
 
 /// Opens a regular file or block device. Takes open-file-description locks in the layout that QEMU uses (permission

@@ -14,11 +14,12 @@ Gate no_files() {
     };
 }
 
-Gate local_files(bool force_share) {
-    return [force_share](const FileReference& reference) {
+Gate local_files(bool force_share, bool direct) {
+    return [=](const FileReference& reference) {
         FileOptions options;
         options.writable = reference.writable;
         options.force_share = force_share && !reference.writable;
+        options.direct = direct && reference.writable;
         return open_file(reference.path, options);
     };
 }

@@ -6,6 +6,7 @@
 #include "base/try.h"
 #include "disk/range.h"
 #include "operation/copier.h"
+#include "qcow/image.h"
 
 namespace qcow {
 namespace {
@@ -69,7 +70,59 @@ private:
     const CopyOptions& options_;
 };
 
+/// An image that exists already as the target of a copy that compresses. Where in the file a cluster comes to lie does
+/// not matter, so whoever has read a piece writes it; the image compresses it on the way.
+class CompressingTarget final : public CopyTarget {
+public:
+    CompressingTarget(Image& image, const CopyOptions& options, std::optional<int> level)
+        : image_(image), options_(options), level_(level) {}
+
+    [[nodiscard]] std::uint64_t block_size() const override { return image_.block_size(); }
+    [[nodiscard]] bool any_order() const override { return true; }
+
+    Result<void> prepare(Piece& piece) const override {
+        piece.runs.push_back({PreparedRun::Kind::data, piece.bytes.size(), piece.bytes});
+        return {};
+    }
+
+    Result<void> write(const Piece& piece) override {
+        GuestOffset at = piece.at;
+        for (std::span<const std::byte> rest = piece.bytes; !rest.empty();) {
+            const auto cluster = rest.first(std::min<std::size_t>(rest.size(), block_size()));
+            TRY_VOID(write_cluster(at, cluster));
+            at += cluster.size();
+            rest = rest.subspan(cluster.size());
+        }
+        return {};
+    }
+
+    Result<void> write_zeroes(GuestOffset at, std::uint64_t length) override {
+        return options_.target_is_zero ? Result<void>() : image_.write_zeroes(at, length);
+    }
+
+    Result<std::uint64_t> copy_from(GuestOffset, const Storage&, HostOffset, std::uint64_t) override {
+        return 0;  // the bytes are to be compressed
+    }
+
+private:
+    Result<void> write_cluster(GuestOffset at, std::span<const std::byte> bytes) {
+        if (is_zero(bytes)) return options_.target_is_zero ? Result<void>() : image_.write_zeroes(at, bytes.size());
+        const bool whole = bytes.size() == block_size() || at.value + bytes.size() == image_.size();
+        return whole ? image_.write_compressed(at, bytes, level_) : image_.write(at, bytes);
+    }
+
+    Image& image_;
+    const CopyOptions& options_;
+    std::optional<int> level_;
+};
+
 }  // namespace
+
+Result<void> copy_compressed(Disk& source, Image& target, const CopyOptions& options, std::optional<int> level) {
+    TRY_VOID(verify_range(target, {0}, source.size()));
+    CompressingTarget compressing(target, options, level);
+    return copy_to(source, compressing, options.workers, options.progress);
+}
 
 Result<void> copy_disk(Disk& source, Disk& target, const CopyOptions& options) {
     TRY_VOID(verify_range(target, {0}, source.size()));

@@ -188,6 +188,8 @@ public:
     }
 
     Result<std::shared_ptr<Image>> open(Neighbours neighbours) override {
+        if (neighbours.write)
+            return fail(Errc::unsupported, "", "images of version 1 cannot be written; convert it to qcow2");
         return std::make_shared<Qcow1Image>(header_, backing_name_, storage_, std::move(neighbours.backing),
                                             neighbours.cache_bytes);
     }

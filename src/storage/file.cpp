@@ -12,10 +12,13 @@
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <optional>
 
 #include "base/bits.h"
 #include "base/try.h"
 #include "qcow/storage.h"
+#include "storage/direct.h"
 #include "storage/file.h"
 #include "storage/file_lock.h"
 
@@ -34,13 +37,14 @@ bool on_server(int fd) {
 
 class FileStorage final : public Storage {
 public:
-    FileStorage(FileDescriptor fd, std::string path, const struct stat& status, bool writable)
+    FileStorage(FileDescriptor fd, std::string path, const struct stat& status, bool writable, std::uint64_t block)
         : fd_(std::move(fd)),
           path_(std::move(path)),
           identity_(S_ISBLK(status.st_mode) ? fmt::format("device:{}", status.st_rdev)
                                             : fmt::format("file:{}:{}", status.st_dev, status.st_ino)),
           block_device_(S_ISBLK(status.st_mode)),
-          writable_(writable) {}
+          writable_(writable),
+          block_(block) {}
 
     [[nodiscard]] const std::string& name() const override { return path_; }
     [[nodiscard]] std::string identity() const override { return identity_; }
@@ -68,8 +72,9 @@ public:
             if (n < 0 && errno == EINTR) continue;
             if (n < 0)
                 return system_error(fmt::format("cannot read {} bytes at {:#x}", to.size(), at.value), path_, errno);
-            if (n == 0) break;
             done += static_cast<std::size_t>(n);
+            // Direct I/O that gives part of a block has met the end, and may not be asked for the rest of it.
+            if (n == 0 || !is_aligned(static_cast<std::uint64_t>(n), block_)) break;
         }
         std::ranges::fill(to.subspan(done), std::byte{0});
         return done;
@@ -131,14 +136,15 @@ public:
         if (at.value >= end) return Run{false, limit};
         const auto from = static_cast<off_t>(at.value);
         const auto clip = [&](std::uint64_t run_end) { return std::min(limit, run_end - at.value); };
+        if (const std::uint64_t data_end = remembered_data(at.value); data_end != 0) return Run{true, clip(data_end)};
         const off_t data = lseek(fd_.get(), from, SEEK_DATA);
         if (data < 0 && errno == ENXIO) return Run{false, clip(end)};
         if (data < 0) return Run{true, clip(end)};  // holes cannot be told here
         if (data > from) return Run{false, clip(static_cast<std::uint64_t>(data))};
-        // Where the next hole is may take long to find (tmpfs looks at each page): not worth it for so little.
-        if (limit <= 64 * KiB) return Run{true, clip(end)};
         const off_t hole = lseek(fd_.get(), from, SEEK_HOLE);
-        return Run{true, clip(hole <= from ? end : static_cast<std::uint64_t>(hole))};
+        const std::uint64_t data_end = hole <= from ? end : static_cast<std::uint64_t>(hole);
+        remember_data(at.value, data_end);
+        return Run{true, clip(data_end)};
     }
 
     Result<std::uint64_t> copy_from(const Storage& source, HostOffset from, HostOffset to,
@@ -146,6 +152,23 @@ public:
 
 private:
     static constexpr auto max_offset = static_cast<std::uint64_t>(std::numeric_limits<off_t>::max());
+
+    // Where the next hole is may take long to find: tmpfs looks at each page. Of a file that is only read, the last
+    // answer is kept; that a hole has become data, or data a hole, may always be missed.
+
+    void remember_data(std::uint64_t begin, std::uint64_t end) const {
+        if (writable_) return;
+        const std::lock_guard lock(data_mutex_);
+        data_begin_ = begin;
+        data_end_ = end;
+    }
+
+    /// The end of the data that `at` is known to lie in; 0: not known.
+    [[nodiscard]] std::uint64_t remembered_data(std::uint64_t at) const {
+        if (writable_) return 0;
+        const std::lock_guard lock(data_mutex_);
+        return at >= data_begin_ && at < data_end_ ? data_end_ : 0;
+    }
 
     [[nodiscard]] Result<struct stat> status() const {
         struct stat result = {};
@@ -159,7 +182,7 @@ private:
     }
 
     Result<void> write_zero_bytes(HostOffset at, std::uint64_t length) {
-        static constexpr std::array<std::byte, 64 * KiB> zeros = {};
+        alignas(4096) static constexpr std::array<std::byte, 64 * KiB> zeros = {};
         while (length > 0) {
             const auto piece = std::min<std::uint64_t>(length, zeros.size());
             TRY_VOID(write(at, std::span(zeros).first(piece)));
@@ -174,6 +197,10 @@ private:
     std::string identity_;
     bool block_device_;
     bool writable_;
+    std::uint64_t block_;  // that direct I/O goes by; else 1
+    mutable std::mutex data_mutex_;
+    mutable std::uint64_t data_begin_ = 0;
+    mutable std::uint64_t data_end_ = 0;
 };
 
 Result<std::uint64_t> FileStorage::copy_from(const Storage& source, HostOffset from, HostOffset to,
@@ -197,6 +224,21 @@ Result<std::uint64_t> FileStorage::copy_from(const Storage& source, HostOffset f
     return done;
 }
 
+/// What the system says that direct I/O on the file must go by; what suffices anywhere, where it does not say. Nothing:
+/// there is no direct I/O.
+std::optional<DirectAlignment> direct_alignment(int fd) {
+    struct statx status = {};
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) != 0 || (status.stx_mask & STATX_DIOALIGN) == 0)
+        return DirectAlignment{};
+    if (status.stx_dio_offset_align == 0) return std::nullopt;
+    return DirectAlignment{status.stx_dio_offset_align, status.stx_dio_mem_align};
+}
+
+std::unexpected<Error> no_direct(const std::string& path) {
+    return fail(Errc::unsupported, path,
+                "its file system has no direct I/O (O_DIRECT); it can only be used through the system's cache");
+}
+
 }  // namespace
 
 std::unexpected<Error> system_error(std::string_view action, const std::string& path, int error) {
@@ -217,15 +259,21 @@ std::unexpected<Error> system_error(std::string_view action, const std::string& 
     return fail(code, path, fmt::format("{}: {}", action, std::strerror(error)));
 }
 
-Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::string& path, bool writable, bool lock) {
+Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::string& path, const FileOptions& options) {
     struct stat status = {};
     if (fstat(fd.get(), &status) != 0) return system_error("cannot open", path, errno);
     if (S_ISDIR(status.st_mode)) return fail(Errc::invalid_argument, path, "is a directory, not an image");
     if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) {
         return fail(Errc::invalid_argument, path, "is neither a regular file nor a block device");
     }
-    if (lock) TRY_VOID(lock_file(fd.get(), path, writable));
-    return std::make_shared<FileStorage>(std::move(fd), path, status, writable);
+    if (!options.force_share) TRY_VOID(lock_file(fd.get(), path, options.writable));
+    const auto storage = [&](std::uint64_t block) {
+        return std::make_shared<FileStorage>(std::move(fd), path, status, options.writable, block);
+    };
+    if (!options.direct) return storage(1);
+    const auto alignment = direct_alignment(fd.get());
+    if (!alignment) return no_direct(path);
+    return direct_storage(storage(alignment->block), *alignment);
 }
 
 Result<void> Storage::allocate(HostOffset at, std::uint64_t length) {
@@ -236,9 +284,11 @@ Result<std::uint64_t> Storage::copy_from(const Storage&, HostOffset, HostOffset,
 
 Result<std::shared_ptr<Storage>> open_file(const std::string& path, const FileOptions& options) {
     // O_NONBLOCK: a FIFO is to be refused, not waited for.
-    FileDescriptor fd(open(path.c_str(), (options.writable ? O_RDWR : O_RDONLY) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+    const int flags = (options.writable ? O_RDWR : O_RDONLY) | (options.direct ? O_DIRECT : 0);
+    FileDescriptor fd(open(path.c_str(), flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+    if (fd.get() < 0 && errno == EINVAL && options.direct) return no_direct(path);
     if (fd.get() < 0) return system_error("cannot open", path, errno);
-    return file_storage(std::move(fd), path, options.writable, !options.force_share);
+    return file_storage(std::move(fd), path, options);
 }
 
 }  // namespace qcow

@@ -33,7 +33,8 @@ private:
 /// "path: action: what the system says", with the code that `error` (an errno) amounts to.
 std::unexpected<Error> system_error(std::string_view action, const std::string& path, int error);
 
-/// A Storage on an open file, which must be a regular file or a block device. `path` names it in messages.
-Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::string& path, bool writable, bool lock);
+/// A Storage on a file that was opened as the options say, which must be a regular file or a block device. `path` names
+/// it in messages.
+Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::string& path, const FileOptions& options);
 
 }  // namespace qcow

@@ -90,7 +90,7 @@ Result<NewFile> NewFile::begin(const std::string& path) {
     state.fd.reset(fd);
     FileDescriptor copy(fcntl(fd, F_DUPFD_CLOEXEC, 0));
     if (copy.get() < 0) return system_error("cannot create", path, errno);
-    state.storage = TRY(file_storage(std::move(copy), path, true, true));
+    state.storage = TRY(file_storage(std::move(copy), path, {.writable = true}));
     return file;
 }
 

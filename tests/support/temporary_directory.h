@@ -17,8 +17,10 @@ namespace qcow::test {
 /// Empty at first; removed with everything in it when the test is done.
 class TemporaryDirectory {
 public:
-    TemporaryDirectory() {
-        std::string pattern = (parent() / "qcow-test-XXXXXX").string();
+    TemporaryDirectory() : TemporaryDirectory(usual_parent()) {}
+
+    explicit TemporaryDirectory(const std::filesystem::path& parent) {
+        std::string pattern = (parent / "qcow-test-XXXXXX").string();
         if (mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("cannot make a temporary directory");
         path_ = pattern;
     }
@@ -43,7 +45,7 @@ public:
 
 private:
     /// In memory, where there is a place: the peers flush each image that they make to the disk.
-    static std::filesystem::path parent() {
+    static std::filesystem::path usual_parent() {
         const std::filesystem::path memory = "/dev/shm";
         if (std::getenv("TMPDIR") == nullptr && access(memory.c_str(), W_OK) == 0) return memory;
         return std::filesystem::temp_directory_path();
@@ -51,6 +53,9 @@ private:
 
     std::filesystem::path path_;
 };
+
+/// Where direct I/O works in general: not in memory.
+inline constexpr const char* on_a_disk = "/var/tmp";
 
 inline void write_file(const std::string& path, std::string_view contents) {
     std::ofstream(path, std::ios::binary) << contents;

@@ -1,14 +1,8 @@
 // The command line as its users meet it: output, messages, exit statuses, files made and files left alone.
 
-#include <gmock/gmock.h>
-#include <gtest/gtest.h>
+#include "tool/tool_fixture.h"
 
 #include <nlohmann/json.hpp>
-#include <set>
-
-#include "support/disks.h"
-#include "support/qemu.h"
-#include "support/temporary_directory.h"
 
 namespace qcow::test {
 namespace {
@@ -17,62 +11,6 @@ using nlohmann::json;
 using testing::AllOf;
 using testing::HasSubstr;
 using testing::StartsWith;
-
-class ToolTest : public testing::Test {
-protected:
-    void SetUp() override {
-        must_qemu_img({"create", "-q", "-f", "qcow2", "base.qcow2", "4M"}, directory_.path());
-        must_qemu_io("base.qcow2", "qcow2", {"write -q -P 65 0 100k", "write -q -c -P 66 1M 64k"}, directory_.path());
-        must_qemu_img({"snapshot", "-c", "before", "base.qcow2"}, directory_.path());
-        must_qemu_io("base.qcow2", "qcow2", {"write -q -P 67 0 64k"}, directory_.path());
-        must_qemu_img({"create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2"},
-                      directory_.path());
-        must_qemu_io("top.qcow2", "qcow2", {"write -q -P 68 2M 64k"}, directory_.path());
-    }
-
-    [[nodiscard]] Finished tool(Arguments arguments) const {
-        arguments.insert(arguments.begin(), QCOW_TOOL);
-        return run(arguments, directory_.path());
-    }
-
-    Finished must_tool(const Arguments& arguments) const {
-        auto finished = tool(arguments);
-        EXPECT_EQ(finished.status, 0) << finished.text();
-        EXPECT_EQ(finished.err, "") << finished.text();
-        return finished;
-    }
-
-    /// Failure: status 1, nothing on standard output, one line that says why.
-    void expect_refusal(const Arguments& arguments, const testing::Matcher<std::string>& message) const {
-        const auto finished = tool(arguments);
-        EXPECT_EQ(finished.status, 1) << finished.text();
-        EXPECT_EQ(finished.out, "") << finished.text();
-        EXPECT_THAT(finished.err, AllOf(StartsWith("qcow: "), message)) << finished.text();
-        EXPECT_EQ(std::ranges::count(finished.err, '\n'), 1) << finished.text();
-    }
-
-    [[nodiscard]] std::set<std::string> files() const {
-        std::set<std::string> names;
-        for (const auto& entry : std::filesystem::directory_iterator(directory_.path()))
-            names.insert(entry.path().filename().string());
-        return names;
-    }
-
-    [[nodiscard]] std::string bytes_of(const std::string& name) const { return file_bytes(directory_.file(name)); }
-
-    void corrupt_l2_entry() const {
-        auto bytes = bytes_of("base.qcow2");
-        const auto number = [&](std::size_t at) {
-            std::uint64_t value = 0;
-            for (int i = 0; i < 8; ++i) value = value << 8 | static_cast<unsigned char>(bytes[at + i]);
-            return value & 0x00ff'ffff'ffff'fe00;
-        };
-        bytes[number(number(40)) + 6] = 2;  // the first entry's offset: no longer a multiple of the cluster size
-        put_file(directory_.file("base.qcow2"), bytes);
-    }
-
-    TemporaryDirectory directory_;
-};
 
 TEST_F(ToolTest, InfoAsText) {
     const auto info = must_tool({"info", "top.qcow2"});
@@ -445,7 +383,8 @@ TEST_F(ToolTest, Progress) {
 
 TEST_F(ToolTest, Help) {
     EXPECT_THAT(must_tool({"--help"}).out, AllOf(HasSubstr("convert"), HasSubstr("Exit status")));
-    for (const std::string command : {"info", "map", "check", "convert", "read", "snapshot"}) {
+    for (const std::string command :
+         {"info", "map", "check", "convert", "create", "read", "write", "zero", "discard", "resize", "snapshot"}) {
         const auto help = must_tool({command, "--help"});
         EXPECT_THAT(help.out, AllOf(HasSubstr("Usage: qcow " + command), HasSubstr("Example"))) << command;
         EXPECT_EQ(must_tool({command, "-h"}).out, help.out);

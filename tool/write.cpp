@@ -1,0 +1,80 @@
+// qcow write: standard input to guest bytes.
+
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <vector>
+
+#include "command.h"
+
+namespace tool {
+namespace {
+
+struct Options {
+    Target target;
+    std::string offset;
+};
+
+qcow::Result<std::size_t> read_input(std::span<std::byte> to) {
+    std::size_t done = 0;
+    while (done < to.size()) {
+        const auto n = ::read(STDIN_FILENO, to.data() + done, to.size() - done);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return std::unexpected(qcow::Error{qcow::Errc::io, "standard input", std::strerror(errno)});
+        if (n == 0) break;
+        done += static_cast<std::size_t>(n);
+    }
+    return done;
+}
+
+/// What is left to read, where that can be known: a file's, not a pipe's.
+std::optional<std::uint64_t> input_length() {
+    struct stat status = {};
+    if (fstat(STDIN_FILENO, &status) != 0 || !S_ISREG(status.st_mode)) return std::nullopt;
+    const auto at = lseek(STDIN_FILENO, 0, SEEK_CUR);
+    if (at < 0) return std::nullopt;
+    return static_cast<std::uint64_t>(std::max<off_t>(0, status.st_size - at));
+}
+
+qcow::Result<void> write_input(qcow::Image& image, const Options& options) {
+    const std::uint64_t begin = parse_size(options.offset);
+    if (auto fits = verify_range(image, options.target.path, begin, input_length().value_or(0)); !fits) return fits;
+    std::vector<std::byte> buffer(std::size_t{1} << 20);
+    for (qcow::GuestOffset at{begin};;) {
+        const auto length = read_input(buffer);
+        if (!length) return std::unexpected(length.error());
+        if (*length > image.size() - at.value) {
+            return std::unexpected(qcow::Error{
+                qcow::Errc::invalid_argument, options.target.path,
+                fmt::format("standard input reaches past the end of the disk ({} bytes); {} bytes have been written",
+                            image.size(), at.value - begin)});
+        }
+        if (*length == 0) return {};
+        if (auto done = image.write(at, std::span(buffer).first(*length)); !done) return done;
+        at += *length;
+    }
+}
+
+}  // namespace
+
+void declare_write(CLI::App& root, int& status) {
+    const auto options = std::make_shared<Options>();
+    auto& app = declare(
+        root, status, "write", "Write guest bytes",
+        "The bytes come from standard input, to its end. What would reach past the end of the disk is refused:\n"
+        "a file before anything is written, a pipe when its bytes no longer fit.\n"
+        "Examples:\n"
+        "  qcow write disk.qcow2 0 < boot-sector\n"
+        "  qcow read old.qcow2 1M 100M | qcow write new.qcow2 1M",
+        [options] {
+            return change(options->target, [&](qcow::Image& image) { return write_input(image, *options); });
+        });
+    add_target_options(app, options->target);
+    app.add_option("OFFSET", options->offset, "Where to begin, in the virtual disk")->required()->check(size_text);
+}
+
+}  // namespace tool
