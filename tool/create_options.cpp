@@ -55,9 +55,10 @@ qcow::Result<void> set_option(CreateOptions& o, std::string_view name, const std
     }
     if (name == "lazy_refcounts") return set_switch(o.lazy_refcounts, name, value);
     if (name == "extended_l2") return set_switch(o.extended_l2, name, value);
-    if (name == "compression_type")
+    if (name == "compression_type") {
         return set_word(o.compression, name, value,
                         {{"zlib", qcow::Compression::zlib}, {"zstd", qcow::Compression::zstd}}, "zlib or zstd");
+    }
     if (name == "preallocation") {
         using enum qcow::Preallocation;
         return set_word(o.preallocation, name, value,
