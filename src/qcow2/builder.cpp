@@ -34,10 +34,9 @@ Result<std::unique_ptr<Builder>> Builder::begin(const NewImageFiles& files, cons
     return std::unique_ptr<Builder>(new Builder(files, options, convert, std::move(header)));
 }
 
-Builder::Builder(const NewImageFiles& files, const CreateOptions& options, const ConvertOptions& convert,
-                 format::Header header)
-    : files_(files),
-      convert_(convert),
+Builder::Builder(NewImageFiles files, const CreateOptions& options, ConvertOptions convert, format::Header header)
+    : files_(std::move(files)),
+      convert_(std::move(convert)),
       preallocation_(options.preallocation),
       header_(std::move(header)),
       geometry_(header_),

@@ -36,8 +36,7 @@ public:
     Result<void> finish();
 
 private:
-    Builder(const NewImageFiles& files, const CreateOptions& options, const ConvertOptions& convert,
-            format::Header header);
+    Builder(NewImageFiles files, const CreateOptions& options, ConvertOptions convert, format::Header header);
 
     void prepare_cluster(Piece& piece, std::size_t begin, codec::Compressor* compressor,
                          std::span<const std::byte> backing) const;

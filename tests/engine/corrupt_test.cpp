@@ -1,0 +1,109 @@
+// Images whose tables lead writes to where metadata lie.
+
+#include <gtest/gtest.h>
+
+#include "base/bits.h"
+#include "base/endian.h"
+#include "qcow/create.h"
+#include "support/bytes.h"
+#include "support/disks.h"
+
+namespace qcow::test {
+namespace {
+
+class CorruptTest : public testing::Test {
+protected:
+    CorruptTest() {
+        CreateOptions options;
+        options.size = 16 * MiB;
+        value_of(create_image({storage_, nullptr}, options));
+        const auto image = value_of(open(true));
+        value_of(image->write({0}, block_));
+        value_of(image->close());
+    }
+
+    Result<std::shared_ptr<Image>> open(bool writable) {
+        return open_image(storage_, {.writable = writable, .format = Format::qcow2});
+    }
+
+    std::uint64_t word_at(std::uint64_t at) {
+        std::array<std::byte, 8> bytes;
+        value_of(storage_->read({at}, bytes));
+        return load_be<std::uint64_t>(bytes, 0);
+    }
+
+    void put_word(std::uint64_t at, std::uint64_t word) {
+        std::array<std::byte, 8> bytes;
+        store_be(bytes, 0, word);
+        value_of(storage_->write({at}, bytes));
+    }
+
+    std::uint64_t refcount_table() { return word_at(48); }
+    std::uint64_t refcount_block() { return word_at(refcount_table()); }
+    std::uint64_t l2_table() { return word_at(word_at(40)) & ~(std::uint64_t{1} << 63); }
+
+    Bytes contents() {
+        Bytes bytes(value_of(storage_->size()));
+        value_of(storage_->read({0}, bytes));
+        return bytes;
+    }
+
+    /// Nothing but the feature bits in the header may differ from before.
+    void expect_only_the_mark(Bytes before) {
+        auto now = contents();
+        const auto features = std::span(now).subspan(72, 8);
+        EXPECT_EQ(load_be<std::uint64_t>(features, 0) & 2, 2U) << "the corrupt bit";
+        std::ranges::copy(std::span(before).subspan(72, 8), features.begin());
+        now.resize(before.size());  // a run that was being reserved may lie behind the end
+        EXPECT_TRUE(now == before);
+    }
+
+    void expect_refused(const Result<void>& result) {
+        ASSERT_FALSE(result);
+        EXPECT_EQ(result.error().code, Errc::corrupt) << result.error().message();
+    }
+
+    const Bytes block_ = Bytes(64 * KiB, std::byte{0x77});
+    std::shared_ptr<Storage> storage_ = memory_storage();
+};
+
+TEST_F(CorruptTest, DataThatLieInMetadataAreNotWritten) {
+    for (const auto target : {std::uint64_t{0}, refcount_table(), refcount_block(), l2_table()}) {
+        put_word(l2_table(), target | std::uint64_t{1} << 63);
+        if (target == 0) continue;  // offset 0 means that there is no place
+        const auto before = contents();
+        const auto image = value_of(open(true));
+        expect_refused(image->write({4096}, std::span(block_).first(512)));
+        expect_refused(image->write({1 * MiB}, block_));
+        expect_refused(image->flush());
+        expect_only_the_mark(before);
+        const auto again = open(true);
+        ASSERT_FALSE(again);
+        EXPECT_EQ(again.error().code, Errc::corrupt);
+        EXPECT_TRUE(value_of(value_of(open(false))->info()).corrupt);
+        value_of(storage_->write({72}, std::span(before).subspan(72, 8)));
+    }
+}
+
+TEST_F(CorruptTest, MetadataInFreeClustersAreNotHandedOut) {
+    const auto cluster = l2_table() / (64 * KiB);
+    std::array<std::byte, 2> zero = {};
+    value_of(storage_->write({refcount_block() + cluster * 2}, zero));
+    const auto before = contents();
+    const auto image = value_of(open(true));
+    expect_refused(image->write({1 * MiB}, block_));
+    expect_only_the_mark(before);
+}
+
+TEST_F(CorruptTest, TablesThatOverlapAreNotOpenedForWriting) {
+    put_word(word_at(40), refcount_block() | std::uint64_t{1} << 63);
+    const auto before = contents();
+    const auto image = open(true);
+    ASSERT_FALSE(image);
+    EXPECT_EQ(image.error().code, Errc::corrupt);
+    EXPECT_NE(image.error().message().find("overlap"), std::string::npos) << image.error().message();
+    EXPECT_TRUE(contents() == before);
+}
+
+}  // namespace
+}  // namespace qcow::test
