@@ -39,7 +39,7 @@ bench: ## Measure against qemu-img, qemu-nbd, nbdkit, pread and pwrite
 	@scripts/install-dependencies build test bench
 	@cmake --preset bench >/dev/null
 	@cmake --build --preset bench -j $(JOBS) --target qcow engine_bench
-	@bench/run --qcow build/release/qcow
+	@bench/run --qcow build/release/qcow --keep
 	@build/release/bench/engine_bench --benchmark_repetitions=5 --benchmark_report_aggregates_only
 	@bench/serve --qcow build/release/qcow
 

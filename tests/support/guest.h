@@ -12,6 +12,23 @@
 
 namespace qcow::test {
 
+/// The sectors that a discard changes: those of whole blocks. The last block of the disk, where it is a shorter one,
+/// counts as whole or not.
+struct Discarded {
+    std::uint64_t first = 0;
+    std::uint64_t count = 0;
+    std::uint64_t tail_first = 0;
+    std::uint64_t tail_count = 0;
+
+    Discarded(std::uint64_t begin, std::uint64_t length, std::uint64_t block, std::uint64_t sectors) {
+        const auto end = begin + length;
+        first = (begin + block - 1) / block * block;
+        tail_first = end / block * block;
+        count = first < tail_first ? tail_first - first : 0;
+        tail_count = end == sectors && end > tail_first && tail_first >= first ? end - tail_first : 0;
+    }
+};
+
 /// Whole sectors only. May be used by several threads at once, but for resize. What fails may have been done or not.
 class Guest {
 public:
@@ -44,17 +61,11 @@ public:
     }
 
     Result<void> discard(std::uint64_t first, std::uint64_t count) {
-        // Parts of blocks stay as they are; the last block of the disk counts as whole or not.
         const auto block = std::max(image_.block_size() / sector_bytes, std::uint64_t{1});
-        const auto end = first + count;
-        const auto whole_first = (first + block - 1) / block * block;
-        const auto whole_end = end / block * block;
-        const auto tail = end == sectors() && end > whole_end && whole_end >= whole_first ? end - whole_end : 0;
+        const Discarded range(first, count, block, sectors());
         const auto begun = clock_();
-        const bool whole = whole_first < whole_end;
-        const auto changed =
-            model_.begin(whole_first, whole ? whole_end - whole_first : 0, 0, begun, !discards_read_as_zeros_);
-        const auto changed_tail = model_.begin(whole_end, tail, 0, begun, true);
+        const auto changed = model_.begin(range.first, range.count, 0, begun, !discards_read_as_zeros_);
+        const auto changed_tail = model_.begin(range.tail_first, range.tail_count, 0, begun, true);
         auto result = image_.discard(offset(first), count * sector_bytes);
         settle(result, changed);
         settle(result, changed_tail);

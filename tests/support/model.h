@@ -55,16 +55,18 @@ using Tick = std::size_t;
 /// The values of one place over time.
 class Timeline {
 public:
-    explicit Timeline(Value first = 0) : versions_{{first, 0, 1, false}} {}
+    explicit Timeline(Value first = 0) : versions_{{first, 0, 1}} {}
 
     /// A value that may be there from now on. It replaces what ended before it, unless it is `weak`: then it is only
     /// one more possibility.
     void begin(Value value, Tick at, bool weak = false) { versions_.push_back({value, at, never, weak}); }
 
-    /// That which began then is complete.
-    void end(Tick begun, Tick at) {
+    /// That which began then is complete, and `durable` if it needs no flush to survive.
+    void end(Tick begun, Tick at, bool durable = false) {
         for (auto& version : versions_) {
-            if (version.begin == begun) version.end = at;
+            if (version.begin != begun) continue;
+            version.end = at;
+            version.durable = durable;
         }
     }
 
@@ -78,9 +80,9 @@ public:
 
     /// What may be there at `now`, where all that ended before `settled` has had its effect.
     [[nodiscard]] bool allows(Value value, Tick settled, Tick now) const {
-        const auto latest = latest_settled(settled);
+        const auto latest = latest_settled(settled, now);
         return std::ranges::any_of(versions_, [&](const Version& version) {
-            return version.value == value && version.begin < now && (version.end > settled || version.end > latest);
+            return version.value == value && version.begin < now && version.end > latest;
         });
     }
 
@@ -107,13 +109,15 @@ private:
         Tick begin = 0;
         Tick end = never;
         bool weak = false;
+        bool durable = false;
     };
 
     /// When the last of those began that are settled: what ended before that is gone.
-    [[nodiscard]] Tick latest_settled(Tick settled) const {
+    [[nodiscard]] Tick latest_settled(Tick settled, Tick now) const {
         Tick latest = 0;
         for (const auto& version : versions_) {
-            if (version.end <= settled && !version.weak) latest = std::max(latest, version.begin);
+            const bool is_settled = version.end <= settled || (version.durable && version.end < now);
+            if (is_settled && !version.weak) latest = std::max(latest, version.begin);
         }
         return latest;
     }
@@ -142,9 +146,9 @@ public:
         for (auto i = first; i < first + count; ++i) sectors_[i].begin(value, at, weak);
         return {first, count, at};
     }
-    void end(const Change& change, Tick at) {
+    void end(const Change& change, Tick at, bool durable = false) {
         const std::lock_guard lock(mutex_);
-        for (auto i = change.first; i < change.first + change.count; ++i) sectors_[i].end(change.begun, at);
+        for (auto i = change.first; i < change.first + change.count; ++i) sectors_[i].end(change.begun, at, durable);
     }
 
     void fail(const Change& change, Tick at) {
