@@ -23,6 +23,7 @@ struct Options {
     Source source;  // what all images have in common
     std::vector<std::string> names;
     std::vector<std::string> descriptions;
+    std::vector<std::string> bitmaps;
     std::string socket;
     std::string bind;
     std::uint16_t port = 10809;
@@ -127,6 +128,25 @@ std::string export_name(const Options& options, std::size_t index) {
     return options.images.size() == 1 ? "" : std::filesystem::path(options.images[index]).filename().string();
 }
 
+/// Offers a bitmap with every export whose image has it. `exports` are of these images, in this order.
+qcow::Result<void> offer_bitmap(const std::string& name, const std::vector<std::shared_ptr<qcow::Image>>& images,
+                                std::vector<qcow::NbdExport>& exports) {
+    qcow::Result<void> result;
+    bool offered = false;
+    for (std::size_t i = 0; i < images.size(); ++i) {
+        auto context = qcow::dirty_bitmap_context(images[i], name);
+        if (!context && context.error().code != qcow::Errc::not_found)
+            return std::unexpected(std::move(context).error());
+        if (context) {
+            exports[i].contexts.push_back(*std::move(context));
+            offered = true;
+        } else {
+            result = std::unexpected(std::move(context).error());
+        }
+    }
+    return offered ? qcow::Result<void>() : result;
+}
+
 qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
     const int inherited = inherited_sockets();
     for (int i = 0; i < inherited; ++i)
@@ -166,6 +186,8 @@ qcow::Result<int> run(const Options& options) {
                            i < options.descriptions.size() ? options.descriptions[i] : std::string(), *disk,
                            options.read_only || !options.source.snapshot.empty(), options.allocation_depth});
     }
+    for (const auto& bitmap : options.bitmaps)
+        if (auto done = offer_bitmap(bitmap, images, exports); !done) return std::unexpected(std::move(done).error());
     auto server = qcow::NbdServer::make(
         std::move(exports), {.limits = {.connections = options.connections}, .persistent = options.persistent});
     if (!server) return std::unexpected(std::move(server).error());
@@ -208,7 +230,8 @@ void declare_serve(CLI::App& root, int& status) {
         [options] { return run(*options); });
     app.add_option("IMAGE", options->images, "The images: files or block devices")->required();
     add_open_options(app, options->source);
-    app.add_option("-l,--snapshot", options->source.snapshot, "Serve this internal snapshot (id or name), read-only");
+    auto* snapshot = app.add_option("-l,--snapshot", options->source.snapshot,
+                                    "Serve this internal snapshot (id or name), read-only");
     app.add_flag("-r,--read-only", options->read_only, "Let nobody write; other processes may read the image, too");
     app.add_option("-k,--socket", options->socket, "Listen on a Unix socket at this path");
     app.add_option("-b,--bind", options->bind, "Listen on TCP, on the addresses of this host (default: localhost)");
@@ -232,6 +255,10 @@ void declare_serve(CLI::App& root, int& status) {
         ->capture_default_str();
     app.add_flag("-A,--allocation-depth", options->allocation_depth,
                  "Offer the context qemu:allocation-depth: which image of the chain decides");
+    app.add_option("-B,--bitmap", options->bitmaps,
+                   "Offer the context qemu:dirty-bitmap:NAME: what has changed; may be given several times")
+        ->allow_extra_args(false)
+        ->excludes(snapshot);
 }
 
 }  // namespace tool

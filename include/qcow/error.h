@@ -24,6 +24,7 @@ enum class Errc {
     encrypted,          ///< the data is encrypted and no key was given
     refused_by_policy,  ///< the image names a file that the caller's policy does not let it open
     limit_exceeded,     ///< a limit on memory, depth or size that the caller or the library set
+    no_memory,          ///< the system gave no memory; an image that was being changed is no longer written
 };
 
 /// One failure: its kind, the place where it was found, and a sentence to act on.

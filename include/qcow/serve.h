@@ -7,22 +7,28 @@
 #include <string>
 #include <vector>
 
-#include "qcow/disk.h"
+#include "qcow/image.h"
 
 namespace qcow {
 
 /// A run of bytes with the same flags in a context that a client can ask about.
 struct NbdStatus {
-    std::uint64_t length = 0;  ///< bytes, from 1 to the limit that was asked for
+    std::uint64_t length = 0;  ///< bytes, at least one
     std::uint32_t flags = 0;   ///< what they mean is the context's own
 };
 
 /// Something that a client can ask about ranges of an export, beside what is allocated.
 struct NbdContext {
+    using Visit = std::function<bool(const NbdStatus&)>;
     std::string name;  ///< "NAMESPACE:LEAF", as clients write it
-    /// The run that begins at `at` (within the disk), at most `limit` bytes. Called from any number of threads at once.
-    std::function<Result<NbdStatus>(GuestOffset at, std::uint64_t limit)> status;
+    /// Visits runs that together are [at, at + length), which lies within the disk, in their order, until `visit` says
+    /// false. Called from any number of threads at once.
+    std::function<Result<void>(GuestOffset at, std::uint64_t length, const Visit& visit)> status;
 };
+
+/// The context "qemu:dirty-bitmap:NAME" of a persistent bitmap: flag 1 is on what was written since it was made or
+/// cleared, with what this server's clients write. Errors: see Image::each_dirty.
+QCOW_API Result<NbdContext> dirty_bitmap_context(std::shared_ptr<Image> image, const std::string& bitmap);
 
 /// A disk under a name.
 struct NbdExport {

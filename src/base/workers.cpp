@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/within_memory.h"
+
 namespace qcow {
 
 unsigned default_workers() {
@@ -25,7 +27,7 @@ Result<void> run_workers(unsigned count, const std::function<Result<void>(unsign
     std::mutex mutex;
     std::optional<Error> first_error;
     const auto run = [&](unsigned index) {
-        if (auto result = work(index); !result) {
+        if (auto result = within_memory([&] { return work(index); }); !result) {
             const std::lock_guard lock(mutex);
             if (!first_error) first_error = std::move(result).error();
         }
@@ -37,6 +39,8 @@ Result<void> run_workers(unsigned count, const std::function<Result<void>(unsign
             try {
                 threads.emplace_back(run, i);
             } catch (const std::system_error&) {
+                break;
+            } catch (const std::bad_alloc&) {
                 break;
             }
         }

@@ -19,7 +19,7 @@ std::unexpected<Error> damaged(std::string what) { return fail(Errc::corrupt, "d
 Result<void> inflate_prefix(std::span<const std::byte> in, std::span<std::byte> out) {
     z_stream stream = {};
     if (inflateInit2(&stream, -MAX_WBITS) != Z_OK)
-        return fail(Errc::limit_exceeded, "deflate stream", "no memory for zlib");
+        return fail(Errc::no_memory, "deflate stream", "no memory for zlib");
     stream.next_in = const_cast<Bytef*>(reinterpret_cast<const Bytef*>(in.data()));
     stream.avail_in = static_cast<uInt>(in.size());
     stream.next_out = reinterpret_cast<Bytef*>(out.data());
@@ -37,7 +37,7 @@ Result<void> inflate_prefix(std::span<const std::byte> in, std::span<std::byte> 
 Result<void> inflate(std::span<const std::byte> in, std::span<std::byte> out) {
     thread_local const std::unique_ptr<libdeflate_decompressor, FreeDecompressor> decompressor(
         libdeflate_alloc_decompressor());
-    if (!decompressor) return fail(Errc::limit_exceeded, "deflate stream", "no memory for libdeflate");
+    if (!decompressor) return fail(Errc::no_memory, "deflate stream", "no memory for libdeflate");
     std::size_t decoded = 0;
     const auto status =
         libdeflate_deflate_decompress(decompressor.get(), in.data(), in.size(), out.data(), out.size(), &decoded);

@@ -35,7 +35,7 @@ Result<void> decompress_prefix(ZSTD_DCtx* context, std::span<const std::byte> in
 
 Result<void> decompress_zstd(std::span<const std::byte> in, std::span<std::byte> out) {
     thread_local const std::unique_ptr<ZSTD_DCtx, FreeContext> context(ZSTD_createDCtx());
-    if (!context) return fail(Errc::limit_exceeded, "zstd stream", "no memory for a decompressor");
+    if (!context) return fail(Errc::no_memory, "zstd stream", "no memory for a decompressor");
     // One frame that is exactly the cluster is what encoders write, and decodes without a window of its own.
     const std::size_t frame = ZSTD_findFrameCompressedSize(in.data(), in.size());
     if (ZSTD_isError(frame) == 0) {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "base/endian.h"
-#include "base/try.h"
+#include "base/within_memory.h"
 #include "disk/pending_image.h"
 #include "format/file_name.h"
 #include "format/header.h"
@@ -182,7 +182,7 @@ std::optional<Format> format_from_name(std::string_view name) {
 }
 
 Result<std::shared_ptr<Image>> open_image(std::shared_ptr<Storage> storage, const OpenOptions& options) {
-    return ChainOpener(options).open(std::move(storage));
+    return within_memory([&] { return ChainOpener(options).open(std::move(storage)); });
 }
 
 }  // namespace qcow

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "base/bits.h"
-#include "base/try.h"
+#include "base/within_memory.h"
 #include "base/workers.h"
 
 namespace qcow {
@@ -52,7 +52,7 @@ public:
 
     Result<void> run() {
         return run_workers(workers_, [this](unsigned) {
-            auto result = work();
+            auto result = within_memory([&] { return work(); });
             if (!result) {
                 const std::lock_guard lock(mutex_);
                 failed_ = true;
@@ -211,7 +211,7 @@ private:
 
 Result<void> copy_to(Disk& source, CopyTarget& target, unsigned workers,
                      const std::function<void(std::uint64_t done, std::uint64_t total)>& progress) {
-    return Copier(source, target, workers, progress).run();
+    return within_memory([&] { return Copier(source, target, workers, progress).run(); });
 }
 
 }  // namespace qcow

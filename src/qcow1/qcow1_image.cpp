@@ -6,7 +6,7 @@
 #include <array>
 #include <cstring>
 
-#include "base/try.h"
+#include "base/within_memory.h"
 #include "codec/codec.h"
 #include "disk/below.h"
 #include "disk/compressed.h"
@@ -42,65 +42,72 @@ public:
     [[nodiscard]] std::shared_ptr<Image> backing() const override { return below_.image(); }
 
     Result<void> read(GuestOffset at, std::span<std::byte> to) override {
-        TRY_VOID(verify_range(*this, at, to.size()));
-        if (header_.encrypted) {
-            return fail(Errc::encrypted, file_->name(),
-                        "the image is encrypted (AES), and reading encrypted images is not supported yet; its metadata "
-                        "can be examined");
-        }
-        while (!to.empty()) {
-            const auto mapped = TRY(lookup(at, to.size()));
-            const std::uint64_t skip = offset_in_cluster(at);
-            const auto piece =
-                mapped.entry.compressed() ? std::min(mapped.length, header_.cluster_size() - skip) : mapped.length;
-            const auto part = to.first(piece);
-            if (mapped.entry.compressed()) {
-                const auto range = mapped.entry.compressed_range(header_.cluster_bits);
-                TRY_VOID(read_compressed(*file_, range, codec::inflate, header_.cluster_size(), skip, part));
-            } else if (mapped.entry.allocated()) {
-                TRY_VOID(read_data(mapped.entry.cluster() + skip, at, part));
-            } else {
-                TRY_VOID(below_.read(at, part));
+        return within_memory([&]() -> Result<void> {
+            TRY_VOID(verify_range(*this, at, to.size()));
+            if (header_.encrypted) {
+                return fail(
+                    Errc::encrypted, file_->name(),
+                    "the image is encrypted (AES), and reading encrypted images is not supported yet; its metadata "
+                    "can be examined");
             }
-            at += piece;
-            to = to.subspan(piece);
-        }
-        return {};
+            while (!to.empty()) {
+                const auto mapped = TRY(lookup(at, to.size()));
+                const std::uint64_t skip = offset_in_cluster(at);
+                const auto piece =
+                    mapped.entry.compressed() ? std::min(mapped.length, header_.cluster_size() - skip) : mapped.length;
+                const auto part = to.first(piece);
+                if (mapped.entry.compressed()) {
+                    const auto range = mapped.entry.compressed_range(header_.cluster_bits);
+                    TRY_VOID(read_compressed(*file_, range, codec::inflate, header_.cluster_size(), skip, part));
+                } else if (mapped.entry.allocated()) {
+                    TRY_VOID(read_data(mapped.entry.cluster() + skip, at, part));
+                } else {
+                    TRY_VOID(below_.read(at, part));
+                }
+                at += piece;
+                to = to.subspan(piece);
+            }
+            return {};
+        });
     }
 
     Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
-        TRY_VOID(verify_range(*this, at, 1));
-        const auto mapped = TRY(lookup(at, std::min(limit, header_.size - at.value)));
-        if (!mapped.entry.allocated()) return below_.extent(at, mapped.length);
-        Extent extent;
-        extent.start = at;
-        extent.length = mapped.length;
-        extent.kind = Extent::Kind::data;
-        extent.compressed = mapped.entry.compressed();
-        if (!extent.compressed && !header_.encrypted) {
-            extent.host = mapped.entry.cluster() + offset_in_cluster(at);
-            extent.storage = file_.get();
-        }
-        return extent;
+        return within_memory([&]() -> Result<Extent> {
+            TRY_VOID(verify_range(*this, at, 1));
+            const auto mapped = TRY(lookup(at, std::min(limit, header_.size - at.value)));
+            if (!mapped.entry.allocated()) return below_.extent(at, mapped.length);
+            Extent extent;
+            extent.start = at;
+            extent.length = mapped.length;
+            extent.kind = Extent::Kind::data;
+            extent.compressed = mapped.entry.compressed();
+            if (!extent.compressed && !header_.encrypted) {
+                extent.host = mapped.entry.cluster() + offset_in_cluster(at);
+                extent.storage = file_.get();
+            }
+            return extent;
+        });
     }
 
     [[nodiscard]] Result<ImageInfo> info() const override {
-        ImageInfo info;
-        info.filename = file_->name();
-        info.format = Format::qcow;
-        info.virtual_size = header_.size;
-        info.file_size = TRY(file_->size());
-        info.disk_size = TRY(file_->allocated());
-        info.version = 1;
-        info.cluster_size = header_.cluster_size();
-        info.compression = "zlib";
-        if (header_.encrypted) info.encryption = EncryptionInfo{"aes", "aes-cbc-plain64", "", 128, 0, {}};
-        if (!backing_name_.empty()) {
-            info.backing = ReferenceInfo{backing_name_, "", ""};
-            if (const auto parsed = format::parse_file_name(backing_name_))
-                info.backing->path = format::resolve(parsed->path, file_->name());
-        }
-        return info;
+        return within_memory([&]() -> Result<ImageInfo> {
+            ImageInfo info;
+            info.filename = file_->name();
+            info.format = Format::qcow;
+            info.virtual_size = header_.size;
+            info.file_size = TRY(file_->size());
+            info.disk_size = TRY(file_->allocated());
+            info.version = 1;
+            info.cluster_size = header_.cluster_size();
+            info.compression = "zlib";
+            if (header_.encrypted) info.encryption = EncryptionInfo{"aes", "aes-cbc-plain64", "", 128, 0, {}};
+            if (!backing_name_.empty()) {
+                info.backing = ReferenceInfo{backing_name_, "", ""};
+                if (const auto parsed = format::parse_file_name(backing_name_))
+                    info.backing->path = format::resolve(parsed->path, file_->name());
+            }
+            return info;
+        });
     }
 
 private:

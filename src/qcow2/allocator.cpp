@@ -102,7 +102,10 @@ Result<void> Allocator::reserve() {
         next_reservation_ = 1;
         return commit_reservation(TRY(find_runs(next_reservation_)));
     }
-    const std::uint64_t most = std::max(max_reservation_bytes >> cluster_bits_, 4 * min_reservation_clusters);
+    // A crash leaks what is reserved: not much more than the disk is worth.
+    const std::uint64_t worth =
+        std::clamp(core_.current_header().size / 16, first_reservation_bytes, max_reservation_bytes);
+    const std::uint64_t most = std::max(worth >> cluster_bits_, 4 * min_reservation_clusters);
     if (done) next_reservation_ = std::min(next_reservation_ * 2, most);
     return done;
 }

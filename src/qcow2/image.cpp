@@ -6,7 +6,7 @@
 #include <array>
 #include <atomic>
 
-#include "base/try.h"
+#include "base/within_memory.h"
 #include "disk/range.h"
 #include "format/file_name.h"
 #include "format/luks.h"
@@ -30,13 +30,17 @@ public:
     [[nodiscard]] std::uint64_t block_size() const override { return block_size_; }
 
     Result<void> read(GuestOffset at, std::span<std::byte> to) override {
-        TRY_VOID(verify_range(*this, at, to.size()));
-        return view_.read(at, to);
+        return within_memory([&]() -> Result<void> {
+            TRY_VOID(verify_range(*this, at, to.size()));
+            return view_.read(at, to);
+        });
     }
 
     Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
-        TRY_VOID(verify_range(*this, at, 1));
-        return view_.extent(at, std::min(limit, size_ - at.value));
+        return within_memory([&]() -> Result<Extent> {
+            TRY_VOID(verify_range(*this, at, 1));
+            return view_.extent(at, std::min(limit, size_ - at.value));
+        });
     }
 
 private:
@@ -82,15 +86,19 @@ public:
     [[nodiscard]] std::shared_ptr<Image> backing() const override { return core_->below.image(); }
 
     Result<void> read(GuestOffset at, std::span<std::byte> to) override {
-        TRY_VOID(verify_range(*this, at, to.size()));
-        if (!writer_) return active_.read(at, to);
-        const Epochs::Guard guard(writer_->epochs());
-        return active_.read(at, to);
+        return within_memory([&]() -> Result<void> {
+            TRY_VOID(verify_range(*this, at, to.size()));
+            if (!writer_) return active_.read(at, to);
+            const Epochs::Guard guard(writer_->epochs());
+            return active_.read(at, to);
+        });
     }
 
     Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
-        TRY_VOID(verify_range(*this, at, 1));
-        return active_.extent(at, std::min(limit, size() - at.value));
+        return within_memory([&]() -> Result<Extent> {
+            TRY_VOID(verify_range(*this, at, 1));
+            return active_.extent(at, std::min(limit, size() - at.value));
+        });
     }
 
     Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
@@ -132,76 +140,85 @@ public:
     }
 
     Result<std::shared_ptr<Disk>> snapshot(std::string_view id_or_name) override {
-        const auto table = TRY(read_snapshots(*core_));
-        auto found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.id == id_or_name; });
-        if (found == table.entries.end())
-            found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.name == id_or_name; });
-        if (found == table.entries.end()) {
-            return fail(
-                Errc::not_found, core_->file->name(),
-                fmt::format("there is no snapshot \"{}\"; snapshot --list shows those that there are", id_or_name));
-        }
-        TRY_VOID(verify_snapshot_l1(*core_, *found));
-        return std::make_shared<SnapshotDisk>(core_, *found);
+        return within_memory([&]() -> Result<std::shared_ptr<Disk>> {
+            const auto table = TRY(read_snapshots(*core_));
+            auto found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.id == id_or_name; });
+            if (found == table.entries.end())
+                found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.name == id_or_name; });
+            if (found == table.entries.end()) {
+                return fail(
+                    Errc::not_found, core_->file->name(),
+                    fmt::format("there is no snapshot \"{}\"; snapshot --list shows those that there are", id_or_name));
+            }
+            TRY_VOID(verify_snapshot_l1(*core_, *found));
+            return std::make_shared<SnapshotDisk>(core_, *found);
+        });
     }
 
     Result<void> each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
                             const std::function<Result<void>(const DirtyRun&)>& visit) override {
-        TRY_VOID(verify_range(*this, begin, length));
-        const auto bitmaps = TRY(read_bitmaps(*core_));
-        const auto found = std::ranges::find_if(bitmaps, [&](const auto& b) { return b.info.name == bitmap; });
-        if (found == bitmaps.end()) {
-            return fail(Errc::not_found, core_->file->name(),
-                        fmt::format("there is no bitmap \"{}\" that is up to date", printable(bitmap)));
-        }
-        const auto index = static_cast<std::size_t>(found - bitmaps.begin());
-        const auto* recorded = writer_ ? writer_->bitmaps().recorded(index) : nullptr;
-        if (found->info.in_use && recorded == nullptr) {
-            return fail(Errc::corrupt, core_->file->name(),
-                        fmt::format("bitmap \"{}\" is in use: a writer did not save it, so its bits cannot be trusted; "
-                                    "remove it and make a new one",
-                                    printable(bitmap)));
-        }
-        TRY_VOID(verify_bitmap(*core_, *found));
-        return each_dirty_run(*core_, *found, recorded, begin, length, visit);
+        return within_memory([&]() -> Result<void> {
+            TRY_VOID(verify_range(*this, begin, length));
+            const auto bitmaps = TRY(read_bitmaps(*core_));
+            const auto found = std::ranges::find_if(bitmaps, [&](const auto& b) { return b.info.name == bitmap; });
+            if (found == bitmaps.end()) {
+                return fail(Errc::not_found, core_->file->name(),
+                            fmt::format("there is no bitmap \"{}\" that is up to date", printable(bitmap)));
+            }
+            const auto index = static_cast<std::size_t>(found - bitmaps.begin());
+            const auto* recorded = writer_ ? writer_->bitmaps().recorded(index) : nullptr;
+            if (found->info.in_use && recorded == nullptr) {
+                return fail(
+                    Errc::corrupt, core_->file->name(),
+                    fmt::format("bitmap \"{}\" is in use: a writer did not save it, so its bits cannot be trusted; "
+                                "remove it and make a new one",
+                                printable(bitmap)));
+            }
+            TRY_VOID(verify_bitmap(*core_, *found));
+            return each_dirty_run(*core_, *found, recorded, begin, length, visit);
+        });
     }
 
     Result<CheckReport> check(const CheckOptions& options) override {
-        if (writer_) TRY_VOID(writer_->settle());
-        return check_image(*core_, options);
+        return within_memory([&]() -> Result<CheckReport> {
+            if (writer_) TRY_VOID(writer_->settle());
+            return check_image(*core_, options);
+        });
     }
 
     [[nodiscard]] Result<ImageInfo> info() const override {
-        const auto header = core_->current_header();
-        ImageInfo info;
-        info.filename = core_->file->name();
-        info.format = Format::qcow2;
-        info.virtual_size = header.size;
-        info.file_size = TRY(core_->file->size());
-        info.disk_size = TRY(core_->file->allocated());
-        info.version = header.version;
-        info.cluster_size = header.cluster_size();
-        info.compression = header.compression == Compression::zstd ? "zstd" : "zlib";
-        info.refcount_bits = 1U << header.refcount_order;
-        info.dirty = header.has(format::incompatible::dirty);
-        info.corrupt = header.has(format::incompatible::corrupt);
-        info.lazy_refcounts = (header.compatible & format::compatible::lazy_refcounts) != 0;
-        info.extended_l2 = core_->rules.geometry.extended_l2;
-        info.features = format::features_of(header);
-        if (!header.backing_name.empty())
-            info.backing = reference_info(header.backing_name, header.backing_format, *core_);
-        if (core_->rules.external_data)
-            info.data_file = reference_info(header.data_file_name.value_or(""), "raw", *core_);
-        info.data_file_raw =
-            core_->rules.external_data && (header.autoclear & format::autoclear::raw_external_data) != 0;
-        if (header.crypt != format::Crypt::none) info.encryption = TRY(encryption_info(*core_));
-        for (auto& snapshot : TRY(read_snapshots(*core_)).entries) info.snapshots.push_back(std::move(snapshot.info));
-        for (auto& bitmap : TRY(read_bitmaps(*core_))) info.bitmaps.push_back(std::move(bitmap.info));
-        info.bitmaps_stale = header.bitmaps && !header.bitmaps_consistent();
-        for (const auto& extension : header.unknown_extensions) {
-            info.unknown_extensions.push_back({extension.type, static_cast<std::uint32_t>(extension.data.size())});
-        }
-        return info;
+        return within_memory([&]() -> Result<ImageInfo> {
+            const auto header = core_->current_header();
+            ImageInfo info;
+            info.filename = core_->file->name();
+            info.format = Format::qcow2;
+            info.virtual_size = header.size;
+            info.file_size = TRY(core_->file->size());
+            info.disk_size = TRY(core_->file->allocated());
+            info.version = header.version;
+            info.cluster_size = header.cluster_size();
+            info.compression = header.compression == Compression::zstd ? "zstd" : "zlib";
+            info.refcount_bits = 1U << header.refcount_order;
+            info.dirty = header.has(format::incompatible::dirty);
+            info.corrupt = header.has(format::incompatible::corrupt);
+            info.lazy_refcounts = (header.compatible & format::compatible::lazy_refcounts) != 0;
+            info.extended_l2 = core_->rules.geometry.extended_l2;
+            info.features = format::features_of(header);
+            if (!header.backing_name.empty())
+                info.backing = reference_info(header.backing_name, header.backing_format, *core_);
+            if (core_->rules.external_data)
+                info.data_file = reference_info(header.data_file_name.value_or(""), "raw", *core_);
+            info.data_file_raw =
+                core_->rules.external_data && (header.autoclear & format::autoclear::raw_external_data) != 0;
+            if (header.crypt != format::Crypt::none) info.encryption = TRY(encryption_info(*core_));
+            for (auto& snapshot : TRY(read_snapshots(*core_)).entries) info.snapshots.push_back(std::move(snapshot.info));
+            for (auto& bitmap : TRY(read_bitmaps(*core_))) info.bitmaps.push_back(std::move(bitmap.info));
+            info.bitmaps_stale = header.bitmaps && !header.bitmaps_consistent();
+            for (const auto& extension : header.unknown_extensions) {
+                info.unknown_extensions.push_back({extension.type, static_cast<std::uint32_t>(extension.data.size())});
+            }
+            return info;
+        });
     }
 
 private:

@@ -16,17 +16,16 @@ constexpr std::size_t batch_pages = 256;  // bounds the memory for copies of pag
 
 std::unexpected<Error> WriteBack::stop(Error why) {
     const std::lock_guard lock(stop_mutex_);
-    if (!stopped_) {
-        why_ = why;
-        why_.what += "; writing has stopped: open the image again";
-        stopped_.store(true, std::memory_order_release);
-    }
+    // First of all: if memory has run out, there is none for the reason either.
+    if (!stopped_.exchange(true)) why_ = why;
     return std::unexpected(std::move(why));
 }
 
 Result<void> WriteBack::why_stopped() const {
     const std::lock_guard lock(stop_mutex_);
-    return std::unexpected(why_);
+    auto why = why_;
+    why.what += "; writing has stopped: open the image again";
+    return std::unexpected(std::move(why));
 }
 
 Result<void> WriteBack::store(HostOffset at, std::span<const std::uint64_t> words, PageClass page_class, bool barrier) {

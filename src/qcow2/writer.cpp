@@ -104,9 +104,11 @@ std::uint64_t Writer::l2_end(GuestOffset at) const {
 // --- writing ---------------------------------------------------------------------------------------------------------
 
 Result<void> Writer::write(GuestOffset at, std::span<const std::byte> from) {
-    TRY_VOID(begin_writing(at, from.size()));
-    TRY_VOID(write_mapped(at, from));
-    return finish_request();
+    return change([&]() -> Result<void> {
+        TRY_VOID(begin_writing(at, from.size()));
+        TRY_VOID(write_mapped(at, from));
+        return finish_request();
+    });
 }
 
 Result<void> Writer::write_mapped(GuestOffset at, std::span<const std::byte> from) {
@@ -388,23 +390,27 @@ void Writer::retire(std::span<const L2Entry> entries) {
 // --- flushing --------------------------------------------------------------------------------------------------------
 
 Result<void> Writer::flush() {
-    return group_.run([&]() -> Result<void> {
-        auto retired = allocator_.begin_flush();
-        auto flushed = write_back_.write_all();
-        if (flushed) flushed = write_back_.sync();
-        if (flushed) return allocator_.end_flush(std::move(retired));
-        allocator_.flush_failed(std::move(retired));
-        return flushed;
+    return group_.run([&] {
+        return change([&]() -> Result<void> {
+            auto retired = allocator_.begin_flush();
+            auto flushed = write_back_.write_all();
+            if (flushed) flushed = write_back_.sync();
+            if (flushed) return allocator_.end_flush(std::move(retired));
+            allocator_.flush_failed(std::move(retired));
+            return flushed;
+        });
     });
 }
 
 Result<void> Writer::settle() {
-    auto saved = bitmaps_.save();
-    TRY_VOID(flush());
-    begun_ = false;
-    if (saved) saved = bitmaps_.clear_in_use();
-    TRY_VOID(allocator_.give_back());
-    return saved;
+    return change([&]() -> Result<void> {
+        auto saved = bitmaps_.save();
+        TRY_VOID(flush());
+        begun_ = false;
+        if (saved) saved = bitmaps_.clear_in_use();
+        TRY_VOID(allocator_.give_back());
+        return saved;
+    });
 }
 
 }  // namespace qcow::qcow2

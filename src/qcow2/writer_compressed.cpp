@@ -19,18 +19,21 @@ Result<void> Writer::write_compressed(GuestOffset at, std::span<const std::byte>
                     fmt::format("{} bytes at guest offset {:#x} are not whole clusters of {}", from.size(), at.value,
                                 cluster_size));
     }
-    const auto compressor = TRY(codec::make_compressor(core_->header.compression, level));
-    TRY_VOID(begin_writing(at, from.size()));
-    std::vector<std::byte> padded(cluster_size);
-    while (!from.empty()) {
-        const auto part = from.first(std::min<std::size_t>(from.size(), cluster_size));
-        std::memcpy(padded.data(), part.data(), part.size());
-        std::memset(padded.data() + part.size(), 0, cluster_size - part.size());
-        if (!TRY(compress_cluster(at, padded, *compressor))) TRY_VOID(write_mapped(at, part));
-        at += part.size();
-        from = from.subspan(part.size());
-    }
-    return finish_request();
+    const auto compressor =
+        TRY(within_memory([&] { return codec::make_compressor(core_->header.compression, level); }));
+    return change([&]() -> Result<void> {
+        TRY_VOID(begin_writing(at, from.size()));
+        std::vector<std::byte> padded(cluster_size);
+        while (!from.empty()) {
+            const auto part = from.first(std::min<std::size_t>(from.size(), cluster_size));
+            std::memcpy(padded.data(), part.data(), part.size());
+            std::memset(padded.data() + part.size(), 0, cluster_size - part.size());
+            if (!TRY(compress_cluster(at, padded, *compressor))) TRY_VOID(write_mapped(at, part));
+            at += part.size();
+            from = from.subspan(part.size());
+        }
+        return finish_request();
+    });
 }
 
 /// False: it does not become smaller.

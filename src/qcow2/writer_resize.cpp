@@ -23,8 +23,10 @@ Result<void> Writer::resize(std::uint64_t size) {
         return fail(Errc::invalid_argument, core_->file->name(),
                     fmt::format("{} bytes are more than clusters of {} can map", size, header.cluster_size()));
     if (size == header.size) return {};
-    TRY_VOID(begin_writing({0}, 0));
-    return size > header.size ? grow(header.size, size) : shrink(size);
+    return change([&]() -> Result<void> {
+        TRY_VOID(begin_writing({0}, 0));
+        return size > header.size ? grow(header.size, size) : shrink(size);
+    });
 }
 
 Result<void> Writer::set_header_size(std::uint64_t size) {

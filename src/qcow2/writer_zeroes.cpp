@@ -15,9 +15,11 @@ constexpr std::size_t page_entries = 512;
 }  // namespace
 
 Result<void> Writer::write_zeroes(GuestOffset at, std::uint64_t length, Disk::Zeroes zeroes) {
-    TRY_VOID(begin_writing(at, length));
-    TRY_VOID(zero_range(at, length, zeroes == Disk::Zeroes::keep ? Zeroing::keep : Zeroing::release));
-    return finish_request();
+    return change([&]() -> Result<void> {
+        TRY_VOID(begin_writing(at, length));
+        TRY_VOID(zero_range(at, length, zeroes == Disk::Zeroes::keep ? Zeroing::keep : Zeroing::release));
+        return finish_request();
+    });
 }
 
 Result<void> Writer::discard(GuestOffset at, std::uint64_t length) {
@@ -26,9 +28,11 @@ Result<void> Writer::discard(GuestOffset at, std::uint64_t length) {
     const GuestOffset begin{align_down(at.value + low_bits(cluster_bits_), bit(cluster_bits_))};
     const GuestOffset end{at.value + length == size ? size : align_down(at.value + length, bit(cluster_bits_))};
     if (begin >= end) return {};
-    TRY_VOID(begin_writing(begin, end - begin));
-    TRY_VOID(zero_range(begin, end - begin, Zeroing::discard));
-    return finish_request();
+    return change([&]() -> Result<void> {
+        TRY_VOID(begin_writing(begin, end - begin));
+        TRY_VOID(zero_range(begin, end - begin, Zeroing::discard));
+        return finish_request();
+    });
 }
 
 /// Whole clusters by their entries, table by table; the last cluster of the disk counts as whole.

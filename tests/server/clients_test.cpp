@@ -134,6 +134,65 @@ TEST_F(Clients, SeveralImagesAreSeveralExports) {
     stop();
 }
 
+/// Two bitmaps that QEMU made, with what was written since.
+class BitmapClients : public Clients {
+protected:
+    void SetUp() override {
+        Clients::SetUp();
+        must_qemu_img({"bitmap", "--add", "-g", "4k", "disk.qcow2", "fine"}, directory_.path());
+        must_qemu_io("disk.qcow2", "qcow2", {"write -q 1M 10k", "write -q 19M 4k"}, directory_.path());
+        must_qemu_img({"bitmap", "--add", "-g", "1M", "disk.qcow2", "coarse"}, directory_.path());
+        must_qemu_io("disk.qcow2", "qcow2", {"write -q 5M 1", "write -q 7M 512"}, directory_.path());
+    }
+
+    [[nodiscard]] json map(const std::string& bitmap, Arguments server) const {
+        Arguments command = {"nbdinfo", "--json", "--map=qemu:dirty-bitmap:" + bitmap, "--"};
+        command.insert(command.end(), server.begin(), server.end());
+        return json::parse(must_run(command, directory_.path()).out);
+    }
+    [[nodiscard]] json qemu_map(const std::string& bitmap) const {
+        return map(bitmap, {"[", "qemu-nbd", "-r", "-f", "qcow2", "-B", bitmap, "disk.qcow2", "]"});
+    }
+};
+
+TEST_F(BitmapClients, SeeWhatQemuShowsThem) {
+    for (const auto* bitmap : {"fine", "coarse"}) {
+        const auto ours = map(bitmap, {"[", QCOW_TOOL, "serve", "-r", "-B", "fine", "-B", "coarse", "disk.qcow2", "]"});
+        EXPECT_EQ(ours, qemu_map(bitmap)) << bitmap;
+        EXPECT_GT(ours.size(), 4U);
+    }
+}
+
+TEST_F(BitmapClients, SeeWhatTheyWriteAtOnceAndQemuLater) {
+    serve({"--persistent", "-B", "fine", "disk.qcow2"});
+    must_qemu_io(uri(), "raw", {"write -q 10M 4k", "write -q -z 11M 8k", "discard -q 13M 64k"});
+    const auto now = map("fine", {uri()});
+    const auto is_dirty = [&](std::uint64_t at) {
+        for (const auto& run : now) {
+            const auto begin = run["offset"].get<std::uint64_t>();
+            if (at >= begin && at < begin + run["length"].get<std::uint64_t>()) return run["type"] == 1;
+        }
+        return false;
+    };
+    for (const std::uint64_t at : {10 << 20, (11 << 20) + 8191, 13 << 20, 19 << 20}) EXPECT_TRUE(is_dirty(at)) << at;
+    for (const std::uint64_t at : {(10 << 20) + 4096, 12 << 20, 2 << 20}) EXPECT_FALSE(is_dirty(at)) << at;
+    stop();
+    EXPECT_EQ(qemu_map("fine"), now);
+}
+
+TEST_F(BitmapClients, AreNotServedBitmapsThatCannotBe) {
+    const auto missing = run({QCOW_TOOL, "serve", "-r", "-B", "none", "disk.qcow2"}, directory_.path());
+    EXPECT_EQ(missing.status, 1);
+    EXPECT_THAT(missing.err, HasSubstr("there is no bitmap \"none\""));
+    serve({"--persistent", "disk.qcow2"});  // and is killed, which leaves them in use
+    must_qemu_io(uri(), "raw", {"write -q 0 1"});
+    server_->signal(SIGKILL);
+    server_->finish();
+    const auto in_use = run({QCOW_TOOL, "serve", "-r", "-B", "fine", "disk.qcow2"}, directory_.path());
+    EXPECT_EQ(in_use.status, 1);
+    EXPECT_THAT(in_use.err, HasSubstr("cannot be trusted"));
+}
+
 TEST_F(Clients, ASnapshotIsServedReadOnly) {
     must_qemu_img({"snapshot", "-c", "monday", "disk.qcow2"}, directory_.path());
     must_qemu_io("disk.qcow2", "qcow2", {"write -q -P 1 0 1M"}, directory_.path());

@@ -19,9 +19,11 @@ protected:
 
     static std::vector<NbdExport> exports() {
         NbdExport second{"second", "the other disk", std::make_shared<TestDisk>(1000), true, true};
-        second.contexts.push_back({"test:context", [](GuestOffset, std::uint64_t limit) -> Result<NbdStatus> {
-                                       return NbdStatus{limit, 7};
-                                   }});
+        second.contexts.push_back(
+            {"test:context", [](GuestOffset, std::uint64_t length, const auto& visit) -> Result<void> {
+                 visit({length, 7});
+                 return {};
+             }});
         return {{"first", "", std::make_shared<TestDisk>(MiB)}, second};
     }
 

@@ -37,11 +37,16 @@ protected:
 
     std::vector<NbdExport> exports() {
         NbdExport exported{"", "", disk_, false, true};
-        exported.contexts.push_back({"test:thousands", [](GuestOffset at, std::uint64_t limit) -> Result<NbdStatus> {
-                                         if (at.value == 77) return fail(Errc::io, "context", "out of order");
-                                         return NbdStatus{std::min(limit, 1000 - at.value % 1000),
-                                                          static_cast<std::uint32_t>(at.value / 1000)};
-                                     }});
+        exported.contexts.push_back(
+            {"test:thousands", [](GuestOffset at, std::uint64_t length, const auto& visit) -> Result<void> {
+                 if (at.value == 77) return fail(Errc::io, "context", "out of order");
+                 for (const auto end = at + length; at < end;) {
+                     const auto run = std::min(end - at, 1000 - at.value % 1000);
+                     if (!visit({run, static_cast<std::uint32_t>(at.value / 1000)})) break;
+                     at += run;
+                 }
+                 return {};
+             }});
         return {exported};
     }
 

@@ -91,18 +91,17 @@ Result<void> Work::cache() {
 Result<std::vector<Replies::Status>> Work::runs_of(const NbdContext& context, std::uint64_t length) {
     std::vector<Replies::Status> runs;
     const auto most = request_.has(command_flag::req_one) ? 1 : replies_.max_statuses();
-    for (std::uint64_t at = request_.offset; length > 0;) {
-        const auto run = TRY(context.status({at}, length));
-        if (!runs.empty() && runs.back().flags == run.flags) {
-            runs.back().length += run.length;
-        } else if (runs.size() < most) {
+    TRY_VOID(context.status(
+        {request_.offset}, length,
+        [&](const NbdStatus& run) {
+            if (!runs.empty() && runs.back().flags == run.flags) {
+                runs.back().length += run.length;
+                return true;
+            }
+            if (runs.size() == most) return false;
             runs.push_back({run.length, run.flags});
-        } else {
-            break;
-        }
-        at += run.length;
-        length -= run.length;
-    }
+            return true;
+        }));
     return runs;
 }
 

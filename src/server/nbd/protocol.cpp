@@ -93,7 +93,8 @@ Failure failure_from(Errc code) {
         case Errc::read_only:
         case Errc::refused_by_policy: return Failure::not_permitted;
         case Errc::no_space: return Failure::no_space;
-        case Errc::limit_exceeded: return Failure::no_memory;
+        case Errc::limit_exceeded:
+        case Errc::no_memory: return Failure::no_memory;
         case Errc::unsupported: return Failure::not_supported;
         default: return Failure::io;
     }

@@ -10,11 +10,17 @@ namespace {
 
 constexpr std::uint32_t state_hole = 1;
 constexpr std::uint32_t state_zero = 2;
+constexpr std::uint32_t state_dirty = 1;
 
 NbdContext of_extents(std::string name, const std::shared_ptr<Disk>& disk, std::uint32_t (*flags)(const Extent&)) {
-    return {std::move(name), [disk, flags](GuestOffset at, std::uint64_t limit) -> Result<NbdStatus> {
-                const auto extent = TRY(disk->extent(at, limit));
-                return NbdStatus{std::min(extent.length, limit), flags(extent)};
+    return {std::move(name),
+            [disk, flags](GuestOffset at, std::uint64_t length, const NbdContext::Visit& visit) -> Result<void> {
+                for (const GuestOffset end = at + length; at < end;) {
+                    const auto extent = TRY(disk->extent(at, end - at));
+                    if (!visit({extent.length, flags(extent)})) break;
+                    at += extent.length;
+                }
+                return {};
             }};
 }
 
@@ -37,3 +43,22 @@ std::vector<NbdContext> built_in_contexts(const NbdExport& exported) {
 }
 
 }  // namespace qcow::nbd
+
+namespace qcow {
+
+Result<NbdContext> dirty_bitmap_context(std::shared_ptr<Image> image, const std::string& bitmap) {
+    TRY_VOID(image->each_dirty(bitmap, {0}, 0, [](const DirtyRun&) { return Result<void>(); }));
+    auto status = [image = std::move(image), bitmap](GuestOffset at, std::uint64_t length,
+                                                     const NbdContext::Visit& visit) -> Result<void> {
+        bool enough = false;
+        auto visited = image->each_dirty(bitmap, at, length, [&](const DirtyRun& run) -> Result<void> {
+            enough = !visit({run.length, run.dirty ? nbd::state_dirty : 0});
+            if (enough) return fail(Errc::limit_exceeded, "", "");
+            return {};
+        });
+        return enough ? Result<void>() : visited;
+    };
+    return NbdContext{"qemu:dirty-bitmap:" + bitmap, std::move(status)};
+}
+
+}  // namespace qcow

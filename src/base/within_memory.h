@@ -1,0 +1,21 @@
+#pragma once
+// Memory that runs out, as an error like others.
+
+#include <new>
+
+#include "base/try.h"
+
+namespace qcow {
+
+/// Gives the result of `work`, or Errc::no_memory where it ran out of memory. Every function of the public API that may
+/// take memory goes through it, so that no exception leaves the library. The error is short enough to take none.
+template <class Work>
+auto within_memory(Work&& work) -> decltype(work()) {
+    try {
+        return work();
+    } catch (const std::bad_alloc&) {
+        return fail(Errc::no_memory, "", "out of memory");
+    }
+}
+
+}  // namespace qcow

@@ -1,0 +1,204 @@
+// Memory runs out in the engine, at every single place where it takes some: the request says so, and what is in the
+// file is as good as after a power loss.
+
+#include <gtest/gtest.h>
+
+#include "engine/faulty_run.h"
+#include "engine/image_kinds.h"
+#include "memory/shortage.h"
+#include "support/effort.h"
+
+namespace qcow::test {
+namespace {
+
+/// What lies below the engine has memory.
+class FedStorage final : public PassThrough {
+    template <class F>
+    static auto fed(const F& work) {
+        const Works something_else(false);
+        return work();
+    }
+
+public:
+    using PassThrough::PassThrough;
+
+    [[nodiscard]] Result<std::uint64_t> size() const override {
+        return fed([&] { return inner().size(); });
+    }
+    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+        return fed([&] { return inner().read(at, to); });
+    }
+    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+        return fed([&] { return inner().write(at, from); });
+    }
+    Result<void> write_zeroes(HostOffset at, std::uint64_t length) override {
+        return fed([&] { return inner().write_zeroes(at, length); });
+    }
+    Result<void> allocate(HostOffset at, std::uint64_t length) override {
+        return fed([&] { return inner().allocate(at, length); });
+    }
+    Result<void> resize(std::uint64_t size) override {
+        return fed([&] { return inner().resize(size); });
+    }
+    Result<void> flush() override {
+        return fed([&] { return inner().flush(); });
+    }
+};
+
+/// An image of which each call is the engine's work.
+class HungryImage final : public Image {
+    template <class F>
+    static auto hungry(const F& work) {
+        const Works engine(true);
+        return work();
+    }
+
+public:
+    explicit HungryImage(std::shared_ptr<Image> inner) : inner_(std::move(inner)) {}
+    ~HungryImage() override {
+        const Works engine(true);
+        inner_.reset();
+    }
+
+    [[nodiscard]] std::uint64_t size() const override { return inner_->size(); }
+    [[nodiscard]] Format format() const override { return inner_->format(); }
+    [[nodiscard]] std::uint64_t block_size() const override { return inner_->block_size(); }
+    [[nodiscard]] Result<ImageInfo> info() const override {
+        return hungry([&] { return inner_->info(); });
+    }
+    Result<void> read(GuestOffset at, std::span<std::byte> to) override {
+        return hungry([&] { return inner_->read(at, to); });
+    }
+    Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
+        return hungry([&] { return inner_->extent(at, limit); });
+    }
+    Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
+        return hungry([&] { return inner_->write(at, from); });
+    }
+    Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level) override {
+        return hungry([&] { return inner_->write_compressed(at, from, level); });
+    }
+    Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
+        return hungry([&] { return inner_->write_zeroes(at, length, zeroes); });
+    }
+    Result<void> discard(GuestOffset at, std::uint64_t length) override {
+        return hungry([&] { return inner_->discard(at, length); });
+    }
+    Result<void> flush() override {
+        return hungry([&] { return inner_->flush(); });
+    }
+    Result<void> resize(std::uint64_t size, Shrink shrink) override {
+        return hungry([&] { return inner_->resize(size, shrink); });
+    }
+    Result<void> close() override {
+        return hungry([&] { return inner_->close(); });
+    }
+
+private:
+    std::shared_ptr<Image> inner_;
+};
+
+constexpr unsigned steps = 25;
+
+ImageKind small_kind(const std::string& name) {
+    for (auto kind : image_kinds()) {
+        if (kind.name != name) continue;
+        kind.create.size = std::uint64_t{256} << 10;
+        return kind;
+    }
+    throw std::runtime_error("no kind " + name);
+}
+
+class MemoryTest : public testing::TestWithParam<const char*> {
+protected:
+    [[nodiscard]] std::unique_ptr<FaultyRun> begin() const {
+        const Opener open = [kind = kind_](const Files& files, bool writable) -> Result<std::shared_ptr<Image>> {
+            if (!writable) return open_kind(kind, files, false);
+            Files fed;
+            for (const auto& [name, storage] : files) fed[name] = std::make_shared<FedStorage>(storage);
+            auto image = [&] {
+                const Works engine(true);
+                return open_kind(kind, fed, true);
+            }();
+            if (!image) return image;
+            return std::make_shared<HungryImage>(*std::move(image));
+        };
+        return std::make_unique<FaultyRun>(open, files_, kind_.create.size, kind_.discards_read_as_zeros());
+    }
+
+    void work(FaultyRun& run) const {
+        run.work({.write = 10,
+                  .write_compressed = kind_.can_compress() ? 1U : 0U,
+                  .zero = 3,
+                  .discard = 4,
+                  .flush = 4,
+                  .read = 2,
+                  .longest = 60},
+                 steps);
+        run.close();
+    }
+
+    ImageKind kind_ = small_kind(GetParam());
+    Random random_ = Random::named(kind_.name);
+    Files files_ = prepare(kind_, random_).files;
+};
+
+TEST_P(MemoryTest, RunsOutAndNothingIsLost) {
+    SCOPED_TRACE(replay_hint());
+    std::uint64_t allocations = 0;
+    // Twice: what is only taken once a thread is not what is looked for.
+    for (int i = 0; i < 2; ++i) {
+        const auto dry = begin();
+        shortage = {};
+        work(*dry);
+        allocations = shortage.count;
+        ASSERT_TRUE(dry->errors().empty());
+    }
+    ASSERT_GT(allocations, steps);
+    const auto wanted = std::min<std::uint64_t>(allocations, 150 * effort());
+    for (std::uint64_t i = 0; i < wanted; ++i) {
+        const auto run = begin();
+        const auto after = wanted == allocations ? i : random_.below(allocations);
+        shortage = {.after = after, .times = random_.pick({std::uint64_t{1}, std::uint64_t{3}, ~std::uint64_t{0} / 2})};
+        SCOPED_TRACE(testing::Message() << "allocation " << after << " of " << allocations << " fails, "
+                                        << shortage.times << " times");
+        ASSERT_NO_THROW(work(*run));
+        const auto hits = std::exchange(shortage, {}).hits;
+        ASSERT_NE(hits, 0U);
+        for (const auto& error : run->errors()) ASSERT_EQ(error.code, Errc::no_memory) << error.message();
+        const auto wrong = run->verdict(random_);
+        ASSERT_FALSE(wrong) << *wrong;
+    }
+    std::cout << "covered " << wanted << " failed allocations of memory\n";
+}
+
+TEST_P(MemoryTest, RunsOutWhileAnImageIsOpened) {
+    auto options = kind_.open;
+    options.writable = true;
+    options.gate = gate_to(files_);
+    const auto open = [&](Shortage given) {
+        auto file = files_.at(image_name);
+        shortage = given;
+        const Works engine(true);
+        return open_image(std::move(file), options);
+    };
+    ASSERT_TRUE(open({}));
+    const auto allocations = std::exchange(shortage, {}).count;
+    unsigned failures = 0;
+    for (std::uint64_t i = 0; i < allocations; ++i) {
+        const auto opened = open({.after = i});
+        shortage = {};
+        if (opened) continue;
+        ASSERT_EQ(opened.error().code, Errc::no_memory) << opened.error().message();
+        ++failures;
+    }
+    EXPECT_GT(failures, allocations / 2);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, MemoryTest,
+                         testing::Values("v3_512", "v3_4k", "v2_4k", "extended_16k", "over_qcow2_longer_v3",
+                                         "compressed_4k", "snapshot_4k", "data_file", "refcounts_1"),
+                         [](const auto& test) { return std::string(test.param); });
+
+}  // namespace
+}  // namespace qcow::test
