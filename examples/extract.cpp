@@ -25,7 +25,8 @@ qcow::Result<void> extract(const char* source_path, const char* target_path, con
     if (auto sized = file->storage()->resize(source->size()); !sized) return sized;
     auto target = qcow::open_image(file->storage(), {.writable = true, .format = qcow::Format::raw});
     if (!target) return std::unexpected(target.error());
-    if (auto copied = qcow::copy_disk(*source, **target); !copied) return copied;
+    if (auto copied = qcow::copy_disk(*source, **target, {.target_is_zero = file->starts_as_zeros()}); !copied)
+        return copied;
     return file->publish();
 }
 

@@ -32,6 +32,11 @@ struct Options {
     bool progress = false;
 };
 
+/// What a new file's contents are when it is given its name.
+qcow::NewFile::Contents contents_of(const Options& options) {
+    return options.cache == "unsafe" ? qcow::NewFile::Contents::as_they_are : qcow::NewFile::Contents::durable;
+}
+
 qcow::Result<void> to_raw(qcow::Disk& source, const qcow::NewFile& file, const Options& options,
                           qcow::CopyOptions copy) {
     if (auto sized = file.storage()->resize(source.size()); !sized) return sized;
@@ -79,7 +84,7 @@ qcow::Result<void> to_qcow2(qcow::Disk& source, const qcow::NewFile& file, const
     if (!data_file) return std::unexpected(std::move(data_file).error());
     const qcow::NewImageFiles files{file.storage(), *data_file ? (*data_file)->storage() : nullptr};
     if (auto converted = qcow::convert_image(source, files, *create, convert); !converted) return converted;
-    return *data_file ? (*data_file)->publish() : qcow::Result<void>();
+    return *data_file ? (*data_file)->publish(contents_of(options)) : qcow::Result<void>();
 }
 
 /// A target that is also read would be gone before it is read. Locks would tell, too, but may have been declined.
@@ -189,6 +194,10 @@ qcow::Result<int> run(const Options& options) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "target format",
                                            "raw has no options and no compression; say -O qcow2"});
     }
+    if (options.cache != "writeback" && options.cache != "unsafe") {
+        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "--cache " + options.cache,
+                                           "only with -n; a new file is written to the disk once, at the end"});
+    }
     auto file = qcow::NewFile::begin(options.target);
     if (!file) return std::unexpected(std::move(file).error());
     {
@@ -201,7 +210,8 @@ qcow::Result<int> run(const Options& options) {
             return std::unexpected(std::move(converted).error());
         }
     }
-    if (auto published = file->publish(); !published) return std::unexpected(std::move(published).error());
+    if (auto published = file->publish(contents_of(options)); !published)
+        return std::unexpected(std::move(published).error());
     return ok;
 }
 
@@ -257,7 +267,7 @@ void declare_convert(CLI::App& root, int& status) {
                                   "Write into the target, an image that is there already and at least as large");
     app.add_flag("--target-is-zero", options->target_is_zero, "With -n: it reads as zeros, which need not be written")
         ->needs(existing);
-    add_cache_option(app, options->cache)->needs(existing);
+    add_cache_option(app, options->cache);
     app.add_option("-m,--workers", options->workers, "Threads; by default one a processor")->check(CLI::Range(1, 1024));
     app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");
 }

@@ -16,7 +16,7 @@ struct CopyOptions {
     unsigned workers = 0;  ///< threads; 0: one a processor
     /// Runs of zeros in the source's data that are at least this long are not written; 0: all data is written.
     std::uint64_t sparse_bytes = 4096;
-    bool target_is_zero = true;  ///< the target reads as zeros already: zeros need not be written
+    bool target_is_zero = false;  ///< the target reads as zeros already: zeros need not be written
     std::function<void(std::uint64_t done, std::uint64_t total)> progress = {};  ///< guest bytes; one call at a time
 };
 

@@ -105,8 +105,11 @@ public:
     /// Whether everything reads as zeros at first: not so for a block device.
     [[nodiscard]] bool starts_as_zeros() const;
 
-    /// Gives it its name, in place of a file that had it. Does not flush.
-    Result<void> publish();
+    enum class Contents : bool { as_they_are, durable };
+
+    /// Gives it its name, in place of a file that had it. Contents that are made durable before never leave less than a
+    /// whole file under that name, also where the power fails.
+    Result<void> publish(Contents contents = Contents::durable);
 
 private:
     struct State;

@@ -94,9 +94,11 @@ Result<NewFile> NewFile::begin(const std::string& path) {
     return file;
 }
 
-Result<void> NewFile::publish() {
+Result<void> NewFile::publish(Contents contents) {
     auto& state = *state_;
-    if (state.in_place || state.published) return {};
+    if (state.published) return {};
+    if (contents == Contents::durable) TRY_VOID(state.storage->flush());
+    if (state.in_place) return {};
     // Somebody may have made, and be using, a file of that name meanwhile.
     struct stat there = {};
     if (!state.replaced && stat(state.path.c_str(), &there) == 0) {

@@ -6,6 +6,7 @@
 #include "engine/crash_explorer.h"
 #include "engine/image_kinds.h"
 #include "engine/workload.h"
+#include "qcow/copy.h"
 #include "support/effort.h"
 
 namespace qcow::test {
@@ -18,6 +19,8 @@ struct CrashCase {
     unsigned steps = 60;
     unsigned threads = 1;
     bool close = true;  // in order; else the image is dropped with writes that were not flushed
+    enum class Work : std::uint8_t { guest, convert, convert_compressed };
+    Work work = Work::guest;
 };
 
 void PrintTo(const CrashCase& c, std::ostream* out) { *out << c.name; }
@@ -88,6 +91,18 @@ std::vector<CrashCase> crash_cases() {
     result.push_back(
         {"FlushStormSnapshot", small("snapshot_4k"), {.write = 10, .zero = 2, .discard = 3, .flush = 5}, 30, 4});
     result.push_back({"ThreadsExtended", small("extended_16k"), everything, 30, 4});
+    for (const auto* kind : {"v3_4k", "v2_4k", "over_qcow2_longer_v3", "snapshot_4k", "extended_16k", "data_file"}) {
+        result.push_back({fmt::format("Convert_{}", kind), small(kind), {}, 0, 2, true, CrashCase::Work::convert});
+    }
+    for (const auto* kind : {"v3_4k", "over_compressed"}) {
+        result.push_back({fmt::format("ConvertCompressed_{}", kind),
+                          small(kind),
+                          {},
+                          0,
+                          2,
+                          true,
+                          CrashCase::Work::convert_compressed});
+    }
     result.push_back({"NeverFlushed", small("v3_4k"), {.discard = 2, .flush = 0}, 60, 1, false});
     return result;
 }
@@ -100,6 +115,25 @@ struct Recorded {
 
     [[nodiscard]] History history() const { return {log, before, *model}; }
 };
+
+/// Overwrites the whole image with another disk, and notes so in the model.
+void convert_into(Image& image, const CrashCase& c, Recorded& recorded, Random& random) {
+    constexpr Value converted = 7;
+    const auto contents = some_contents(image.size(), converted, random);
+    const auto source = value_of(open_image(memory_storage(contents, "source"), {.format = Format::raw}));
+    std::vector<SectorModel::Change> changes;
+    for (std::uint64_t i = 0; i < image.size() / sector_bytes; ++i) {
+        const auto value = value_in(i, std::span(contents).subspan(i * sector_bytes, sector_bytes));
+        changes.push_back(recorded.model->begin(i, 1, value, recorded.log.mark()));
+    }
+    CopyOptions options;
+    options.workers = c.threads;
+    options.sparse_bytes = image.block_size();
+    value_of(c.work == CrashCase::Work::convert ? copy_disk(*source, image, options)
+                                                : copy_compressed(*source, image, options));
+    const auto end = recorded.log.mark();
+    for (const auto& change : changes) recorded.model->end(change, end);
+}
 
 std::unique_ptr<Recorded> record(const CrashCase& c, Random& random) {
     auto result = std::make_unique<Recorded>();
@@ -114,6 +148,7 @@ std::unique_ptr<Recorded> record(const CrashCase& c, Random& random) {
     Guest guest(*image, *result->model, [&] { return log.mark(); }, c.kind.discards_read_as_zeros());
     guest.adopt();
     if (c.kind.open.write.cache == CacheMode::writethrough) guest.expect_writethrough();
+    if (c.work != CrashCase::Work::guest) convert_into(*image, c, *result, random);
     std::vector<Worker> workers;
     for (unsigned t = 0; t < c.threads; ++t)
         workers.emplace_back(guest, c.mix, Random(random.below(~std::uint64_t{0})));

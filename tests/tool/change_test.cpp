@@ -1,6 +1,7 @@
 // The commands that change images: what QEMU finds in them afterwards, and what is refused without a trace.
 
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "tool/tool_fixture.h"
 
@@ -219,6 +220,31 @@ TEST_F(ChangeTest, ConvertThatFailsLeavesTheTargetThere) {
     corrupt_l2_entry();
     expect_refusal({"convert", "-n", "base.qcow2", "target.qcow2"}, HasSubstr("L2 entry"));
     must_qemu_img({"check", "-q", "target.qcow2"}, directory_.path());
+}
+
+/// The system calls with which a file is made durable and given its name, in their order.
+TEST_F(ChangeTest, NewFilesAreDurableBeforeTheyHaveTheirName) {
+    const auto calls = [&](const Arguments& arguments) {
+        // The leak detector of sanitizers and strace both want to trace the process.
+        Arguments command = {"env", "ASAN_OPTIONS=detect_leaks=0", "strace", "-f", "-o", "trace",
+                             "-e",  "trace=fdatasync,fsync,rename"};
+        command.insert(command.end(), QCOW_TOOL);
+        command.insert(command.end(), arguments.begin(), arguments.end());
+        must_run(command, directory_.path());
+        std::vector<std::string> result;
+        std::istringstream trace(bytes_of("trace"));
+        for (std::string line; std::getline(trace, line);) {
+            for (const auto* call : {"fdatasync(", "fsync(", "rename("}) {
+                if (line.find(call) != std::string::npos) result.emplace_back(call);
+            }
+        }
+        return result;
+    };
+    const auto in_order = testing::ElementsAre("fdatasync(", "rename(");
+    EXPECT_THAT(calls({"convert", "-O", "qcow2", "top.qcow2", "new.qcow2"}), in_order);
+    EXPECT_THAT(calls({"convert", "top.qcow2", "new.raw"}), in_order);
+    EXPECT_THAT(calls({"create", "-q", "made.qcow2", "1G"}), in_order);
+    EXPECT_THAT(calls({"convert", "--cache", "unsafe", "top.qcow2", "new.raw"}), testing::ElementsAre("rename("));
 }
 
 TEST_F(ChangeTest, PastTheCache) {
