@@ -268,12 +268,10 @@ void declare_serve(CLI::App& root, int& status) {
         ->capture_default_str();
     app.add_flag("-t,--persistent", options->persistent, "Stay when the last client has left");
     app.add_option("--tls-certificates", options->tls.certificates,
-                   "Serve over TLS only, with the server-cert.pem and server-key.pem of this directory")
-        ->type_name("DIRECTORY");
+                   "Serve over TLS only, with the server-cert.pem and server-key.pem of this directory");
     app.add_flag("--tls-verify-peer", options->tls.verify_peer,
                  "Let in only clients with a certificate of that directory's ca-cert.pem");
-    app.add_option("--tls-psk", options->tls.psk_file, "Serve over TLS only, to clients with a NAME:KEY of this file")
-        ->type_name("FILE");
+    app.add_option("--tls-psk", options->tls.psk_file, "Serve over TLS only, to clients with a NAME:KEY of this file");
     app.add_option("--pid-file", options->pid_file, "Write the process number to this file once clients can connect");
     app.add_option("--cache", options->cache, "When writes reach the disk: with a client's flush, at once, or whenever")
         ->check(CLI::IsMember({"writeback", "writethrough", "unsafe"}))

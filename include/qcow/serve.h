@@ -57,16 +57,16 @@ struct NbdLimits {
 /// Encryption, and who is who. With it clients that do not ask for TLS (1.2 or 1.3) learn nothing and get nothing.
 ///
 /// Either a directory of certificates or a file of keys. Both are read once; nobody but the server should be able to
-/// read them.
+/// read them. A connection takes up to 300 KiB more with it.
 struct NbdTls {
     /// Holds server-cert.pem and server-key.pem, which prove to clients that this is the right server. To verify
     /// clients, also ca-cert.pem and, if there is one, ca-crl.pem.
-    std::string certificates;
+    std::string certificates = {};
     /// Clients must have a certificate that ca-cert.pem signed, and ca-crl.pem does not revoke. False: anyone is let
     /// in.
     bool verify_peer = false;
     /// Lines of NAME:KEY, the key in hexadecimal; both sides have it, and prove it to each other.
-    std::string psk_file;
+    std::string psk_file = {};
 };
 
 struct NbdOptions {
