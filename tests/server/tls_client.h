@@ -23,12 +23,7 @@ struct Wallet {
 class TlsEnd {
 public:
     /// Throws where the server does not want this client.
-    TlsEnd(int fd, const Wallet& wallet) {
-        // A certificate is shown whomever the server would rather see.
-        gnutls_init(&session_, GNUTLS_CLIENT | GNUTLS_NO_SIGNAL | GNUTLS_FORCE_CLIENT_CERT);
-        gnutls_certificate_allocate_credentials(&certificates_);
-        gnutls_psk_allocate_client_credentials(&psk_);
-        gnutls_transport_set_int(session_, fd);
+    TlsEnd(int fd, const Wallet& wallet) : TlsEnd(fd) {
         check(gnutls_priority_set_direct(session_, wallet.priority.c_str(), nullptr));
         if (!wallet.certificate.empty()) {
             check(gnutls_certificate_set_x509_key_file(certificates_, wallet.certificate.c_str(), wallet.key.c_str(),
@@ -93,6 +88,14 @@ public:
     }
 
 private:
+    explicit TlsEnd(int fd) {
+        // A certificate is shown whomever the server would rather see.
+        gnutls_init(&session_, GNUTLS_CLIENT | GNUTLS_NO_SIGNAL | GNUTLS_FORCE_CLIENT_CERT);
+        gnutls_certificate_allocate_credentials(&certificates_);
+        gnutls_psk_allocate_client_credentials(&psk_);
+        gnutls_transport_set_int(session_, fd);
+    }
+
     static void check(int error) {
         if (error < 0) throw std::runtime_error(gnutls_strerror(error));
     }
