@@ -96,7 +96,9 @@ private:
         gnutls_transport_set_int(session_, fd);
     }
 
-    static void check(int error) {
+    void check(int error) {
+        if (error == GNUTLS_E_FATAL_ALERT_RECEIVED)
+            throw std::runtime_error(gnutls_alert_get_name(gnutls_alert_get(session_)));
         if (error < 0) throw std::runtime_error(gnutls_strerror(error));
     }
 
