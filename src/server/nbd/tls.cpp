@@ -134,7 +134,7 @@ Result<void> Credentials::set_priority(const char* text) {
 Result<void> Credentials::take_certificates(const std::string& directory, bool verify_peer) {
     TRY_VOID(set_priority("NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2"));
     certificates_ = make(gnutls_certificate_allocate_credentials);
-    if (certificates_ == nullptr) return fail(Errc::limit_exceeded, "TLS", "out of memory");
+    if (certificates_ == nullptr) return fail(Errc::no_memory, "TLS", "out of memory");
     auto* const credentials = certificates_.get();
 
     const auto certificate_file = directory + "/server-cert.pem";
@@ -177,7 +177,7 @@ Result<void> Credentials::take_keys(const std::string& path) {
     TRY_VOID(set_priority("NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2:+ECDHE-PSK:+DHE-PSK:+PSK"));
     keys_ = TRY(parse_keys(path, TRY(read_file(path, make_psk))));
     psk_ = make(gnutls_psk_allocate_server_credentials);
-    if (psk_ == nullptr) return fail(Errc::limit_exceeded, "TLS", "out of memory");
+    if (psk_ == nullptr) return fail(Errc::no_memory, "TLS", "out of memory");
     gnutls_psk_set_server_credentials_function(psk_.get(), find_key);
     return {};
 }
@@ -273,9 +273,14 @@ ssize_t Session::pull(void* to, std::size_t size) {
 /// The session gives what is to leave.
 ssize_t Session::push(const giovec_t* pieces, int count) {
     const auto before = encrypted_.size();
-    for (const auto& piece : std::span(pieces, static_cast<std::size_t>(count))) {
-        const auto* bytes = static_cast<const std::byte*>(piece.iov_base);
-        encrypted_.insert(encrypted_.end(), bytes, bytes + piece.iov_len);
+    try {
+        for (const auto& piece : std::span(pieces, static_cast<std::size_t>(count))) {
+            const auto* bytes = static_cast<const std::byte*>(piece.iov_base);
+            encrypted_.insert(encrypted_.end(), bytes, bytes + piece.iov_len);
+        }
+    } catch (const std::bad_alloc&) {  // which GnuTLS, being C, knows nothing of
+        gnutls_transport_set_errno(session_.get(), ENOMEM);
+        return -1;
     }
     return static_cast<ssize_t>(encrypted_.size() - before);
 }
