@@ -1,5 +1,8 @@
 // A client of the NBD server that says anything at all.
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <string>
@@ -12,6 +15,7 @@
 #include "qcow/serve.h"
 #include "server/nbd/connection.h"
 #include "server/nbd/session.h"
+#include "server/nbd/tls.h"
 
 namespace qcow::fuzz {
 namespace {
@@ -113,6 +117,19 @@ std::string preamble(unsigned kind) {
     }
 }
 
+/// TLS with a key that no input has; nullptr where it is not built.
+const nbd::Tls* tls() {
+    static const auto loaded = [] {
+        const std::string keys = "name:00112233445566778899aabbccddeeff\n";
+        const int fd = memfd_create("keys", MFD_CLOEXEC);
+        require(write(fd, keys.data(), keys.size()) == static_cast<ssize_t>(keys.size()));
+        auto made = nbd::Tls::load({.psk_file = "/proc/self/fd/" + std::to_string(fd)});
+        close(fd);
+        return made ? *std::move(made) : nullptr;
+    }();
+    return loaded.get();
+}
+
 }  // namespace
 
 void run_nbd_input(std::span<const std::byte> input) {
@@ -132,9 +149,10 @@ void run_nbd_input(std::span<const std::byte> input) {
     InputStream stream({bytes.begin(), bytes.end()}, std::size_t{1} << (mode >> 3) % 16);
     std::vector<std::byte> before(300'000);
     require((*disk)->read({0}, before).has_value());
-    nbd::serve_client(stream, exports, {.workers = 0});
+    const bool secure = (mode & 128) != 0;
+    nbd::serve_client(stream, exports, {.workers = 0}, secure ? tls() : nullptr);
     stream.finish();
-    if (!read_only) return;
+    if (!read_only && !(secure && tls() != nullptr)) return;
     std::vector<std::byte> after(before.size());
     require((*disk)->read({0}, after).has_value() && after == before);
 }

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -30,6 +31,7 @@ struct Options {
     std::string pid_file;
     std::string cache = "writeback";
     std::string discard = "unmap";
+    qcow::NbdTls tls;
     unsigned connections = qcow::NbdLimits().connections;
     bool port_given = false;
     bool read_only = false;
@@ -147,6 +149,17 @@ qcow::Result<void> offer_bitmap(const std::string& name, const std::vector<std::
     return offered ? qcow::Result<void>() : result;
 }
 
+bool with_tls(const Options& options) {
+    return !options.tls.certificates.empty() || !options.tls.psk_file.empty() || options.tls.verify_peer;
+}
+
+/// Secrets that are not quite secret.
+void warn_of_open_secrets(const qcow::NbdTls& tls) {
+    const auto path = tls.psk_file.empty() ? tls.certificates + "/server-key.pem" : tls.psk_file;
+    if (struct stat status = {}; stat(path.c_str(), &status) == 0 && (status.st_mode & S_IROTH) != 0)
+        complain(fmt::format("WARNING: {} can be read by every user of this machine; chmod it to 0600", path));
+}
+
 qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
     const int inherited = inherited_sockets();
     for (int i = 0; i < inherited; ++i)
@@ -160,10 +173,10 @@ qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
     if (!port) return std::unexpected(port.error());
     fmt::print("listening on {} port {}\n", host, *port);
     std::fflush(stdout);
-    if (host != "localhost" && !host.starts_with("127.") && host != "::1") {
+    if (!with_tls(options) && host != "localhost" && !host.starts_with("127.") && host != "::1") {
         complain(fmt::format(
             "WARNING: whoever can reach {} port {} can read{} the disk, and all data crosses the network unencrypted; "
-            "bind to localhost and use a tunnel, or a Unix socket",
+            "use --tls-certificates with --tls-verify-peer, or --tls-psk",
             host, *port, options.read_only ? "" : " and change"));
     }
     return {};
@@ -188,9 +201,12 @@ qcow::Result<int> run(const Options& options) {
     }
     for (const auto& bitmap : options.bitmaps)
         if (auto done = offer_bitmap(bitmap, images, exports); !done) return std::unexpected(std::move(done).error());
-    auto server = qcow::NbdServer::make(
-        std::move(exports), {.limits = {.connections = options.connections}, .persistent = options.persistent});
+    qcow::NbdOptions server_options = {.limits = {.connections = options.connections},
+                                       .persistent = options.persistent};
+    if (with_tls(options)) server_options.tls = options.tls;
+    auto server = qcow::NbdServer::make(std::move(exports), server_options);
     if (!server) return std::unexpected(std::move(server).error());
+    if (with_tls(options)) warn_of_open_secrets(options.tls);
     const StopOnSignals signals(**server);
     if (auto done = listen(**server, options); !done) return std::unexpected(std::move(done).error());
 
@@ -221,10 +237,14 @@ void declare_serve(CLI::App& root, int& status) {
         "Several images are several exports. A client that names none gets the first. One image alone has the empty\n"
         "name; several have those of their files, unless --export-name is given, once for each.\n"
         "Anybody who can connect can use the disk: put a Unix socket into a directory that only the right people can\n"
-        "enter, and do not serve to a network that you do not trust.\n"
+        "enter, and serve to a network only over TLS.\n"
+        "With TLS, clients that do not use it are turned away. Certificates alone prove the server to its clients:\n"
+        "anybody can be one. --tls-verify-peer lets in only those with a certificate of the same CA, --tls-psk only\n"
+        "those with a key. The files are QEMU's and nbdkit's: certtool and psktool make them.\n"
         "Examples:\n"
         "  qcow serve --socket /run/vm/disk.sock --persistent disk.qcow2\n"
         "  qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/vm/disk.sock,format=raw ...\n"
+        "  qcow serve --bind 0.0.0.0 --tls-certificates /etc/pki/qcow --tls-verify-peer --persistent disk.qcow2\n"
         "  nbdcopy -- [ qcow serve --read-only disk.qcow2 ] disk.raw\n"
         "  nbdinfo --map -- [ qcow serve --read-only --snapshot monday disk.qcow2 ]",
         [options] { return run(*options); });
@@ -246,6 +266,11 @@ void declare_serve(CLI::App& root, int& status) {
         ->check(CLI::Range(1U, 10000U))
         ->capture_default_str();
     app.add_flag("-t,--persistent", options->persistent, "Stay when the last client has left");
+    app.add_option("--tls-certificates", options->tls.certificates,
+                   "Serve over TLS only, with the server-cert.pem and server-key.pem of this directory");
+    app.add_flag("--tls-verify-peer", options->tls.verify_peer,
+                 "Let in only clients with a certificate of that directory's ca-cert.pem");
+    app.add_option("--tls-psk", options->tls.psk_file, "Serve over TLS only, to clients with a NAME:KEY of this file");
     app.add_option("--pid-file", options->pid_file, "Write the process number to this file once clients can connect");
     app.add_option("--cache", options->cache, "When writes reach the disk: with a client's flush, at once, or whenever")
         ->check(CLI::IsMember({"writeback", "writethrough", "unsafe"}))

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,10 +50,28 @@ struct NbdLimits {
     /// Bytes of data on their way between one client and the disk; further requests wait in the client's socket. A
     /// thread has a buffer of 256 KiB or one block (the larger) of its own.
     std::uint64_t connection_bytes = std::uint64_t{4} << 20;
+    /// Seconds (at least 1) that a client may be silent before it has chosen an export, and that TLS may take to begin.
+    unsigned handshake_seconds = 30;
+};
+
+/// Encryption, and who is who. With it clients that do not ask for TLS (1.2 or 1.3) learn nothing and get nothing.
+///
+/// Either a directory of certificates or a file of keys. Both are read once; nobody but the server should be able to
+/// read them. A connection takes up to 300 KiB more with it.
+struct NbdTls {
+    /// Holds server-cert.pem and server-key.pem, which prove to clients that this is the right server. To verify
+    /// clients, also ca-cert.pem and, if there is one, ca-crl.pem.
+    std::string certificates = {};
+    /// Clients must have a certificate that ca-cert.pem signed, and ca-crl.pem does not revoke. False: anyone is let
+    /// in.
+    bool verify_peer = false;
+    /// Lines of NAME:KEY, the key in hexadecimal; both sides have it, and prove it to each other.
+    std::string psk_file = {};
 };
 
 struct NbdOptions {
     NbdLimits limits = {};
+    std::optional<NbdTls> tls = {};  ///< nothing: no TLS
     /// False: run() returns when the last client has left.
     bool persistent = true;
 };
@@ -62,7 +81,8 @@ struct NbdOptions {
 /// A client that asks for the export with the empty name gets the one that has it, else the first.
 class QCOW_API NbdServer {
 public:
-    /// Errc::invalid_argument: no exports, names that are too long or occur twice.
+    /// Errc::invalid_argument: no exports, names that are too long or occur twice, files of TLS that are not what they
+    /// must be; others where those cannot be read; Errc::unsupported: built without TLS.
     static Result<std::unique_ptr<NbdServer>> make(std::vector<NbdExport> exports, const NbdOptions& options = {});
 
     NbdServer(const NbdServer&) = delete;

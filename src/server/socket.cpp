@@ -124,11 +124,11 @@ Result<TcpListeners> listen_tcp(const std::string& host, std::uint16_t port) {
     return result;
 }
 
-SocketStream::SocketStream(FileDescriptor fd) : fd_(std::move(fd)) {
+SocketStream::SocketStream(FileDescriptor fd, std::chrono::seconds patience) : fd_(std::move(fd)) {
     const int yes = 1;
     setsockopt(fd_.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);  // without effect on a Unix socket
     setsockopt(fd_.get(), SOL_SOCKET, SO_SNDBUF, &send_buffer, sizeof send_buffer);
-    set_patience(std::chrono::seconds(30));
+    set_patience(patience);
 }
 
 void SocketStream::wait_forever() { set_patience(std::chrono::seconds(0)); }

@@ -36,10 +36,10 @@ struct TcpListeners {
 };
 Result<TcpListeners> listen_tcp(const std::string& host, std::uint16_t port);
 
-/// A connected socket. Until wait_forever, a peer that is silent for half a minute has gone.
+/// A connected socket. Until wait_forever, a peer that is silent for as long as `patience` has gone.
 class SocketStream final : public nbd::Stream {
 public:
-    explicit SocketStream(FileDescriptor fd);
+    SocketStream(FileDescriptor fd, std::chrono::seconds patience);
 
     std::size_t receive(std::span<std::byte> to) override;
     bool send(std::span<const std::byte> bytes) override;

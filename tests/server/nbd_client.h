@@ -61,14 +61,14 @@ public:
     }
     NbdClient(const NbdClient&) = delete;
     NbdClient& operator=(const NbdClient&) = delete;
-    ~NbdClient() { hang_up(); }
+    virtual ~NbdClient() { hang_up(); }
 
     void hang_up() {
         if (fd_ >= 0) close(fd_);
         fd_ = -1;
     }
 
-    void send(std::span<const std::byte> bytes) const {
+    virtual void send(std::span<const std::byte> bytes) const {
         while (!bytes.empty()) {
             const auto n = ::send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL);
             if (n <= 0) throw Closed();
@@ -90,7 +90,7 @@ public:
         return done;
     }
 
-    [[nodiscard]] Bytes receive(std::size_t count) const {
+    [[nodiscard]] virtual Bytes receive(std::size_t count) const {
         Bytes bytes(count);
         for (std::size_t done = 0; done < count;) {
             const auto n = recv(fd_, bytes.data() + done, count - done, 0);
@@ -171,6 +171,11 @@ public:
     /// From the greeting to the transmission.
     void go(nbd::Style style, const std::vector<std::string>& contexts = {}, std::string_view name = "") {
         greet();
+        negotiate(style, contexts, name);
+    }
+
+    /// From behind the greeting.
+    void negotiate(nbd::Style style, const std::vector<std::string>& contexts = {}, std::string_view name = "") {
         style_ = style;
         if (style != nbd::Style::simple)
             must_ack(style == nbd::Style::extended ? nbd::Option::extended_headers : nbd::Option::structured_reply, {});
@@ -272,12 +277,14 @@ public:
         }
     }
 
+protected:
+    int fd_;  ///< what it says goes here
+
 private:
     void must_ack(nbd::Option option, std::span<const std::byte> data) {
         if (outcome(option, data) != nbd::OptionReply::ack) throw std::runtime_error("an option was refused");
     }
 
-    int fd_;
     nbd::Style style_ = nbd::Style::simple;
 };
 

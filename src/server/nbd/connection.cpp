@@ -165,16 +165,49 @@ bool Transmission::write_elsewhere(const Request& request) {
     return true;
 }
 
-}  // namespace
-
-void serve_client(Stream& stream, std::span<const NbdExport> exports, const NbdLimits& limits) {
+/// Bytes that the input of a client takes at once.
+std::size_t input_bytes(std::span<const NbdExport> exports) {
     std::size_t largest = 0;
     for (const auto& exported : exports) largest = std::max(largest, chunk_bytes(*exported.disk));
-    Input input(stream, largest + 64 * KiB);
-    const auto session = shake_hands(stream, input, exports);
-    if (session) {
-        stream.wait_forever();
-        Transmission(stream, input, *session, limits).run();
+    return largest + 64 * KiB;
+}
+
+/// What comes behind the greeting.
+void serve_greeted(Stream& stream, Input& input, const Greeting& greeting, std::span<const NbdExport> exports,
+                   const NbdLimits& limits) {
+    const auto session = negotiate(stream, input, greeting, exports);
+    if (!session) return;
+    stream.wait_forever();
+    Transmission(stream, input, *session, limits).run();
+}
+
+void serve_without_tls(Stream& stream, std::span<const NbdExport> exports, const NbdLimits& limits) {
+    Input input(stream, input_bytes(exports));
+    if (const auto greeting = greet(stream, input)) serve_greeted(stream, input, *greeting, exports, limits);
+}
+
+void serve_with_tls(Stream& stream, std::span<const NbdExport> exports, const NbdLimits& limits, const Tls& tls) {
+    const auto greeting = [&] {
+        Input plain(stream, 4 * KiB);
+        auto heard = greet(stream, plain);
+        if (heard) heard->tls = await_tls(stream, plain);
+        return heard;
+    }();
+    if (!greeting || !greeting->tls) return;
+    const auto secure = tls.over(stream);
+    if (!secure->shake_hands(std::chrono::seconds(limits.handshake_seconds))) return;
+    Input input(*secure, input_bytes(exports));
+    serve_greeted(*secure, input, *greeting, exports, limits);
+    secure->say_goodbye();
+}
+
+}  // namespace
+
+void serve_client(Stream& stream, std::span<const NbdExport> exports, const NbdLimits& limits, const Tls* tls) {
+    if (tls == nullptr) {
+        serve_without_tls(stream, exports, limits);
+    } else {
+        serve_with_tls(stream, exports, limits, *tls);
     }
     stream.shutdown();
 }

@@ -40,10 +40,28 @@ private:
     std::vector<std::byte> bytes_;
 };
 
+/// False: the client is gone.
+bool send_reply(Stream& stream, Option option, OptionReply type, std::span<const std::byte> data = {}) {
+    return stream.send(Message()
+                           .number<std::uint64_t>(option_reply_magic)
+                           .number(static_cast<std::uint32_t>(option))
+                           .number(static_cast<std::uint32_t>(type))
+                           .number(static_cast<std::uint32_t>(data.size()))
+                           .text({reinterpret_cast<const char*>(data.data()), data.size()})
+                           .bytes());
+}
+
+/// The next option that the client asks for; nothing: it is gone, or does not speak the protocol.
+std::optional<OptionHeader> next_option(Input& input) {
+    const auto bytes = input.take(OptionHeader::size);
+    if (!bytes) return std::nullopt;
+    return parse_option(bytes->first<OptionHeader::size>());
+}
+
 class Handshake {
 public:
-    Handshake(Stream& stream, Input& input, std::span<const NbdExport> exports)
-        : stream_(stream), input_(input), exports_(exports) {}
+    Handshake(Stream& stream, Input& input, const Greeting& greeting, std::span<const NbdExport> exports)
+        : stream_(stream), input_(input), greeting_(greeting), exports_(exports) {}
 
     std::optional<Session> run();
 
@@ -66,29 +84,16 @@ private:
 
     Stream& stream_;
     Input& input_;
+    const Greeting& greeting_;
     std::span<const NbdExport> exports_;
     bool gone_ = false;
-    bool no_zeroes_ = false;
     Session session_;
     const NbdExport* contexts_of_ = nullptr;  // the export that session_.contexts were asked for
 };
 
 std::optional<Session> Handshake::run() {
-    send(Message()
-             .number<std::uint64_t>(init_magic)
-             .number<std::uint64_t>(option_magic)
-             .number<std::uint16_t>(handshake_fixed_newstyle | handshake_no_zeroes)
-             .bytes());
-    const auto client = input_.take(4);
-    if (!client) return std::nullopt;
-    const auto flags = load_be<std::uint32_t>(*client, 0);
-    if ((flags & ~(handshake_fixed_newstyle | handshake_no_zeroes)) != 0) return std::nullopt;
-    no_zeroes_ = (flags & handshake_no_zeroes) != 0;
-
     for (unsigned options = 0; options < max_options; ++options) {
-        const auto bytes = input_.take(OptionHeader::size);
-        if (!bytes) return std::nullopt;
-        const auto header = parse_option(bytes->first<OptionHeader::size>());
+        const auto header = next_option(input_);
         if (!header) return std::nullopt;
         switch (handle(*header)) {
             case Next::option: break;
@@ -116,7 +121,9 @@ Handshake::Next Handshake::handle(const OptionHeader& header) {
         case Option::extended_headers: return agree_on(header.option, Style::extended, *data);
         case Option::list_meta_context:
         case Option::set_meta_context: return meta_context(header.option, OptionData(*data));
-        case Option::starttls: return refuse(header.option, OptionReply::policy, "this server has no TLS");
+        case Option::starttls:
+            return greeting_.tls ? refuse(header.option, OptionReply::invalid, "TLS has begun already")
+                                 : refuse(header.option, OptionReply::policy, "this server has no TLS");
     }
     return refuse(header.option, OptionReply::unsupported, "unknown option");
 }
@@ -128,7 +135,7 @@ Handshake::Next Handshake::export_name(std::span<const std::byte> data) {
     choose(*exported);
     Message message;
     message.number<std::uint64_t>(exported->disk->size()).number(transmission_flags(*exported, session_.style));
-    if (!no_zeroes_) message.zeros(124);
+    if (!greeting_.no_zeroes) message.zeros(124);
     send(message.bytes());
     return gone_ ? Next::hang_up : Next::transmission;
 }
@@ -245,13 +252,7 @@ void Handshake::choose(const NbdExport& exported) {
 }
 
 void Handshake::reply(Option option, OptionReply type, std::span<const std::byte> data) {
-    Message message;
-    message.number<std::uint64_t>(option_reply_magic)
-        .number(static_cast<std::uint32_t>(option))
-        .number(static_cast<std::uint32_t>(type))
-        .number(static_cast<std::uint32_t>(data.size()))
-        .text({reinterpret_cast<const char*>(data.data()), data.size()});
-    send(message.bytes());
+    gone_ = gone_ || !send_reply(stream_, option, type, data);
 }
 
 Handshake::Next Handshake::refuse(Option option, OptionReply type, std::string_view why) {
@@ -275,8 +276,46 @@ std::uint16_t transmission_flags(const NbdExport& exported, Style style) {
     return flags;
 }
 
-std::optional<Session> shake_hands(Stream& stream, Input& input, std::span<const NbdExport> exports) {
-    return Handshake(stream, input, exports).run();
+std::optional<Greeting> greet(Stream& stream, Input& input) {
+    const bool sent = stream.send(Message()
+                                      .number<std::uint64_t>(init_magic)
+                                      .number<std::uint64_t>(option_magic)
+                                      .number<std::uint16_t>(handshake_fixed_newstyle | handshake_no_zeroes)
+                                      .bytes());
+    const auto client = sent ? input.take(4) : std::nullopt;
+    if (!client) return std::nullopt;
+    const auto flags = load_be<std::uint32_t>(*client, 0);
+    if ((flags & ~(handshake_fixed_newstyle | handshake_no_zeroes)) != 0) return std::nullopt;
+    return Greeting{.no_zeroes = (flags & handshake_no_zeroes) != 0};
+}
+
+bool await_tls(Stream& stream, Input& input) {
+    for (unsigned options = 0; options < max_options; ++options) {
+        const auto header = next_option(input);
+        // EXPORT_NAME has no way to say no.
+        if (!header || header->option == Option::export_name || !input.skip(header->length)) return false;
+        const auto reply = [&](OptionReply type, std::string_view why = {}) {
+            return send_reply(stream, header->option, type, as_bytes(why));
+        };
+        if (header->option == Option::starttls && header->length == 0) {
+            // What lies behind it has not come through TLS, and must not be taken as if it had.
+            return input.buffered() == 0 && reply(OptionReply::ack);
+        }
+        if (header->option == Option::abort) {
+            reply(OptionReply::ack);
+            return false;
+        }
+        const bool sent = header->option == Option::starttls
+                              ? reply(OptionReply::invalid, "the option takes no data")
+                              : reply(OptionReply::tls_required, "this server is for clients with TLS only");
+        if (!sent) return false;
+    }
+    return false;
+}
+
+std::optional<Session> negotiate(Stream& stream, Input& input, const Greeting& greeting,
+                                 std::span<const NbdExport> exports) {
+    return Handshake(stream, input, greeting, exports).run();
 }
 
 }  // namespace qcow::nbd

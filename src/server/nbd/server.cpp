@@ -15,6 +15,7 @@
 #include "qcow/serve.h"
 #include "server/nbd/connection.h"
 #include "server/nbd/session.h"
+#include "server/nbd/tls.h"
 #include "server/socket.h"
 
 namespace qcow {
@@ -43,8 +44,8 @@ private:
 
 class Server final : public NbdServer {
 public:
-    Server(std::vector<NbdExport> exports, const NbdOptions& options)
-        : exports_(std::move(exports)), options_(options) {}
+    Server(std::vector<NbdExport> exports, const NbdOptions& options, std::unique_ptr<nbd::Tls> tls)
+        : exports_(std::move(exports)), options_(options), tls_(std::move(tls)) {}
 
     [[nodiscard]] bool usable() const { return wakeup_.fd() >= 0; }
 
@@ -73,7 +74,7 @@ public:
 
 private:
     struct Client {
-        explicit Client(FileDescriptor fd) : stream(std::move(fd)) {}
+        Client(FileDescriptor fd, std::chrono::seconds patience) : stream(std::move(fd), patience) {}
         SocketStream stream;
         std::atomic<bool> gone = false;
         std::thread thread;
@@ -86,6 +87,7 @@ private:
 
     std::vector<NbdExport> exports_;
     NbdOptions options_;
+    std::unique_ptr<nbd::Tls> tls_;  // nullptr: none
     Wakeup wakeup_;
     std::atomic<bool> stopping_ = false;
     std::vector<Listener> listeners_;
@@ -135,10 +137,10 @@ Result<void> Server::accept_from(const Listener& listener) {
             std::this_thread::sleep_for(std::chrono::milliseconds(100));
         return {};
     }
-    auto& client = clients_.emplace_back(std::move(fd));
+    auto& client = clients_.emplace_back(std::move(fd), std::chrono::seconds(options_.limits.handshake_seconds));
     try {
         client.thread = std::thread([this, &client] {
-            nbd::serve_client(client.stream, exports_, options_.limits);
+            nbd::serve_client(client.stream, exports_, options_.limits, tls_.get());
             client.gone = true;
             wakeup_.ring();
         });
@@ -195,7 +197,9 @@ Result<std::unique_ptr<NbdServer>> NbdServer::make(std::vector<NbdExport> export
         auto contexts = nbd::built_in_contexts(exported);
         exported.contexts.insert(exported.contexts.begin(), contexts.begin(), contexts.end());
     }
-    auto server = std::make_unique<Server>(std::move(exports), options);
+    std::unique_ptr<nbd::Tls> tls;
+    if (options.tls) tls = TRY(nbd::Tls::load(*options.tls));
+    auto server = std::make_unique<Server>(std::move(exports), options, std::move(tls));
     if (!server->usable()) return system_error("cannot be made", "server", errno);
     return server;
 }
