@@ -29,11 +29,11 @@ test-asan test-tsan: test-%: ## The same tests under the address and undefined-b
 	@cmake --build --preset $* -j $(JOBS)
 	@ctest --test-dir build/$* --output-on-failure -j $(JOBS)
 
-torture: ## Try to break the engine for TORTURE_SECONDS (3600), each time from another seed
+torture: ## Try to make images lose something for TORTURE_SECONDS (3600), each time from another seed
 	@scripts/install-dependencies build test
 	@cmake --preset release-tests >/dev/null
-	@cmake --build --preset release-tests -j $(JOBS) --target engine_test
-	@scripts/torture build/release/engine_test $(TORTURE_SECONDS) $(JOBS)
+	@cmake --build --preset release-tests -j $(JOBS) --target engine_test memory_test server_test
+	@scripts/torture build/release $(TORTURE_SECONDS) $(JOBS)
 
 bench: ## Measure against qemu-img, qemu-nbd, nbdkit, pread and pwrite
 	@scripts/install-dependencies build test bench

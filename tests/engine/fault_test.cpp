@@ -76,6 +76,38 @@ TEST_P(FaultTest, NothingIsLostOrCorrupt) {
 INSTANTIATE_TEST_SUITE_P(Each, FaultTest, testing::ValuesIn(fault_cases()),
                          [](const auto& test) { return test.param.name; });
 
+/// Whoever waits for another thread is to learn that it failed.
+class FaultyThreadsTest : public testing::TestWithParam<const char*> {};
+
+TEST_P(FaultyThreadsTest, AllComeToAnEnd) {
+    const auto kind = small_kind(GetParam());
+    auto random = Random::named(kind.name);
+    const auto files = prepare(kind, random).files;
+    SCOPED_TRACE(replay_hint());
+    unsigned struck = 0;
+    for (unsigned i = 0; i < 24 * effort(); ++i) {
+        const auto operation = random.pick({Operation::read, Operation::write, Operation::space, Operation::flush});
+        const auto run = begin(kind, files);
+        Faults::Fault fault{operation, random.below(operation == Operation::flush ? 10 : 60)};
+        fault.times = random.pick({1, 5, 1'000'000});
+        run->faults_for(operation).arm(fault);
+        ASSERT_NO_THROW(run->work(mix_for(kind), steps, 4));
+        run->close();
+        struck += run->faults_for(operation).hits() != 0 ? 1 : 0;
+        run->faults_for(operation).disarm();
+        for (const auto& error : run->errors()) ASSERT_EQ(error.code, Errc::io) << error.message();
+        const auto wrong = run->verdict(random);
+        ASSERT_FALSE(wrong) << *wrong;
+    }
+    EXPECT_GT(struck, 8 * effort());
+    std::cout << "covered " << struck << " faults while four threads were at work\n";
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, FaultyThreadsTest,
+                         testing::Values("v3_512", "v3_4k", "extended_16k", "over_qcow2_longer_v3", "compressed_4k",
+                                         "snapshot_4k", "data_file"),
+                         [](const auto& test) { return std::string(test.param); });
+
 class FullDiskTest : public testing::TestWithParam<const char*> {};
 
 TEST_P(FullDiskTest, WorkGoesOnWhenThereIsRoomAgain) {

@@ -33,10 +33,14 @@ public:
     }
 
     /// Goes on after errors, as guests do.
-    void work(const Mix& mix, unsigned steps) {
+    void work(const Mix& mix, unsigned steps, unsigned threads = 1) {
         Random random(run_seed());
-        Worker worker(*guest_, mix, Random(random.below(~std::uint64_t{0})));
-        for (unsigned i = 0; i < steps; ++i) note(worker.step());
+        std::vector<Worker> workers;
+        for (unsigned t = 0; t < threads; ++t)
+            workers.emplace_back(*guest_, mix, Random(random.below(~std::uint64_t{0})));
+        in_threads(threads, [&](unsigned t) {
+            for (unsigned i = 0; i < steps; ++i) note(workers[t].step());
+        });
     }
 
     void close() {
@@ -60,7 +64,9 @@ public:
 
 private:
     void note(const Result<void>& result) {
-        if (!result) errors_.push_back(result.error());
+        if (result) return;
+        const std::lock_guard lock(errors_mutex_);
+        errors_.push_back(result.error());
     }
 
     Opener open_;
@@ -71,6 +77,7 @@ private:
     SectorModel model_;
     std::shared_ptr<Image> image_;
     std::unique_ptr<Guest> guest_;
+    std::mutex errors_mutex_;
     std::vector<Error> errors_;
 };
 
