@@ -1,7 +1,10 @@
 #pragma once
 // What a fuzzed guest has written where, by its own account.
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <span>
 
@@ -36,9 +39,13 @@ public:
 
     /// The guest bytes from `at` on. Not for what is original or unknown.
     void fill(std::uint64_t at, std::span<std::byte> to, Contents contents) const {
-        for (std::size_t i = 0; i < to.size(); ++i) {
-            const std::uint64_t index = (at + i) / 8;
-            to[i] = static_cast<std::byte>(word(index, contents) >> (56 - (at + i) % 8 * 8));
+        while (!to.empty()) {
+            std::array<std::byte, 8> bytes;
+            store_be(bytes, 0, word(at / 8, contents));
+            const auto part = std::span(bytes).subspan(at % 8, std::min<std::size_t>(8 - at % 8, to.size()));
+            std::memcpy(to.data(), part.data(), part.size());
+            at += part.size();
+            to = to.subspan(part.size());
         }
     }
 

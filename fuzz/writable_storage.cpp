@@ -27,8 +27,9 @@ std::shared_ptr<WritableStorage> WritableStorage::copy() const {
 std::string WritableStorage::identity() const { return fmt::format("writable:{}", static_cast<const void*>(this)); }
 
 Result<std::size_t> WritableStorage::read(HostOffset at, std::span<std::byte> to) const {
-    std::ranges::fill(to, std::byte{0});
-    if (at.value >= size_ || to.empty()) return 0;
+    if (to.empty()) return 0;
+    std::memset(to.data(), 0, to.size());
+    if (at.value >= size_) return 0;
     const std::uint64_t end = at.value + std::min<std::uint64_t>(to.size(), size_ - at.value);
     for (auto page = pages_.lower_bound(at.value / page_bytes); page != pages_.end() && page->first * page_bytes < end;
          ++page) {
@@ -86,9 +87,9 @@ void WritableStorage::store(std::uint64_t at, std::span<const std::byte> from) {
         const auto part = from.first(std::min<std::uint64_t>(from.size(), page_bytes - within));
         const auto there = pages_.find(at / page_bytes);
         if (there != pages_.end()) {
-            std::ranges::copy(part, there->second.begin() + static_cast<std::ptrdiff_t>(within));
+            std::memcpy(there->second.data() + within, part.data(), part.size());
         } else if (!is_zero(part)) {
-            std::ranges::copy(part, pages_[at / page_bytes].begin() + static_cast<std::ptrdiff_t>(within));
+            std::memcpy(pages_[at / page_bytes].data() + within, part.data(), part.size());
         }
         at += part.size();
         from = from.subspan(part.size());

@@ -24,13 +24,14 @@ using Kind = Contents::Kind;
 using Verb = Operation::Verb;
 
 // What one input may cost: it is to take milliseconds, whatever it claims.
-constexpr std::uint64_t max_written_bytes = 2 * MiB;  // at a time, and four times as much in all
-constexpr std::uint64_t max_zeroed_clusters = 4096;   // at a time
-constexpr std::uint64_t max_l1_change = 64 * KiB;     // entries that come or go with a resize
-constexpr std::uint64_t max_inspected = 64 * KiB;     // bytes of a run, at each of its ends
+constexpr std::uint64_t max_written_bytes = 128 * KiB;  // at a time; whole clusters where that is to be
+constexpr std::uint64_t max_written_in_all = 4 * MiB;
+constexpr std::uint64_t max_zeroed_clusters = 4096;  // at a time
+constexpr std::uint64_t max_l1_change = 64 * KiB;    // entries that come or go with a resize
+constexpr std::uint64_t max_inspected = 16 * KiB;    // bytes of a run, at each of its ends
 constexpr unsigned max_power_losses = 4;
 constexpr std::size_t max_snapshots = 4;
-constexpr std::size_t max_runs = 64;  // that are inspected in the end
+constexpr std::size_t max_runs = 24;  // that are inspected in the end
 
 /// The image and the files that it names, which are handed out one after the other, whatever they are called.
 class Shelf {
@@ -238,7 +239,8 @@ private:
     }
 
     void write(std::uint64_t at, std::uint64_t length, Contents contents, bool compressed = false) {
-        length = std::min({length, max_written_bytes, 4 * max_written_bytes - written_});
+        const std::uint64_t most = compressed ? std::max(max_written_bytes, image_->block_size()) : max_written_bytes;
+        length = std::min({length, most, max_written_in_all - written_});
         written_ += length;
         std::vector<std::byte> bytes(length);
         guest_.fill(at, bytes, contents);
@@ -256,7 +258,7 @@ private:
         const std::uint64_t block = image_->block_size();
         length = std::min(length, max_zeroed_clusters * block);
         const bool within = lies_within(at, length, image_->size());
-        const bool known = sound_ && within && length <= max_written_bytes;
+        const bool known = sound_ && within && length <= std::max(max_written_bytes, block);
         const std::uint64_t end = at + length;
         const std::uint64_t first = divide_up(at, block) * block;
         const std::uint64_t last = end == image_->size() ? end : align_down(end, block);
@@ -345,7 +347,7 @@ private:
         const std::uint64_t block = original_->block_size();
         const std::uint64_t begin = std::min(align_down(at, block), original_->size());
         const std::uint64_t end = std::min(divide_up(at + length, block) * block, original_->size());
-        std::vector<std::byte> bytes(std::min(end - begin, 2 * max_written_bytes));
+        std::vector<std::byte> bytes(std::min(end - begin, 4 * MiB));
         const bool readable = original_->read({begin}, bytes).has_value();
         if (readable) std::fprintf(stderr, "%s\n", result.error().message().c_str());
         QCOW_REQUIRE(!readable);

@@ -151,16 +151,24 @@ Result<std::uint64_t> Refcounts::counted_end(std::uint64_t from) const {
     std::uint64_t end = from;
     for (std::uint64_t index = from / per_block_; index < table_.size(); ++index) {
         if (!has_block(index)) continue;
+        // Large blocks with small refcounts stand for millions of clusters: what is all zeros is passed over quickly.
+        const auto stored = TRY(core_.file->run({table_[index]}, bit(cluster_bits_)));
+        if (!stored.data && stored.length == bit(cluster_bits_)) continue;
         const std::uint64_t first = std::max(from, index * per_block_);
-        TRY_VOID(each_span(
-            {first, (index + 1) * per_block_ - first},
-            [&](std::span<std::uint64_t> words, HostOffset, std::uint64_t inner, ClusterRun part) -> Result<void> {
-                for (std::uint64_t i = 0; i < part.count; ++i) {
-                    if (format::refcount_in(words[(inner + i) >> (6 - order_)], inner + i, order_) != 0)
-                        end = part.first + i + 1;
+        const auto visit = [&](std::span<std::uint64_t> words, HostOffset, std::uint64_t inner,
+                               ClusterRun part) -> Result<void> {
+            for (std::uint64_t i = 0; i < part.count;) {
+                const std::uint64_t in_word = bit(6 - order_) - (inner + i) % bit(6 - order_);
+                const auto word = words[(inner + i) >> (6 - order_)];
+                const std::uint64_t next = std::min(i + in_word, part.count);
+                for (; word != 0 && i < next; ++i) {
+                    if (format::refcount_in(word, inner + i, order_) != 0) end = part.first + i + 1;
                 }
-                return {};
-            }));
+                i = next;
+            }
+            return {};
+        };
+        TRY_VOID(each_span({first, (index + 1) * per_block_ - first}, visit));
     }
     return end;
 }
