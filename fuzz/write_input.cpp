@@ -154,7 +154,7 @@ public:
         auto original = original_files_.open(std::nullopt);
         if (succeeded(original)) {
             original_ = *std::move(original);
-            sound_ = check(*original_).clean();
+            sound_ = check(*original_).clean() && is_readable(*original_);
         }
         guard_.emplace(files_.image(), guest_);
         if (!open()) return;
@@ -168,6 +168,13 @@ public:
 
 private:
     [[nodiscard]] bool trusted() const { return sound_ && !files_.refused(); }
+
+    /// Nothing can be read through an encrypted layer, not even zeros.
+    static bool is_readable(const Image& image) {
+        const auto info = image.info();
+        const auto below = image.backing();
+        return info && !info->encryption && (below == nullptr || is_readable(*below));
+    }
 
     bool open() {
         auto opened = files_.open(program_.write_options());
@@ -375,7 +382,11 @@ private:
                 return;
             }
             std::vector<std::byte> found(expected.size());
-            QCOW_REQUIRE(succeeded(disk.read({first}, found)));
+            const auto read = disk.read({first}, found);
+            if (!read)
+                std::fprintf(stderr, "guest offset %#llx: %s\n", static_cast<unsigned long long>(first),
+                             read.error().message().c_str());
+            QCOW_REQUIRE(succeeded(read));
             if (found != expected) {
                 const auto differs = std::ranges::mismatch(found, expected).in1 - found.begin();
                 std::fprintf(stderr, "guest offset %#llx: not what was written last\n",
