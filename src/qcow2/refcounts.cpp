@@ -227,7 +227,8 @@ Refcounts::Growth Refcounts::plan_growth(std::uint64_t first, std::uint64_t coun
         const bool stable = blocks.size() == growth.blocks.size() && table_clusters == growth.table_clusters;
         growth.blocks.assign(blocks.begin(), blocks.end());
         growth.table_clusters = table_clusters;
-        if (stable) return growth;
+        // What is beyond the limit is refused, and need not be planned further: a file may be that long by its holes.
+        if (stable || table_clusters << cluster_bits_ > format::max_refcount_table_bytes) return growth;
     }
 }
 

@@ -121,6 +121,24 @@ TEST_F(Hostile, DirtyImageThatIsNearlyAllHole) {
     EXPECT_LT(cost.bytes, 2 * max_open_bytes);  // 8 bytes for each 4096 clusters that the file might have
 }
 
+/// What is added behind the end of such a file could not be counted.
+TEST_F(Hostile, WritingBehindTheEndOfAHugeHole) {
+    HostileImage image(9);
+    image.size = 32 * KiB;
+    image.write_refcounts(4);
+    image.file.fixed_size = bit(55);
+    const auto storage = std::make_shared<fuzz::WritableStorage>(image.finish(), "huge");
+    auto options = options_for(Format::qcow2);
+    options.writable = true;
+    const auto cost = cost_of([&] {
+        const auto opened = open_image(storage, options);
+        ASSERT_TRUE(opened.has_value()) << opened.error().message();
+        expect_error((*opened)->resize(MiB), Errc::no_space, {"the file cannot grow further in this format"});
+    });
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, max_open_bytes);
+}
+
 TEST_F(Hostile, L2TablesThatAreOtherThings) {
     // Within the header's cluster, the refcount table, the L1 table itself, the end of the file and past it.
     for (const std::uint64_t at : {std::uint64_t{0x200}, std::uint64_t{1} << 16, std::uint64_t{3} << 16,
