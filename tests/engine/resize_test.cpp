@@ -47,6 +47,27 @@ TEST_P(ResizeTest, EntriesBehindTheEndDoNotComeToLight) {
     EXPECT_EQ(report.allocated_clusters, 2U);
 }
 
+/// The bit says something about an external data file. Without one, the file that would be resized with the disk is the
+/// image's own.
+TEST(ResizeRawBitTest, TheImageItselfIsNotCut) {
+    const auto storage = memory_storage();
+    CreateOptions create;
+    create.size = 1 * MiB;
+    value_of(create_image({storage, nullptr}, create));
+    std::array<std::byte, 8> autoclear;
+    store_be(autoclear, 0, std::uint64_t{2});
+    value_of(storage->write({88}, autoclear));
+    const auto image = value_of(open_image(storage, {.writable = true, .format = Format::qcow2}));
+    const Bytes block(64 * KiB, std::byte{0x77});
+    for (std::uint64_t at = 0; at < 1 * MiB; at += block.size()) value_of(image->write({at}, block));
+    Bytes bytes(128 * KiB);
+    for (const std::uint64_t size : {256 * KiB, 512 * KiB, 128 * KiB}) {
+        value_of(image->resize(size, Image::Shrink::allow));
+        value_of(image->read({0}, bytes));
+        EXPECT_TRUE(bytes == Bytes(bytes.size(), std::byte{0x77})) << size;
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(Versions, ResizeTest, testing::Values(2U, 3U));
 
 }  // namespace

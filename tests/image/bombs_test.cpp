@@ -75,7 +75,8 @@ void refcount_blocks_that_are_their_table(const BombFiles& files) {
 
 Bytes snapshot_head(std::uint32_t extra) {
     Bytes entry;
-    append(entry, 0, 8 + 4);  // the L1 table
+    append(entry, 0, 8);  // the L1 table
+    append(entry, 0, 4);
     append(entry, 1, 2);
     append(entry, 1, 2);
     entry.resize(36);
