@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "base/bits.h"
 #include "base/endian.h"
@@ -21,6 +22,35 @@ std::string_view text(std::span<const std::byte> bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
+/// What was understood of a header is what is written of it, and read again.
+void encode(const format::Header& header, std::uint64_t file_size) {
+    const auto encoded = format::encode_header(header);
+    if (!succeeded(encoded)) return;
+    const auto again = format::parse_header(*encoded, file_size);
+    QCOW_REQUIRE(succeeded(again));
+    QCOW_REQUIRE(again->version == header.version && again->cluster_bits == header.cluster_bits);
+    QCOW_REQUIRE(again->size == header.size && again->crypt == header.crypt);
+    QCOW_REQUIRE(again->l1_table == header.l1_table && again->l1_entries == header.l1_entries);
+    QCOW_REQUIRE(again->refcount_table == header.refcount_table && again->refcount_order == header.refcount_order);
+    QCOW_REQUIRE(again->refcount_table_clusters == header.refcount_table_clusters);
+    QCOW_REQUIRE(again->snapshot_table == header.snapshot_table && again->snapshot_count == header.snapshot_count);
+    QCOW_REQUIRE(again->incompatible == header.incompatible && again->compatible == header.compatible);
+    QCOW_REQUIRE(again->autoclear == header.autoclear && again->compression == header.compression);
+    QCOW_REQUIRE(again->backing_name == header.backing_name && again->backing_format == header.backing_format);
+    QCOW_REQUIRE(again->data_file_name == header.data_file_name);
+    QCOW_REQUIRE(again->bitmaps.has_value() == header.bitmaps.has_value());
+    QCOW_REQUIRE(!header.bitmaps || again->bitmaps->directory == header.bitmaps->directory);
+    QCOW_REQUIRE(again->encryption.has_value() == header.encryption.has_value());
+    QCOW_REQUIRE(again->unknown_extensions.size() == header.unknown_extensions.size());
+}
+
+/// Changing the fields that change leaves all others.
+void update(std::span<const std::byte> in, const format::Header& header) {
+    std::vector<std::byte> bytes(in.begin(), in.end());
+    format::update_header(bytes, header);
+    QCOW_REQUIRE(std::ranges::equal(bytes, in));
+}
+
 void header(std::span<const std::byte> in, std::uint64_t file_size) {
     const auto bytes = format::header_bytes(in);
     if (!succeeded(bytes)) return;
@@ -37,6 +67,8 @@ void header(std::span<const std::byte> in, std::uint64_t file_size) {
         QCOW_REQUIRE(!feature.name.empty());
         QCOW_REQUIRE(feature.known || feature.kind != Feature::Kind::incompatible);
     }
+    encode(*header, file_size);
+    update(in, *header);
 }
 
 void tables(std::span<const std::byte> in, unsigned version) {
@@ -84,9 +116,15 @@ void file_name(std::string_view name) {
     const auto parsed = format::parse_file_name(name);
     if (succeeded(parsed)) {
         QCOW_REQUIRE(!parsed->path.empty() && parsed->path.find('\0') == std::string::npos);
-        const auto resolved = format::resolve(parsed->path, "some/where/image.qcow2");
-        QCOW_REQUIRE(resolved.ends_with(parsed->path));
-        QCOW_REQUIRE(parsed->path.starts_with('/') == resolved.starts_with('/'));
+        const bool absolute = parsed->path.starts_with('/');
+        for (const std::string from : {"some/where/image.qcow2", "image", "/some/where/image", "../a:b/image", ""}) {
+            const auto resolved = format::resolve(parsed->path, from);
+            QCOW_REQUIRE(resolved.ends_with(parsed->path));
+            QCOW_REQUIRE(resolved.starts_with('/') == (absolute || from.starts_with('/')));
+            // Nothing but the directory of the image comes before it.
+            const auto directory = absolute ? "" : from.substr(0, from.rfind('/') + 1);
+            QCOW_REQUIRE(resolved == directory + parsed->path);
+        }
     }
     const auto shown = printable(name);
     QCOW_REQUIRE(printable(shown) == shown);
@@ -112,7 +150,7 @@ void run_header_input(std::span<const std::byte> input) {
         case 0: header(in, file_size); break;
         case 1: tables(in, (selector & 8) != 0 ? 2 : 3); break;
         case 2: entries(in); break;
-        case 3: file_name(text(in)); break;
+        case 3: file_name((selector & 8) != 0 ? "file:" + std::string(text(in)) : std::string(text(in))); break;
         case 4: file_name("json:" + std::string(text(in))); break;
         case 5: qcow1(in, file_size); break;
         default: succeeded(format::parse_luks1(in));

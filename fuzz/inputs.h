@@ -9,6 +9,9 @@ namespace qcow::fuzz {
 /// A few files as sparse_files.h has them: the first is opened as an image, the others are what it may name.
 void run_image_input(std::span<const std::byte> input);
 
+/// A guest's program as write_program.h has it, and the files that it is run on: the first is written as an image.
+void run_write_input(std::span<const std::byte> input);
+
 /// The parsers of format/: the first byte selects one.
 void run_header_input(std::span<const std::byte> input);
 

@@ -203,7 +203,13 @@ Result<void> Allocator::end_flush(Retired retired) {
 
 Result<void> Allocator::release(const RetiredRun& retired) {
     const auto& run = retired.run;
-    if (retired.table) core_.words.forget({run.first << cluster_bits_}, run.count << cluster_bits_);
+    // Tables were forgotten when they were retired. Anything else that is one was never the guest's to give up.
+    const HostOffset at{run.first << cluster_bits_};
+    if (const auto used = metadata_.find(at, run.count << cluster_bits_); !used.empty()) {
+        return write_back_.declare_corrupt(fmt::format("host offset {:#x}", at.value),
+                                           fmt::format("{} would be freed with guest data", used));
+    }
+    if (retired.table) core_.words.forget(at, run.count << cluster_bits_);
     for (std::uint64_t cluster = run.first; cluster < run.end();) {
         ClusterRun last;  // with their last reference
         {

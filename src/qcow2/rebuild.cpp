@@ -33,12 +33,19 @@ Result<void> Allocator::rebuild() {
     }
     // The writes may come in any order: nobody believes refcounts as long as the image is marked as dirty.
     const std::uint64_t end = std::max(references->clusters(), TRY(tail()));
-    for (std::uint64_t cluster = 0; cluster < end; ++cluster) {
+    for (std::uint64_t cluster = 0; cluster < end;) {
         const std::uint64_t wanted = cluster < references->clusters() ? references->at(cluster).count() : 0;
         const std::uint64_t found = TRY(refcounts_.get(cluster));
+        if (wanted == 0 && found == 0) {
+            // A file that is mostly a hole may be very long.
+            const std::uint64_t counted = TRY(refcounts_.next_counted(cluster, end));
+            cluster = references->next_used(cluster, counted);
+            continue;
+        }
         if (wanted != found)
             TRY_VOID(
                 refcounts_.add({cluster, 1}, static_cast<std::int64_t>(wanted) - static_cast<std::int64_t>(found)));
+        ++cluster;
     }
     counted_end_ = 0;
     search_from_ = 0;

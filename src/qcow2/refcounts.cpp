@@ -147,20 +147,60 @@ Result<ClusterRun> Refcounts::find_free(std::uint64_t from, std::uint64_t end, s
     return found;
 }
 
+// Large blocks with small refcounts stand for millions of clusters, and a block that is a hole costs its image nothing.
+// So the search for what is counted passes over words that are zero as they are, and over holes.
+
+/// Whether the block of this entry is nothing but a hole.
+Result<bool> Refcounts::is_hole(std::uint64_t index) const {
+    const auto stored = TRY(core_.file->run({table_[index]}, bit(cluster_bits_)));
+    return !stored.data && stored.length == bit(cluster_bits_);
+}
+
+/// Calls `visit` with each cluster of [first, end), all of one block, whose refcount is not 0.
+template <class Visit>
+Result<void> Refcounts::each_counted(std::uint64_t first, std::uint64_t end, Visit&& visit) const {
+    const std::uint64_t per_word = bit(6 - order_);
+    return each_span(
+        {first, end - first},
+        [&](std::span<std::uint64_t> words, HostOffset, std::uint64_t inner, ClusterRun part) -> Result<void> {
+            for (std::uint64_t i = inner; i < inner + part.count;) {
+                const std::uint64_t word_end = std::min(inner + part.count, align_down(i, per_word) + per_word);
+                const auto word = words[i / per_word];
+                for (; word != 0 && i < word_end; ++i) {
+                    if (format::refcount_in(word, i, order_) != 0) visit(part.first + i - inner);
+                }
+                i = word_end;
+            }
+            return {};
+        });
+}
+
+Result<std::uint64_t> Refcounts::next_counted(std::uint64_t from, std::uint64_t end) const {
+    const std::uint64_t page = max_words * bit(6 - order_);
+    while (from < end && from / per_block_ < table_.size()) {
+        const std::uint64_t block_end = std::min(end, (from / per_block_ + 1) * per_block_);
+        if (!has_block(from / per_block_) || TRY(is_hole(from / per_block_))) {
+            from = block_end;
+            continue;
+        }
+        while (from < block_end) {
+            const std::uint64_t page_end = std::min(block_end, align_down(from, page) + page);
+            std::uint64_t found = end;
+            TRY_VOID(each_counted(from, page_end, [&](std::uint64_t cluster) { found = std::min(found, cluster); }));
+            if (found != end) return found;
+            from = page_end;
+        }
+    }
+    return end;
+}
+
 Result<std::uint64_t> Refcounts::counted_end(std::uint64_t from) const {
     std::uint64_t end = from;
-    for (std::uint64_t index = from / per_block_; index < table_.size(); ++index) {
-        if (!has_block(index)) continue;
-        const std::uint64_t first = std::max(from, index * per_block_);
-        TRY_VOID(each_span(
-            {first, (index + 1) * per_block_ - first},
-            [&](std::span<std::uint64_t> words, HostOffset, std::uint64_t inner, ClusterRun part) -> Result<void> {
-                for (std::uint64_t i = 0; i < part.count; ++i) {
-                    if (format::refcount_in(words[(inner + i) >> (6 - order_)], inner + i, order_) != 0)
-                        end = part.first + i + 1;
-                }
-                return {};
-            }));
+    for (std::uint64_t index = table_.size(); end == from && index-- > from / per_block_;) {
+        if (!has_block(index) || TRY(is_hole(index))) continue;
+        TRY_VOID(each_counted(
+            std::max(from, index * per_block_), (index + 1) * per_block_,
+            [&](std::uint64_t cluster) { end = cluster + 1; }));
     }
     return end;
 }
@@ -187,7 +227,8 @@ Refcounts::Growth Refcounts::plan_growth(std::uint64_t first, std::uint64_t coun
         const bool stable = blocks.size() == growth.blocks.size() && table_clusters == growth.table_clusters;
         growth.blocks.assign(blocks.begin(), blocks.end());
         growth.table_clusters = table_clusters;
-        if (stable) return growth;
+        // What is beyond the limit is refused, and need not be planned further: a file may be that long by its holes.
+        if (stable || table_clusters << cluster_bits_ > format::max_refcount_table_bytes) return growth;
     }
 }
 

@@ -39,7 +39,11 @@ public:
     /// The first run of clusters with refcount 0 in [from, end), `most` at most (> 0); empty: there is none.
     [[nodiscard]] Result<ClusterRun> find_free(std::uint64_t from, std::uint64_t end, std::uint64_t most) const;
 
-    /// One past the last cluster, from `from` on, whose refcount is not 0; `from` if there is none.
+    /// The first cluster of [from, end) whose refcount is not 0; `end` if there is none. To be used only where nothing
+    /// from `from` on was counted since the refcounts were last written: what is a hole in the file is not looked at.
+    [[nodiscard]] Result<std::uint64_t> next_counted(std::uint64_t from, std::uint64_t end) const;
+
+    /// One past the last cluster, from `from` on, whose refcount is not 0; `from` if there is none. The same holds.
     [[nodiscard]] Result<std::uint64_t> counted_end(std::uint64_t from) const;
 
     /// Sees to it that the clusters from `first` on, which are free, have blocks for `count` of them behind those that
@@ -65,9 +69,12 @@ private:
     Result<void> grow(const Growth& growth);
     [[nodiscard]] std::vector<std::byte> encode_table(std::uint64_t first, std::uint64_t count) const;
     Result<void> replace_table(HostOffset at, std::uint64_t clusters);
+    [[nodiscard]] Result<bool> is_hole(std::uint64_t index) const;
     [[nodiscard]] bool has_block(std::uint64_t index) const { return index < table_.size() && table_[index] != 0; }
     template <class Visit>
     Result<void> each_span(ClusterRun run, Visit&& visit) const;
+    template <class Visit>
+    Result<void> each_counted(std::uint64_t first, std::uint64_t end, Visit&& visit) const;
 
     Core& core_;
     WriteBack& write_back_;

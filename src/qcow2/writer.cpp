@@ -30,7 +30,7 @@ Writer::Writer(std::shared_ptr<Core> core, View& active, const WriteOptions& opt
       metadata_(cluster_bits_),
       write_back_(*core_, options.cache != CacheMode::unsafe),
       size_(core_->header.size),
-      raw_data_((core_->header.autoclear & format::autoclear::raw_external_data) != 0),
+      raw_data_(rules_.external_data && (core_->header.autoclear & format::autoclear::raw_external_data) != 0),
       allocator_(*core_, write_back_, metadata_, epochs_, options.discard),
       bitmaps_(*core_, write_back_, metadata_, allocator_) {}
 

@@ -35,6 +35,7 @@ Result<void> Writer::set_header_size(std::uint64_t size) {
 }
 
 Result<void> Writer::grow(std::uint64_t old_size, std::uint64_t size) {
+    const std::uint64_t old_tables_end = core_->current_header().l1_entries * rules_.geometry.l2_coverage();
     TRY_VOID(grow_l1(divide_up(size, rules_.geometry.l2_coverage())));
     if (raw_data_) TRY_VOID(core_->data->resize(size));
     size_ = size;
@@ -42,7 +43,12 @@ Result<void> Writer::grow(std::uint64_t old_size, std::uint64_t size) {
     auto zeroed = [&]() -> Result<void> {
         const std::uint64_t cluster_end = std::min(size, rules_.geometry.clusters(old_size) << cluster_bits_);
         TRY_VOID(zero_range({old_size}, cluster_end - old_size, Zeroing::release));
-        if (core_->below.exists()) TRY_VOID(zero_range({cluster_end}, size - cluster_end, Zeroing::release));
+        if (core_->below.exists()) {
+            TRY_VOID(zero_range({cluster_end}, size - cluster_end, Zeroing::release));
+        } else if (const std::uint64_t end = std::min(size, old_tables_end); end > cluster_end) {
+            // Nor what tables have there: another program may have left entries behind a smaller size.
+            TRY_VOID(zero_range({cluster_end}, end - cluster_end, Zeroing::discard));
+        }
         return flush();
     }();
     if (zeroed) zeroed = set_header_size(size);

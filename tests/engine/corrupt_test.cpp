@@ -85,6 +85,31 @@ TEST_F(CorruptTest, DataThatLieInMetadataAreNotWritten) {
     }
 }
 
+/// An entry that is not marked as COPIED has its place given up when it is written. A compressed one may begin
+/// anywhere, in the header, too.
+TEST_F(CorruptTest, MetadataAreNotFreedAsGuestData) {
+    const std::uint64_t copied = std::uint64_t{1} << 63;
+    const std::uint64_t compressed = std::uint64_t{1} << 62;
+    for (const auto entry :
+         {refcount_table(), refcount_block(), l2_table(), compressed | 512, compressed | l2_table()}) {
+        put_word(l2_table(), entry & ~copied);
+        const auto table = contents();
+        {
+            const auto image = value_of(open(true));
+            const auto written = image->discard({0}, block_.size());
+            if (written) expect_refused(image->flush());
+            expect_refused(image->write({1 * MiB}, block_));
+        }
+        const auto now = contents();
+        EXPECT_TRUE(std::ranges::equal(std::span(now).subspan(80, 512), std::span(table).subspan(80, 512)));
+        EXPECT_EQ(word_at(word_at(40)), l2_table() | copied);
+        EXPECT_NE(word_at(refcount_table()), 0U);
+        EXPECT_NE(word_at(refcount_block()), 0U);
+        EXPECT_TRUE(value_of(value_of(open(false))->info()).corrupt);
+        value_of(storage_->write({72}, std::span(table).subspan(72, 8)));
+    }
+}
+
 TEST_F(CorruptTest, MetadataInFreeClustersAreNotHandedOut) {
     const auto cluster = l2_table() / (64 * KiB);
     std::array<std::byte, 2> zero = {};

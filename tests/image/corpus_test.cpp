@@ -9,6 +9,7 @@
 #include "fuzz/image_builder.h"
 #include "fuzz/inputs.h"
 #include "fuzz/sparse_files.h"
+#include "fuzz/write_program.h"
 #include "qcow/image.h"
 
 namespace qcow::fuzz {
@@ -29,6 +30,7 @@ void run_corpus(const std::string& name, Run run) {
 }
 
 TEST(Corpus, Images) { run_corpus("image", run_image_input); }
+TEST(Corpus, Writes) { run_corpus("write", run_write_input); }
 TEST(Corpus, Headers) { run_corpus("header", run_header_input); }
 TEST(Corpus, Streams) { run_corpus("codec", run_codec_input); }
 TEST(Corpus, NbdClients) { run_corpus("nbd", run_nbd_input); }
@@ -58,6 +60,18 @@ TEST(ImageBuilder, BuildsImagesThatACheckFindsClean) {
         ++checked;
     }
     EXPECT_GT(checked, 250U);
+}
+
+TEST(WriteProgram, EncodedProgramsComeBack) {
+    for (std::uint64_t seed = 0; seed < 200; ++seed) {
+        Random random(seed);
+        auto program = build_program(random);
+        for (unsigned i = 0; i < 20; ++i) change(program, random);
+        const auto encoded = program.encode();
+        auto rest = std::span(encoded);
+        ASSERT_EQ(WriteProgram::take(rest).encode(), encoded);
+        ASSERT_TRUE(rest.empty());
+    }
 }
 
 TEST(ImageBuilder, EncodedFilesComeBack) {

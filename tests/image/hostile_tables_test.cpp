@@ -1,5 +1,6 @@
 // Small files whose tables stand for much.
 
+#include "fuzz/writable_storage.h"
 #include "hostile.h"
 #include "qcow/copy.h"
 
@@ -86,11 +87,56 @@ TEST_F(Hostile, ManyLargeRefcountBlocks) {
         image.file.segments.push_back({image.cluster(10 + i), Bytes(8, std::byte{0x01})});
     }
     write("image", image.finish(10 + blocks));
-    const auto opened = open_bounded(open("image"));
+    auto opened = open_bounded(open("image"));
     ASSERT_TRUE(opened.has_value());
     const auto report = check_bounded(**opened);
     ASSERT_TRUE(report.has_value());
     EXPECT_FALSE(report->clean());
+    opened->reset();
+    // A writer looks for the end of what is counted.
+    const auto cost = cost_of([&] {
+        auto options = options_for(Format::qcow2);
+        options.writable = true;
+        EXPECT_TRUE(open_image(*open_file(path("image"), {.writable = true}), options).has_value());
+    });
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, max_open_bytes);
+}
+
+/// Refcounts are counted anew before a dirty image is written. What is not in use must not cost anything then, either.
+TEST_F(Hostile, DirtyImageThatIsNearlyAllHole) {
+    HostileImage image(12);
+    image.incompatible = 1;
+    image.write_refcounts(4);
+    image.file.fixed_size = bit(47);
+    const auto storage = std::make_shared<fuzz::WritableStorage>(image.finish(), "dirty");
+    auto options = options_for(Format::qcow2);
+    options.writable = true;
+    const auto cost = cost_of([&] {
+        const auto opened = open_image(storage, options);
+        ASSERT_TRUE(opened.has_value()) << opened.error().message();
+        EXPECT_FALSE((*opened)->info()->dirty);
+    });
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, 2 * max_open_bytes);  // 8 bytes for each 4096 clusters that the file might have
+}
+
+/// What is added behind the end of such a file could not be counted.
+TEST_F(Hostile, WritingBehindTheEndOfAHugeHole) {
+    HostileImage image(9);
+    image.size = 32 * KiB;
+    image.write_refcounts(4);
+    image.file.fixed_size = bit(55);
+    const auto storage = std::make_shared<fuzz::WritableStorage>(image.finish(), "huge");
+    auto options = options_for(Format::qcow2);
+    options.writable = true;
+    const auto cost = cost_of([&] {
+        const auto opened = open_image(storage, options);
+        ASSERT_TRUE(opened.has_value()) << opened.error().message();
+        expect_error((*opened)->resize(MiB), Errc::no_space, {"the file cannot grow further in this format"});
+    });
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, max_open_bytes);
 }
 
 TEST_F(Hostile, L2TablesThatAreOtherThings) {
