@@ -122,7 +122,13 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, c
     open.write.cache = options.cache == "writethrough" ? qcow::CacheMode::writethrough
                        : options.cache == "unsafe"     ? qcow::CacheMode::unsafe
                                                        : qcow::CacheMode::writeback;
-    return qcow::open_image(*std::move(storage), open);
+    auto image = qcow::open_image(*std::move(storage), open);
+    if (image && !open.format && (*image)->format() == qcow::Format::raw) {
+        open.warn(path +
+                  ": that it is raw was only guessed, and a guest can make it look like something else the next time; "
+                  "say --format raw");
+    }
+    return image;
 }
 
 std::string export_name(const Options& options, std::size_t index) {
