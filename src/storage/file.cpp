@@ -109,6 +109,7 @@ public:
     Result<void> allocate(HostOffset at, std::uint64_t length) override {
         TRY_VOID(verify_writable());
         if (length == 0) return {};
+        if (block_device_) return resize(at.value + length);  // its space is there
         const int error = posix_fallocate(fd_.get(), static_cast<off_t>(at.value), static_cast<off_t>(length));
         if (error != 0) return system_error(fmt::format("cannot reserve {} bytes", length), path_, error);
         return {};

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <thread>
 
+#include "support/loop_device.h"
 #include "tool/tool_fixture.h"
 
 namespace qcow::test {
@@ -96,6 +97,33 @@ TEST_F(ServeTest, EverythingInTheSandbox) {
         EXPECT_FALSE(std::filesystem::exists(directory_ / "pid"));
         if (format == "qcow2") must_qemu_img({"check", "-q", image}, directory_.path());
     }
+}
+
+TEST_F(ServeTest, ABlockDevice) {
+    const LoopDevice device(8 << 20);
+    if (!device.obstacle().empty()) GTEST_SKIP() << device.obstacle();
+    auto server = serve({"-f", "raw", device.path()});
+    must({"qemu-io",
+          "-f",
+          "raw",
+          "-c",
+          "write -q -P 90 0 4M",
+          "-c",
+          "write -q -z 1M 1M",
+          "-c",
+          "write -q -z -u 2M 1M",
+          "-c",
+          "discard -q 5M 1M",
+          "-c",
+          "flush",
+          "-c",
+          "read -q -P 90 0 1M",
+          "-c",
+          "read -q -P 0 1M 2M",
+          "-c",
+          "read -q -P 90 3M 1M",
+          uri});
+    stop(*server);
 }
 
 TEST_F(ServeTest, EveryThreadIsConfined) {
