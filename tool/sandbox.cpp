@@ -32,6 +32,7 @@ namespace {
 
 /// Why a means of confinement is not to be had; empty: it is in force.
 using Obstacle = std::string;
+constexpr const char* denied = "this kernel does not have it, or does not let it be used";
 
 // The runtime of a sanitizer opens files, asks for memory and stops threads as it likes.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
@@ -116,7 +117,7 @@ public:
 private:
     Obstacle prepare(const std::vector<std::string>& removed) {
         const long version = syscall(SYS_landlock_create_ruleset, nullptr, 0, LANDLOCK_CREATE_RULESET_VERSION);
-        if (version < 1) return "this kernel does not have it, or does not let it be used";
+        if (version < 1) return denied;
         const Ruleset rules{filesystem_rights(version), network_rights(version), scopes(version)};
         ruleset_ = Fd(static_cast<int>(syscall(SYS_landlock_create_ruleset, &rules, sizeof rules, 0)));
         if (ruleset_.get() < 0) return std::strerror(errno);
@@ -183,7 +184,7 @@ class Filter {
 public:
     Filter() : context_(seccomp_init(SCMP_ACT_ERRNO(ENOSYS))) {
         if (context_ == nullptr) {
-            error_ = ENOMEM;
+            failed_ = true;
             return;
         }
         set(SCMP_FLTATR_ACT_BADARCH, SCMP_ACT_KILL_PROCESS);
@@ -191,7 +192,6 @@ public:
         // The guard against speculation that seccomp brings on older kernels is for processes that run others' code.
         set(SCMP_FLTATR_CTL_SSB, 1);
         set(SCMP_FLTATR_CTL_OPTIMIZE, 2);
-        set(SCMP_FLTATR_API_SYSRAWRC, 1);  // the kernel's own reason, where it refuses
     }
     Filter(const Filter&) = delete;
     Filter& operator=(const Filter&) = delete;
@@ -208,23 +208,21 @@ public:
     }
 
     Obstacle load() {
-        if (error_ == 0) error_ = -seccomp_load(context_);
-        return error_ == 0 ? Obstacle() : std::strerror(error_);
+        const bool loaded = !failed_ && seccomp_load(context_) == 0;
+        return loaded ? "" : denied;
     }
 
 private:
     template <class... Conditions>
     void add(std::uint32_t action, int call, Conditions... conditions) {
-        const int result =
-            error_ != 0 ? 0 : seccomp_rule_add(context_, action, call, sizeof...(conditions), conditions...);
-        if (result != 0) error_ = -result;
+        failed_ = failed_ || seccomp_rule_add(context_, action, call, sizeof...(conditions), conditions...) != 0;
     }
     void set(scmp_filter_attr attribute, std::uint32_t value) {
-        if (const int result = seccomp_attr_set(context_, attribute, value); result != 0) error_ = -result;
+        failed_ = failed_ || seccomp_attr_set(context_, attribute, value) != 0;
     }
 
     scmp_filter_ctx context_;
-    int error_ = 0;
+    bool failed_ = false;
 };
 
 constexpr scmp_arg_cmp argument(unsigned index, scmp_compare how, std::uint64_t a, std::uint64_t b = 0) {

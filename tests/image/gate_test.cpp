@@ -95,7 +95,7 @@ TEST_F(Gates, WhatIsNoRegularFileIsNotEvenOpened) {
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
     EXPECT_FALSE(met);
-    const int reader = ::open((files_.images() / "fifo").c_str(), O_RDONLY | O_CLOEXEC);
+    const int reader = ::open((files_.images() / "fifo").c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     writer.join();
     close(reader);
 }
@@ -183,7 +183,8 @@ TEST_F(Gates, NamesThatChangeMeanwhile) {
         ++opened;
         std::byte first = {};
         value_of((*image)->read({0}, {&first, 1}));
-        ASSERT_EQ(static_cast<char>(first), 's');
+        EXPECT_EQ(static_cast<char>(first), 's');
+        if (HasFailure()) break;
     }
     stop = true;
     changer.join();

@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <gmock/gmock.h>
+#include <grp.h>
 #include <gtest/gtest.h>
 #include <linux/io_uring.h>
 #include <linux/openat2.h>
@@ -278,6 +279,8 @@ TEST_F(SandboxTest, AnotherUser) {
     EXPECT_THAT(state_of({"on", "no such user", {}, {}}), AllOf(HasSubstr("error"), HasSubstr("no such user")));
     // For good, and with all that it could do as root.
     const auto ended = in_a_process([](int) {
+        const gid_t group = 6;
+        if (setgroups(1, &group) != 0) return 5;
         if (!tool::enter_sandbox({"off", "nobody", {}, {}})) return 1;
         if (getuid() == 0 || geteuid() == 0 || getgid() == 0 || getgroups(0, nullptr) != 0) return 2;
         if (setuid(0) == 0 || seteuid(0) == 0) return 3;
