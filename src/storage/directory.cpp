@@ -59,9 +59,10 @@ Result<FileDescriptor> Directory::open_beneath(const std::string& location, cons
         FileDescriptor fd(openat2(fd_.get(), location.c_str(), flags, RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS));
         if (fd.get() >= 0) return fd;
         if ((errno == EAGAIN || errno == EINTR) && i < max_tries) continue;  // something on the way was just renamed
-        if (errno == EXDEV)
+        if (errno == EXDEV) {
             return refuse(name,
                           fmt::format("lies outside of the directory \"{}\", and nothing else may be opened", path_));
+        }
         return open_error(name, errno, flags);
     }
 }

@@ -15,7 +15,6 @@ namespace {
 
 using testing::AllOf;
 using testing::HasSubstr;
-using testing::Not;
 
 /// Random bytes with holes between, of 64 MiB.
 std::string sample_disk() {
