@@ -1,8 +1,6 @@
-// qcow serve as its users start it: real clients, signals, service managers; all of it in its sandbox.
+// qcow serve as its users start it: real clients, signals, another user; all of it in its sandbox.
 
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 
 #include <fstream>
 #include <thread>
@@ -34,10 +32,8 @@ protected:
     static inline const std::string uri = "nbd+unix:///?socket=socket";
 
     /// A server on a Unix socket that clients can connect to.
-    [[nodiscard]] std::unique_ptr<Subprocess> serve(const Arguments& more, const Arguments& before = {}) const {
-        Arguments arguments = before;
-        for (const char* word : {QCOW_TOOL, "serve", "--persistent", "--socket", "socket", "--pid-file", "pid"})
-            arguments.emplace_back(word);
+    [[nodiscard]] std::unique_ptr<Subprocess> serve(const Arguments& more) const {
+        Arguments arguments = {QCOW_TOOL, "serve", "--persistent", "--socket", "socket", "--pid-file", "pid"};
         arguments.insert(arguments.end(), more.begin(), more.end());
         auto server = std::make_unique<Subprocess>(arguments, directory_.path());
         server->wait_for("sandbox: ");
@@ -192,29 +188,6 @@ TEST_F(ServeTest, AsAnotherUser) {
     EXPECT_EQ(refused.status, 1);
     EXPECT_THAT(refused.err, HasSubstr("no such user"));
     EXPECT_FALSE(std::filesystem::exists(directory_ / "socket"));
-}
-
-/// One that wants to know when the server is ready, and when it stops.
-TEST_F(ServeTest, WithAServiceManager) {
-    const auto path = directory_ / "notify";
-    const int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    sockaddr_un address = {};
-    address.sun_family = AF_UNIX;
-    path.copy(address.sun_path, sizeof address.sun_path - 1);
-    ASSERT_EQ(bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
-    const timeval patience = {10, 0};
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    const auto next = [&] {
-        char text[100];
-        const auto n = recv(fd, text, sizeof text, 0);
-        return n < 0 ? std::string("nothing") : std::string(text, static_cast<std::size_t>(n));
-    };
-    auto server = serve({"disk.qcow2"}, {"env", "NOTIFY_SOCKET=" + path});
-    EXPECT_EQ(next(), "READY=1");
-    must({"nbdinfo", uri});
-    stop(*server);
-    EXPECT_EQ(next(), "STOPPING=1");
-    close(fd);
 }
 
 }  // namespace
