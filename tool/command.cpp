@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 
 #include "qcow/text.h"
 
@@ -89,6 +90,11 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
 
 namespace {
 
+qcow::Gate gate_for(const std::string& path, bool untrusted, bool force_share, bool direct) {
+    if (!untrusted) return qcow::local_files(force_share, direct);
+    return qcow::files_beneath(std::filesystem::path(path).parent_path().string(), force_share, direct);
+}
+
 void add_format_option(CLI::App& app, std::string& format) {
     app.add_option("-f,--format", format, "Its format, instead of looking at its first bytes")
         ->check(CLI::IsMember({"raw", "qcow", "qcow2"}));
@@ -108,12 +114,20 @@ void add_open_options(CLI::App& app, Source& source) {
     app.add_flag("-U,--force-share", source.force_share,
                  "Read although another process may be writing it; what is seen may be inconsistent");
     app.add_flag("--no-backing", source.no_backing, "Refuse to open backing and data files that the image names");
+    add_untrusted_option(app, source.untrusted);
+}
+
+void add_untrusted_option(CLI::App& app, bool& untrusted) {
+    app.add_flag("--untrusted", untrusted,
+                 "Images come from a stranger: the files that they name are opened only if they are regular files in\n"
+                 "or below the directory of the image, and only if its format is said and not guessed");
 }
 
 qcow::OpenOptions open_options(const Source& source) {
     qcow::OpenOptions options;
     options.format = qcow::format_from_name(source.format);
-    options.gate = source.no_backing ? qcow::no_files() : qcow::local_files(source.force_share);
+    options.gate =
+        source.no_backing ? qcow::no_files() : gate_for(source.path, source.untrusted, source.force_share, false);
     options.warn = warn;
     return options;
 }
@@ -135,6 +149,7 @@ void add_target_options(CLI::App& app, Target& target) {
     app.add_option("IMAGE", target.path, "The image: a file or block device")->required();
     add_format_option(app, target.format);
     add_cache_option(app, target.cache);
+    add_untrusted_option(app, target.untrusted);
 }
 
 CLI::Option* add_cache_option(CLI::App& app, std::string& cache) {
@@ -156,7 +171,7 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target) {
     if (target.cache == "writethrough") options.write.cache = qcow::CacheMode::writethrough;
     if (target.cache == "unsafe") options.write.cache = qcow::CacheMode::unsafe;
     options.format = qcow::format_from_name(target.format);
-    options.gate = qcow::local_files(false, direct);
+    options.gate = gate_for(target.path, target.untrusted, false, direct);
     options.warn = warn;
     return qcow::open_image(*std::move(storage), options);
 }

@@ -49,6 +49,7 @@ struct Source {
     std::string snapshot;  // id or name; empty: the active state
     bool force_share = false;
     bool no_backing = false;
+    bool untrusted = false;
 };
 
 /// The positional IMAGE and the options of add_open_options.
@@ -71,7 +72,11 @@ struct Target {
     std::string path;
     std::string format;  // empty: probed
     std::string cache = "writeback";
+    bool untrusted = false;
 };
+
+/// What images may name that come from a stranger: an option of all commands that open one.
+void add_untrusted_option(CLI::App& app, bool& untrusted);
 
 /// The positional IMAGE and the options that all writers have.
 void add_target_options(CLI::App& app, Target& target);

@@ -73,6 +73,7 @@ qcow::Result<void> to_qcow2(qcow::Disk& source, const qcow::NewFile& file, const
         Source backing;
         backing.path = beside(options.target, create->backing_name);
         backing.format = create->backing_format;
+        backing.untrusted = options.source.untrusted;
         auto image = open_source(backing);
         if (!image) {
             auto error = std::move(image).error();
@@ -148,7 +149,7 @@ qcow::Result<void> into_existing(const Sources& sources, const Options& options)
     };
     if (!options.image.options.empty() || !options.image.backing.empty())
         return refuse("with -n it is there already, and stays as it was made: no -o, no -B");
-    auto target = open_target({options.target, options.target_format, options.cache});
+    auto target = open_target({options.target, options.target_format, options.cache, options.source.untrusted});
     if (!target) return std::unexpected(std::move(target).error());
     auto info = (*target)->info();
     if (!info) return std::unexpected(std::move(info).error());

@@ -15,6 +15,7 @@ struct Options {
     std::string format = "qcow2";
     NewImageArguments image;
     bool unchecked = false;
+    bool untrusted = false;
     bool quiet = false;
 };
 
@@ -23,6 +24,7 @@ qcow::Result<std::uint64_t> backing_size(const Options& options, const qcow::Cre
     Source source;
     source.path = beside(options.path, create.backing_name);
     source.format = create.backing_format;
+    source.untrusted = options.untrusted;
     auto image = open_source(source);
     if (!image) {
         auto error = std::move(image).error();
@@ -100,6 +102,7 @@ void declare_create(CLI::App& root, int& status) {
                    "The format of the backing file: raw, qcow or qcow2");
     add_new_image_options(app, options->image);
     app.add_flag("-u,--unchecked", options->unchecked, "Do not look whether the backing file can be opened");
+    add_untrusted_option(app, options->untrusted);
     app.add_flag("-q,--quiet", options->quiet, "Print nothing");
 }
 

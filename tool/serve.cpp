@@ -15,6 +15,7 @@
 
 #include "command.h"
 #include "qcow/serve.h"
+#include "sandbox.h"
 
 namespace tool {
 namespace {
@@ -33,6 +34,7 @@ struct Options {
     std::string discard = "unmap";
     qcow::NbdTls tls;
     unsigned connections = qcow::NbdLimits().connections;
+    Sandbox sandbox;
     bool port_given = false;
     bool read_only = false;
     bool persistent = false;
@@ -52,19 +54,34 @@ int inherited_sockets() {
     return number("LISTEN_PID") == getpid() ? std::max(0, number("LISTEN_FDS")) : 0;
 }
 
-/// Tells a service manager that wants to know.
-void notify(const std::string& state) {
-    const char* path = std::getenv("NOTIFY_SOCKET");
-    sockaddr_un address = {};
-    address.sun_family = AF_UNIX;
-    if (path == nullptr || std::strlen(path) >= sizeof address.sun_path) return;
-    std::strcpy(address.sun_path, path);
-    if (address.sun_path[0] == '@') address.sun_path[0] = '\0';  // the abstract name space
-    const int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + std::strlen(path));
-    sendto(fd, state.data(), state.size(), MSG_NOSIGNAL, reinterpret_cast<const sockaddr*>(&address), length);
-    close(fd);
-}
+/// The service manager, if there is one that wants to know.
+class ServiceManager {
+public:
+    ServiceManager() {
+        const char* path = std::getenv("NOTIFY_SOCKET");
+        sockaddr_un address = {};
+        address.sun_family = AF_UNIX;
+        if (path == nullptr || std::strlen(path) >= sizeof address.sun_path) return;
+        std::strcpy(address.sun_path, path);
+        if (address.sun_path[0] == '@') address.sun_path[0] = '\0';  // the abstract name space
+        fd_ = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+        const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + std::strlen(path));
+        connected_ = connect(fd_, reinterpret_cast<const sockaddr*>(&address), length) == 0;
+    }
+    ServiceManager(const ServiceManager&) = delete;
+    ServiceManager& operator=(const ServiceManager&) = delete;
+    ~ServiceManager() {
+        if (fd_ >= 0) close(fd_);
+    }
+
+    void tell(const std::string& state) const {
+        if (connected_) send(fd_, state.data(), state.size(), MSG_NOSIGNAL);
+    }
+
+private:
+    int fd_ = -1;
+    bool connected_ = false;
+};
 
 /// A file with the number of this process, removed with it.
 class PidFile {
@@ -122,7 +139,13 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, c
     open.write.cache = options.cache == "writethrough" ? qcow::CacheMode::writethrough
                        : options.cache == "unsafe"     ? qcow::CacheMode::unsafe
                                                        : qcow::CacheMode::writeback;
-    return qcow::open_image(*std::move(storage), open);
+    auto image = qcow::open_image(*std::move(storage), open);
+    if (image && !open.format && (*image)->format() == qcow::Format::raw) {
+        open.warn(path +
+                  ": that it is raw was only guessed, and a guest can make it look like something else the next time; "
+                  "say --format raw");
+    }
+    return image;
 }
 
 std::string export_name(const Options& options, std::size_t index) {
@@ -182,6 +205,18 @@ qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
     return {};
 }
 
+/// Everything is open: what else this process could do, it need not be able to.
+qcow::Result<void> confine(const Options& options) {
+    auto sandbox = options.sandbox;
+    if (!options.socket.empty()) sandbox.given = {options.socket};
+    for (const auto& path : {options.socket, options.pid_file})
+        if (!path.empty()) sandbox.removed.push_back(path);
+    auto state = enter_sandbox(sandbox);
+    if (!state) return std::unexpected(std::move(state).error());
+    complain("sandbox: " + *state);
+    return {};
+}
+
 qcow::Result<int> run(const Options& options) {
     if (options.names.size() > options.images.size() || options.descriptions.size() > options.images.size()) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "",
@@ -213,9 +248,11 @@ qcow::Result<int> run(const Options& options) {
     PidFile pid_file;
     if (!options.pid_file.empty())
         if (auto done = pid_file.write(options.pid_file); !done) return std::unexpected(std::move(done).error());
-    notify("READY=1");
+    const ServiceManager manager;
+    if (auto done = confine(options); !done) return std::unexpected(std::move(done).error());
+    manager.tell("READY=1");
     auto result = (*server)->run();
-    notify("STOPPING=1");
+    manager.tell("STOPPING=1");
     for (const auto& image : images) {
         auto closed = image->close();
         if (result) result = std::move(closed);
@@ -241,6 +278,10 @@ void declare_serve(CLI::App& root, int& status) {
         "With TLS, clients that do not use it are turned away. Certificates alone prove the server to its clients:\n"
         "anybody can be one. --tls-verify-peer lets in only those with a certificate of the same CA, --tls-psk only\n"
         "those with a key. The files are QEMU's and nbdkit's: certtool and psktool make them.\n"
+        "Before it takes clients, the server gives up what it no longer needs: opening files, making connections,\n"
+        "running programs (Landlock and seccomp, as far as the system has them; it says so when it starts). With\n"
+        "--user, root becomes somebody else: the Unix socket is then that user's, and it and the process number are\n"
+        "removed at the end only if the user may write to their directories.\n"
         "Examples:\n"
         "  qcow serve --socket /run/vm/disk.sock --persistent disk.qcow2\n"
         "  qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/vm/disk.sock,format=raw ...\n"
@@ -272,6 +313,11 @@ void declare_serve(CLI::App& root, int& status) {
                  "Let in only clients with a certificate of that directory's ca-cert.pem");
     app.add_option("--tls-psk", options->tls.psk_file, "Serve over TLS only, to clients with a NAME:KEY of this file");
     app.add_option("--pid-file", options->pid_file, "Write the process number to this file once clients can connect");
+    app.add_option("--sandbox", options->sandbox.mode,
+                   "What is given up: auto: as much as this system can; on: all, or it does not start; off: nothing")
+        ->check(CLI::IsMember({"auto", "on", "off"}))
+        ->capture_default_str();
+    app.add_option("--user", options->sandbox.user, "Become this user once everything is open; only root can");
     app.add_option("--cache", options->cache, "When writes reach the disk: with a client's flush, at once, or whenever")
         ->check(CLI::IsMember({"writeback", "writethrough", "unsafe"}))
         ->capture_default_str();

@@ -32,6 +32,9 @@ struct FileReference {
     std::string path;       ///< what that comes to, relative names resolved against the directory of `named_by`
     std::string named_by;   ///< the name of the Storage that holds the image
     bool writable = false;  ///< it is to be written: the data file of an image that is
+    /// That what names it is an image was only told from its first bytes, which a guest may have written. Of layers
+    /// below the topmost one such references are never granted: they do not come here.
+    bool guessed = false;
 };
 
 /// Decides what becomes of a file that an image names: opens it, or refuses with Errc::refused_by_policy.
@@ -44,6 +47,14 @@ QCOW_API Gate no_files();
 /// unless FileReference::writable asks for more. FileOptions say what `force_share` means to files that are read, and
 /// `direct` to those that are written.
 QCOW_API Gate local_files(bool force_share = false, bool direct = false);
+
+/// For images from strangers: opens regular files that lie in `directory` or below, which is that of the topmost image
+/// (the part of its Storage's name before the last slash; empty: the current directory). Neither "..", nor symbolic
+/// links, nor what another process changes meanwhile leads out of it. Refused are absolute paths, "json:" descriptions,
+/// everything that is no regular file, and whatever an image names that was not said to be one (OpenOptions::format):
+/// a guest can make its raw disk look like an image. The options are those of local_files. Errc::refused_by_policy;
+/// unsupported where the kernel cannot keep names within a directory (before Linux 5.6).
+QCOW_API Gate files_beneath(const std::string& directory, bool force_share = false, bool direct = false);
 
 /// When writes reach the disk.
 enum class CacheMode : std::uint8_t {

@@ -112,7 +112,7 @@ std::string_view scheme_of(std::string_view name) {
 
 Result<FileName> parse_local_name(std::string_view name) {
     const auto scheme = scheme_of(name);
-    if (scheme == "json") return parse_description(name.substr(5));
+    if (is_description(name)) return parse_description(name.substr(5));
     if (scheme == "file") return FileName{std::string(name.substr(5)), std::nullopt};
     if (scheme.empty()) return FileName{std::string(name), std::nullopt};
     return fail(Errc::unsupported, "",
@@ -134,6 +134,8 @@ Result<FileName> parse_file_name(std::string_view name) {
     if (result.path.find('\0') != std::string::npos) return fail(Errc::corrupt, "", "a file name with a zero byte");
     return result;
 }
+
+bool is_description(std::string_view name) { return scheme_of(name) == "json"; }
 
 std::string resolve(std::string_view path, std::string_view from) {
     // Not normalised: "a/../b" is not "b" where a is a symbolic link.

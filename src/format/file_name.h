@@ -19,6 +19,9 @@ struct FileName {
 /// description that would change the contents is refused by name.
 Result<FileName> parse_file_name(std::string_view name);
 
+/// Whether it is a "json:" description.
+bool is_description(std::string_view name);
+
 /// `path` as seen from the directory of the file `from`; absolute paths stay.
 std::string resolve(std::string_view path, std::string_view from);
 

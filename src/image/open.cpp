@@ -46,7 +46,8 @@ struct Layer {
     std::shared_ptr<Storage> storage;
     std::unique_ptr<PendingImage> pending;
     std::shared_ptr<Storage> data_file;
-    bool format_known = true;
+    bool top = false;
+    bool guessed = false;  // what format it has
 };
 
 Result<FileReference> reference_to(FileReference::Role role, const std::string& name, const Layer& by) {
@@ -59,12 +60,14 @@ Result<FileReference> reference_to(FileReference::Role role, const std::string& 
                                            : "data file name (header extension 0x44415441)")
                                    .in(by.storage->name()));
     }
-    return FileReference{role, name, format::resolve(parsed->path, by.storage->name()), by.storage->name()};
+    FileReference reference{role, name, format::resolve(parsed->path, by.storage->name()), by.storage->name()};
+    reference.guessed = by.guessed;
+    return reference;
 }
 
 /// Opens what a layer names, unless the layer is one that nobody vouches for.
 Result<std::shared_ptr<Storage>> pass_gate(const FileReference& reference, const Layer& by, const Gate& gate) {
-    if (!by.format_known) {
+    if (by.guessed && !by.top) {
         return fail(
             Errc::refused_by_policy, by.storage->name(),
             fmt::format("it names \"{}\", but that it is an image at all was only guessed from its contents, which a "
@@ -108,9 +111,10 @@ private:
         if (!identities_.insert(file.storage->identity()).second)
             return fail(Errc::corrupt, name, "the backing chain is a loop: this file is in it already");
         Layer layer;
-        layer.format_known = layers_.empty() || file.format.has_value();
+        layer.top = layers_.empty();
+        layer.guessed = !file.format;
         const Format format = file.format ? *file.format : TRY(probe(*file.storage));
-        if (!layer.format_known && options_.warn) {
+        if (layer.guessed && !layer.top && options_.warn) {
             options_.warn(fmt::format("{}: its format is not recorded in the overlay above it; guessed to be {}",
                                       printable(name), format_name(format)));
         }

@@ -109,6 +109,7 @@ public:
     Result<void> allocate(HostOffset at, std::uint64_t length) override {
         TRY_VOID(verify_writable());
         if (length == 0) return {};
+        if (block_device_) return resize(at.value + length);  // its space is there
         const int error = posix_fallocate(fd_.get(), static_cast<off_t>(at.value), static_cast<off_t>(length));
         if (error != 0) return system_error(fmt::format("cannot reserve {} bytes", length), path_, error);
         return {};
@@ -239,6 +240,14 @@ std::unexpected<Error> no_direct(const std::string& path) {
                 "its file system has no direct I/O (O_DIRECT); it can only be used through the system's cache");
 }
 
+Result<void> verify_kind(const struct stat& status, const std::string& path) {
+    if (S_ISDIR(status.st_mode)) return fail(Errc::invalid_argument, path, "is a directory, not an image");
+    if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) {
+        return fail(Errc::invalid_argument, path, "is neither a regular file nor a block device");
+    }
+    return {};
+}
+
 }  // namespace
 
 std::unexpected<Error> system_error(std::string_view action, const std::string& path, int error) {
@@ -262,10 +271,7 @@ std::unexpected<Error> system_error(std::string_view action, const std::string& 
 Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::string& path, const FileOptions& options) {
     struct stat status = {};
     if (fstat(fd.get(), &status) != 0) return system_error("cannot open", path, errno);
-    if (S_ISDIR(status.st_mode)) return fail(Errc::invalid_argument, path, "is a directory, not an image");
-    if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) {
-        return fail(Errc::invalid_argument, path, "is neither a regular file nor a block device");
-    }
+    TRY_VOID(verify_kind(status, path));
     if (!options.force_share) TRY_VOID(lock_file(fd.get(), path, options.writable));
     const auto storage = [&](std::uint64_t block) {
         return std::make_shared<FileStorage>(std::move(fd), path, status, options.writable, block);
@@ -282,12 +288,23 @@ Result<void> Storage::allocate(HostOffset at, std::uint64_t length) {
 
 Result<std::uint64_t> Storage::copy_from(const Storage&, HostOffset, HostOffset, std::uint64_t) { return 0; }
 
+int open_flags(const FileOptions& options) {
+    return (options.writable ? O_RDWR : O_RDONLY) | (options.direct ? O_DIRECT : 0) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY;
+}
+
+std::unexpected<Error> open_error(const std::string& path, int error, int flags) {
+    if (error == EINVAL && (flags & O_DIRECT) != 0) return no_direct(path);
+    return system_error("cannot open", path, error);
+}
+
 Result<std::shared_ptr<Storage>> open_file(const std::string& path, const FileOptions& options) {
-    // O_NONBLOCK: a FIFO is to be refused, not waited for.
-    const int flags = (options.writable ? O_RDWR : O_RDONLY) | (options.direct ? O_DIRECT : 0);
-    FileDescriptor fd(open(path.c_str(), flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
-    if (fd.get() < 0 && errno == EINVAL && options.direct) return no_direct(path);
-    if (fd.get() < 0) return system_error("cannot open", path, errno);
+    // To open a device may have effects already: tapes are rewound, watchdogs begin to bark. So it is looked at before;
+    // and again when it is open, as it may have changed.
+    struct stat there = {};
+    if (stat(path.c_str(), &there) == 0) TRY_VOID(verify_kind(there, path));
+    const int flags = open_flags(options);
+    FileDescriptor fd(open(path.c_str(), flags));
+    if (fd.get() < 0) return open_error(path, errno, flags);
     return file_storage(std::move(fd), path, options);
 }
 

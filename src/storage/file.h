@@ -33,6 +33,12 @@ private:
 /// "path: action: what the system says", with the code that `error` (an errno) amounts to.
 std::unexpected<Error> system_error(std::string_view action, const std::string& path, int error);
 
+/// How open(2) is to open a file. Nothing is waited for: a FIFO is there to be refused.
+int open_flags(const FileOptions& options);
+
+/// What it means that open(2) gave `error` for these flags.
+std::unexpected<Error> open_error(const std::string& path, int error, int flags);
+
 /// A Storage on a file that was opened as the options say, which must be a regular file or a block device. `path` names
 /// it in messages.
 Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::string& path, const FileOptions& options);

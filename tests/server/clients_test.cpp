@@ -39,7 +39,7 @@ protected:
         server_->signal(SIGTERM);
         const auto finished = server_->finish();
         EXPECT_EQ(finished.status, 0) << finished.text();
-        EXPECT_EQ(finished.err, "");
+        EXPECT_THAT(finished.err, testing::MatchesRegex("qcow: sandbox: [^\n]*\n"));
     }
 
     [[nodiscard]] std::string uri(const std::string& name = "") const {
@@ -95,7 +95,7 @@ TEST_F(Clients, QemuReadsAndComparesTheDisk) {
 }
 
 TEST_F(Clients, QemuWritesToARawImage) {
-    serve({"--persistent", "disk.raw"});
+    serve({"--persistent", "-f", "raw", "disk.raw"});
     must_qemu_io(uri(), "raw",
                  {"write -q -P 65 1000k 3M", "write -q -f -P 66 9M 64k", "write -q -z 2M 512k", "write -q -z -u 12M 1M",
                   "discard -q 0 1M", "flush"});
@@ -108,7 +108,7 @@ TEST_F(Clients, QemuWritesToARawImage) {
 
 TEST_F(Clients, NbdcopyFillsARawImageOverSeveralConnections) {
     must_run({"truncate", "-s", "20M", "target.raw"}, directory_.path());
-    serve({"--persistent", "target.raw"});
+    serve({"--persistent", "-f", "raw", "target.raw"});
     must_run({"nbdcopy", "--flush", "--connections=4", "disk.raw", uri()}, directory_.path());
     stop();
     expect_same("disk.raw", "target.raw");
@@ -116,7 +116,7 @@ TEST_F(Clients, NbdcopyFillsARawImageOverSeveralConnections) {
 
 TEST_F(Clients, FioVerifiesWhatItWrote) {
     must_run({"truncate", "-s", "64M", "fio.raw"}, directory_.path());
-    serve({"--persistent", "fio.raw"});
+    serve({"--persistent", "-f", "raw", "fio.raw"});
     must_run({"fio", "--name=verify", "--ioengine=nbd", "--uri=" + uri(), "--rw=randwrite", "--bsrange=512-256k",
               "--iodepth=32", "--size=16m", "--offset_increment=16m", "--numjobs=4", "--thread", "--verify=crc32c",
               "--verify_fatal=1", "--fsync=50"},
@@ -225,7 +225,7 @@ TEST_F(Clients, AServiceManagerIsTold) {
         return n < 0 ? std::string("nothing") : std::string(text.data(), static_cast<std::size_t>(n));
     };
     server_ = std::make_unique<Subprocess>(
-        Arguments{"env", "NOTIFY_SOCKET=" + path, QCOW_TOOL, "serve", "-t", "-k", "socket", "disk.raw"},
+        Arguments{"env", "NOTIFY_SOCKET=" + path, QCOW_TOOL, "serve", "-t", "-k", "socket", "-f", "raw", "disk.raw"},
         directory_.path());
     EXPECT_EQ(told(), "READY=1");
     stop();

@@ -8,6 +8,7 @@
 #include <cerrno>
 
 #include "support/bytes.h"
+#include "support/loop_device.h"
 #include "support/result.h"
 #include "support/temporary_directory.h"
 
@@ -38,6 +39,24 @@ TEST_F(FileStorage, ReadsWhatTheFileHas) {
     Bytes read(4);
     EXPECT_EQ(must(storage->read({3}, read)), 4U);
     EXPECT_EQ(read, text_bytes("3456"));
+}
+
+TEST(BlockDevice, IsAFileThatDoesNotGrow) {
+    const LoopDevice device(2 * MiB);
+    if (!device.obstacle().empty()) GTEST_SKIP() << device.obstacle();
+    const auto storage = must(open_file(device.path(), {.writable = true}));
+    EXPECT_EQ(must(storage->size()), 2 * MiB);
+    EXPECT_EQ(must(storage->allocated()), 2 * MiB);
+    must(storage->write({MiB}, repeated(8192, 7)));
+    must(storage->write_zeroes({MiB}, 4096));
+    // Its space is there.
+    must(storage->allocate({0}, 2 * MiB));
+    EXPECT_TRUE(fails(storage->allocate({MiB}, 2 * MiB), Errc::no_space, {device.path()}));
+    EXPECT_TRUE(fails(storage->resize(3 * MiB), Errc::no_space, {device.path()}));
+    must(storage->flush());
+    Bytes read(8192);
+    EXPECT_EQ(must(storage->read({MiB}, read)), 8192U);
+    EXPECT_EQ(read, joined({repeated(4096, 0), repeated(4096, 7)}));
 }
 
 TEST_F(FileStorage, ReadsZerosPastTheEndAndTellsHowMuchCameFromBefore) {
