@@ -126,8 +126,8 @@ void add_untrusted_option(CLI::App& app, bool& untrusted) {
 qcow::OpenOptions open_options(const Source& source) {
     qcow::OpenOptions options;
     options.format = qcow::format_from_name(source.format);
-    options.gate =
-        source.no_backing ? qcow::no_files() : gate_for(source.path, source.untrusted, source.force_share, false);
+    options.gate = source.no_backing ? qcow::no_files()
+                                     : gate_for(source.path, source.untrusted, source.force_share, source.direct);
     options.warn = warn;
     return options;
 }

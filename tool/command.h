@@ -48,6 +48,7 @@ struct Source {
     std::string format;    // empty: probed
     std::string snapshot;  // id or name; empty: the active state
     bool force_share = false;
+    bool direct = false;  // past the system's cache, where something is written
     bool no_backing = false;
     bool untrusted = false;
 };

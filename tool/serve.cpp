@@ -131,7 +131,9 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, c
     auto source = options.source;
     source.path = path;
     if (options.read_only || !source.snapshot.empty()) return open_source(source);
-    auto storage = qcow::open_file(path, {.writable = true, .force_share = source.force_share});
+    source.direct = options.cache == "none";
+    auto storage =
+        qcow::open_file(path, {.writable = true, .force_share = source.force_share, .direct = source.direct});
     if (!storage) return std::unexpected(std::move(storage).error());
     auto open = open_options(source);
     open.writable = true;
@@ -318,8 +320,11 @@ void declare_serve(CLI::App& root, int& status) {
         ->check(CLI::IsMember({"auto", "on", "off"}))
         ->capture_default_str();
     app.add_option("--user", options->sandbox.user, "Become this user once everything is open; only root can");
-    app.add_option("--cache", options->cache, "When writes reach the disk: with a client's flush, at once, or whenever")
-        ->check(CLI::IsMember({"writeback", "writethrough", "unsafe"}))
+    app.add_option(
+           "--cache", options->cache,
+           "When writes reach the disk. writeback: with a client's flush; writethrough: at once; none: past the\n"
+           "system's cache; unsafe: when the system likes")
+        ->check(CLI::IsMember({"writeback", "writethrough", "none", "unsafe"}))
         ->capture_default_str();
     app.add_option("--discard", options->discard, "What clients' trim requests do: give space back, or nothing")
         ->check(CLI::IsMember({"unmap", "ignore"}))

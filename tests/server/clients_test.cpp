@@ -134,6 +134,18 @@ TEST_F(Clients, SeveralImagesAreSeveralExports) {
     stop();
 }
 
+TEST_F(Clients, WritePastTheCache) {
+    const TemporaryDirectory disk(on_a_disk);
+    std::filesystem::copy(directory_.file("disk.qcow2"), disk.file("disk.qcow2"));
+    if (const auto direct = open_file(disk.file("disk.qcow2"), {.direct = true});
+        !direct && direct.error().code == Errc::unsupported)
+        GTEST_SKIP() << direct.error().message();
+    serve({"--persistent", "--cache", "none", "--format", "qcow2", disk.file("disk.qcow2")});
+    must_qemu_io(uri(), "raw", {"write -q -P 65 1000001 3000000", "write -q -z 2M 512k", "flush"});
+    stop();
+    must_qemu_io("disk.qcow2", "qcow2", {"read -q -P 65 1000001 1000000", "read -q -P 0 2M 512k"}, disk.path());
+}
+
 /// Two bitmaps that QEMU made, with what was written since.
 class BitmapClients : public Clients {
 protected:
