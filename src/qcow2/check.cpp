@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <set>
 #include <vector>
 
 #include "base/try.h"
@@ -204,7 +205,14 @@ private:
             return {};
         }
         TRY(add_table("bitmap directory", extension.directory, extension.directory_size));
-        for (const auto& bitmap : *bitmaps) TRY_VOID(add_bitmap(bitmap));
+        std::set<std::string_view> names;
+        for (const auto& bitmap : *bitmaps) {
+            if (!names.insert(bitmap.info.name).second) {
+                corrupt(extension.directory.value, "bitmap directory",
+                        fmt::format("there is more than one bitmap \"{}\"", printable(bitmap.info.name)));
+            }
+            TRY_VOID(add_bitmap(bitmap));
+        }
         return {};
     }
 

@@ -175,6 +175,27 @@ TEST_F(Hostile, BitmapsThatShareOneTable) {
     }
 }
 
+/// Each is sound, but nobody could tell which one is meant.
+TEST_F(Hostile, BitmapsOfOneName) {
+    HostileImage image;
+    image.autoclear = 1;
+    image.write_refcounts(7);
+    Bytes directory;
+    for (unsigned i = 0; i < 2; ++i) {
+        const auto one = bitmap_entry(image.cluster(5 + i), 1);
+        directory.insert(directory.end(), one.begin(), one.end());
+    }
+    image.extensions.push_back(bitmaps_extension(2, directory.size(), image.cluster(4)));
+    image.file.write(image.cluster(4), directory);
+    const auto opened = open_bounded(image.finish(7));
+    ASSERT_TRUE(opened.has_value());
+    const auto report = check_bounded(**opened);
+    ASSERT_TRUE(report.has_value());
+    ASSERT_EQ(report->findings.size(), 1U);
+    EXPECT_EQ(report->corruptions, 1U);
+    EXPECT_EQ(report->findings.front().what, "there is more than one bitmap \"b\"");
+}
+
 TEST_F(Hostile, BitmapDirectoriesThatLie) {
     struct Case {
         std::uint32_t count;
