@@ -18,8 +18,7 @@ std::unexpected<Error> damaged(std::string what) { return fail(Errc::corrupt, "d
 /// zlib stops when the output is full; libdeflate takes whatever is wrong or missing behind that for an error.
 Result<void> inflate_prefix(std::span<const std::byte> in, std::span<std::byte> out) {
     z_stream stream = {};
-    if (inflateInit2(&stream, -MAX_WBITS) != Z_OK)
-        return fail(Errc::no_memory, "deflate stream", "no memory for zlib");
+    if (inflateInit2(&stream, -MAX_WBITS) != Z_OK) return fail(Errc::no_memory, "deflate stream", "no memory for zlib");
     stream.next_in = const_cast<Bytef*>(reinterpret_cast<const Bytef*>(in.data()));
     stream.avail_in = static_cast<uInt>(in.size());
     stream.next_out = reinterpret_cast<Bytef*>(out.data());
