@@ -89,9 +89,11 @@ private:
     std::uint64_t next_ = 0;
 };
 
-/// Runs `work(thread number)` in that many threads. The first exception is passed on when all are done.
+/// Runs `work(thread number)` in that many threads, a single one on the caller's. The first exception is passed on when
+/// all are done.
 template <class Work>
 void in_threads(unsigned threads, const Work& work) {
+    if (threads == 1) return work(0);
     std::mutex mutex;
     std::string failure;
     std::vector<std::thread> running;
