@@ -175,7 +175,7 @@ void Allocator::retire_stream(const format::CompressedRange& range) {
 }
 
 void Allocator::retire_table(HostOffset at, std::uint64_t length) {
-    metadata_.remove(at, length);
+    // It is metadata until nothing on disk leads there any more: see release().
     add_retired({at.value >> cluster_bits_, divide_up(length, bit(cluster_bits_))}, true);
 }
 
@@ -203,8 +203,9 @@ Result<void> Allocator::end_flush(Retired retired) {
 
 Result<void> Allocator::release(const RetiredRun& retired) {
     const auto& run = retired.run;
-    // Tables were forgotten when they were retired. Anything else that is one was never the guest's to give up.
     const HostOffset at{run.first << cluster_bits_};
+    if (retired.table) metadata_.remove(at, run.count << cluster_bits_);
+    // Anything else that is metadata was never the guest's to give up.
     if (const auto used = metadata_.find(at, run.count << cluster_bits_); !used.empty()) {
         return write_back_.declare_corrupt(fmt::format("host offset {:#x}", at.value),
                                            fmt::format("{} would be freed with guest data", used));

@@ -110,6 +110,19 @@ TEST_F(CorruptTest, MetadataAreNotFreedAsGuestData) {
     }
 }
 
+/// A table that is replaced is still what the file leads to, until the next flush.
+TEST_F(CorruptTest, ReplacedTablesAreNotWrittenBeforeTheyAreFree) {
+    const std::uint64_t copied = std::uint64_t{1} << 63;
+    const auto table = l2_table();
+    put_word(word_at(40), table);
+    put_word(table + 5 * 8, table | copied);
+    const auto image = value_of(open(true));
+    value_of(image->write({1 * MiB}, block_));
+    const auto first = word_at(table);
+    expect_refused(image->write({5 * block_.size()}, block_));
+    EXPECT_EQ(word_at(table), first);
+}
+
 TEST_F(CorruptTest, MetadataInFreeClustersAreNotHandedOut) {
     const auto cluster = l2_table() / (64 * KiB);
     std::array<std::byte, 2> zero = {};
