@@ -178,10 +178,10 @@ Result<std::size_t> Writer::write_into_new(GuestOffset at, std::span<const std::
     if (moves_whole(old.back())) end = cluster_at(first + old.size());
     if (rules_.external_data) end = std::max(write_end, std::min(end, GuestOffset{size_.load()}));  // and no longer
 
-    const bool zeros_before = TRY(reads_as_zeros(begin, end - begin));
     const HostOffset host = HostOffset{run.first << cluster_bits_} + rules_.geometry.offset_in_cluster(begin.value);
-    auto written = write_filled(host, begin, end, at, from, zeros_before && !rules_.external_data);
-    if (written) {
+    auto written = [&]() -> Result<void> {
+        const bool zeros_before = TRY(reads_as_zeros(begin, end - begin));
+        TRY_VOID(write_filled(host, begin, end, at, from, zeros_before && !rules_.external_data));
         std::vector<L2Entry> entries(old.size());
         for (std::size_t i = 0; i < old.size(); ++i) {
             const GuestOffset cluster = cluster_at(first + i);
@@ -196,8 +196,8 @@ Result<std::size_t> Writer::write_into_new(GuestOffset at, std::span<const std::
             const std::uint64_t zeros = old[i].compressed() ? 0 : old[i].bitmap & ~low_bits(32) & ~(touched << 32);
             entry.bitmap = touched | moved | zeros;
         }
-        written = store_entries(first, entries, !zeros_before || rules_.external_data);
-    }
+        return store_entries(first, entries, !zeros_before || rules_.external_data);
+    }();
     if (!written) {
         if (!rules_.external_data) allocator_.retire(run);
         return std::unexpected(std::move(written).error());

@@ -133,6 +133,24 @@ TEST_F(CorruptTest, MetadataInFreeClustersAreNotHandedOut) {
     expect_only_the_mark(before);
 }
 
+/// What a write needs to know of the layer below may be what cannot be read. It has taken clusters by then.
+TEST_F(CorruptTest, AWriteThatFailsOverADamagedBackingFileLeaksNothing) {
+    const auto top = memory_storage();
+    CreateOptions options;
+    options.size = 16 * MiB;
+    options.backing_name = "base";
+    options.backing_format = "qcow2";
+    value_of(create_image({top, nullptr}, options));
+    put_word(word_at(40), 512);
+    OpenOptions writable = {.writable = true, .format = Format::qcow2};
+    writable.gate = [&](const FileReference&) -> Result<std::shared_ptr<Storage>> { return storage_; };
+    const auto image = value_of(open_image(top, writable));
+    expect_refused(image->write({4096}, std::span(block_).first(512)));
+    expect_refused(image->write({1 * MiB}, block_));
+    value_of(image->close());
+    EXPECT_TRUE(value_of(image->check({})).clean());
+}
+
 TEST_F(CorruptTest, TablesThatOverlapAreNotOpenedForWriting) {
     put_word(word_at(40), refcount_block() | std::uint64_t{1} << 63);
     const auto before = contents();
