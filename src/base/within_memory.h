@@ -7,8 +7,9 @@
 
 namespace qcow {
 
-/// Gives the result of `work`, or Errc::no_memory where it ran out of memory. Every function of the public API that may
-/// take memory goes through it, so that no exception leaves the library. The error is short enough to take none.
+/// Gives the result of `work`, or Errc::no_memory where it ran out of memory. Opening, reading,
+/// changing, checking, copying and making images go through it, so that they throw nothing. The error is short enough
+/// to take no memory itself.
 template <class Work>
 auto within_memory(Work&& work) -> decltype(work()) {
     try {

@@ -15,8 +15,8 @@ namespace qcow::qcow2 {
 /// * A page of refcounts may be written at any time: a count goes up in the cache before anything refers to the
 ///   cluster, and down only after nothing on disk does any more.
 /// * A page of the mapping may be written once the refcounts are, and what its entries lead to: at any time for
-/// clusters
-///   that were reserved (counted and zero on disk), after a flush of data and refcounts for what it marks as `barrier`.
+///   clusters that were reserved (counted and zero on disk), after a flush of data and refcounts for what it marks as
+///   `barrier`.
 ///
 /// Where that order broke, because a flush failed, nothing is believed any more: every further change is refused.
 /// Thread-safe.
