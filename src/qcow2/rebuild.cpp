@@ -42,9 +42,8 @@ Result<void> Allocator::rebuild() {
             cluster = references->next_used(cluster, counted);
             continue;
         }
-        if (wanted != found)
-            TRY_VOID(
-                refcounts_.add({cluster, 1}, static_cast<std::int64_t>(wanted) - static_cast<std::int64_t>(found)));
+        const auto change = static_cast<std::int64_t>(wanted) - static_cast<std::int64_t>(found);
+        if (change != 0) TRY_VOID(refcounts_.add({cluster, 1}, change));
         ++cluster;
     }
     counted_end_ = 0;

@@ -102,7 +102,7 @@ Result<void> WriteBack::update_header(const std::function<void(format::Header&)>
     return {};
 }
 
-std::unexpected<Error> WriteBack::declare_corrupt(std::string place, std::string what) {
+std::unexpected<Error> WriteBack::declare_corrupt(const std::string& place, const std::string& what) {
     Error error{Errc::corrupt, core_.file->name() + ": " + place, what + "; the image is marked as corrupt: check it"};
     if (core_.header.version >= 3 && !stopped_) {
         // If this fails, too, the image is at least not written any more.

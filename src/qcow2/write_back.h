@@ -49,7 +49,7 @@ public:
     std::unexpected<Error> stop(Error why);
 
     /// Marks the image as corrupt on disk, and stops all writing. Gives the error to report.
-    std::unexpected<Error> declare_corrupt(std::string place, std::string what);
+    std::unexpected<Error> declare_corrupt(const std::string& place, const std::string& what);
 
 private:
     Result<void> write_pages(std::span<const WordCache::Changed> pages, WordCache::PageClass page_class);

@@ -19,9 +19,10 @@ Result<void> Writer::resize(std::uint64_t size) {
     if (header.version < 3 && header.snapshot_count != 0)
         return refuse("it has snapshots, and version 2 cannot record that theirs is another size; use version 3");
     const std::uint64_t most = (format::max_l1_bytes / 8) * rules_.geometry.l2_coverage();
-    if (size > most || size > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
+    if (size > most || size > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
         return fail(Errc::invalid_argument, core_->file->name(),
                     fmt::format("{} bytes are more than clusters of {} can map", size, header.cluster_size()));
+    }
     if (size == header.size) return {};
     return change([&]() -> Result<void> {
         TRY_VOID(begin_writing({0}, 0));
@@ -86,6 +87,7 @@ Result<void> Writer::grow_l1(std::uint64_t entries) {
 
     // Nobody may change an entry of the old table while it moves.
     std::vector<std::unique_lock<std::mutex>> locks;
+    locks.reserve(l2_locks_.size());
     for (auto& lock : l2_locks_) locks.emplace_back(lock);
     core_->words.forget(table, bytes);
     std::vector<std::byte> copy(bytes);

@@ -44,8 +44,8 @@ private:
 
 class Server final : public NbdServer {
 public:
-    Server(std::vector<NbdExport> exports, const NbdOptions& options, std::unique_ptr<nbd::Tls> tls)
-        : exports_(std::move(exports)), options_(options), tls_(std::move(tls)) {}
+    Server(std::vector<NbdExport> exports, NbdOptions options, std::unique_ptr<nbd::Tls> tls)
+        : exports_(std::move(exports)), options_(std::move(options)), tls_(std::move(tls)) {}
 
     [[nodiscard]] bool usable() const { return wakeup_.fd() >= 0; }
 
