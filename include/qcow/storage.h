@@ -52,7 +52,8 @@ public:
     /// Sets the length; new bytes read as zeros.
     virtual Result<void> resize(std::uint64_t size) = 0;
 
-    /// Makes everything that was written before survive power loss.
+    /// Makes everything that was written before, by anybody, survive power loss. Where that fails it fails for all who
+    /// flush meanwhile: none may be told that what another one's error is about was written. Errc::io, no_space.
     virtual Result<void> flush() = 0;
 
     struct Run {

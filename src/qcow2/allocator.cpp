@@ -191,6 +191,7 @@ void Allocator::flush_failed(Retired retired) {
 }
 
 Result<void> Allocator::end_flush(Retired retired) {
+    const std::lock_guard lock(durable_mutex_);
     durable_.insert(durable_.end(), retired.begin(), retired.end());
     epochs_.advance();
     epochs_.advance();

@@ -60,7 +60,7 @@ public:
         bool table = false;
     };
     using Retired = std::vector<RetiredRun>;
-    /// To be called before a flush; its result after it, if it succeeded. One thread at a time.
+    /// To be called before a flush; its result after it, if it succeeded.
     [[nodiscard]] Retired begin_flush();
     Result<void> end_flush(Retired retired);
     /// Where it failed.
@@ -99,7 +99,8 @@ private:
     std::atomic<std::uint64_t> retired_clusters_ = 0;
     std::mutex retired_mutex_;
     std::vector<RetiredRun> retired_;  // since the last flush began
-    std::vector<RetiredRun> durable_;  // dropped durably, but maybe in use by a request still; the flusher's
+    std::mutex durable_mutex_;
+    std::vector<RetiredRun> durable_;  // dropped durably, but maybe in use by a request still
 };
 
 }  // namespace qcow::qcow2

@@ -18,6 +18,7 @@ using format::L2Entry;
 constexpr std::uint64_t max_batch_bytes = 16 * MiB;  // that one change of entries is about
 constexpr std::uint64_t max_retired_bytes = 256 * MiB;
 constexpr std::size_t page_entries = 512;
+constexpr unsigned flushes_at_once = 4;  // file systems make one commit of them
 
 }  // namespace
 
@@ -32,7 +33,8 @@ Writer::Writer(std::shared_ptr<Core> core, View& active, const WriteOptions& opt
       size_(core_->header.size),
       raw_data_(rules_.external_data && (core_->header.autoclear & format::autoclear::raw_external_data) != 0),
       allocator_(*core_, write_back_, metadata_, epochs_, options.discard),
-      bitmaps_(*core_, write_back_, metadata_, allocator_) {}
+      bitmaps_(*core_, write_back_, metadata_, allocator_),
+      group_(flushes_at_once) {}
 
 Result<void> Writer::open() {
     TRY_VOID(active_.verify_readable());

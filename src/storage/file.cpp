@@ -21,6 +21,7 @@
 #include "storage/direct.h"
 #include "storage/file.h"
 #include "storage/file_lock.h"
+#include "storage/overlapping_flushes.h"
 
 namespace qcow {
 namespace {
@@ -128,7 +129,8 @@ public:
     }
 
     Result<void> flush() override {
-        if (fdatasync(fd_.get()) != 0) return system_error("cannot flush", path_, errno);
+        const int error = flushes_.run([&] { return fdatasync(fd_.get()) == 0 ? 0 : errno; });
+        if (error != 0) return system_error("cannot flush", path_, error);
         return {};
     }
 
@@ -199,6 +201,7 @@ private:
     bool block_device_;
     bool writable_;
     std::uint64_t block_;  // that direct I/O goes by; else 1
+    OverlappingFlushes flushes_;
     mutable std::mutex data_mutex_;
     mutable std::uint64_t data_begin_ = 0;
     mutable std::uint64_t data_end_ = 0;
