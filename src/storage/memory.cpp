@@ -40,14 +40,14 @@ public:
     Result<void> write(HostOffset at, std::span<const std::byte> from) override {
         if (from.empty()) return {};
         if (at.value > bytes_.max_size() - from.size()) return too_large(at.value);
-        if (at.value + from.size() > TRY(size())) TRY_VOID(grow(at.value + from.size()));
-        const std::shared_lock lock(mutex_);
+        const std::lock_guard lock(mutex_);
+        if (at.value + from.size() > bytes_.size()) TRY_VOID(set_size(at.value + from.size()));
         std::memcpy(bytes_.data() + at.value, from.data(), from.size());
         return {};
     }
 
     Result<void> write_zeroes(HostOffset at, std::uint64_t length) override {
-        const std::shared_lock lock(mutex_);
+        const std::lock_guard lock(mutex_);
         if (at.value >= bytes_.size() || length == 0) return {};
         std::memset(bytes_.data() + at.value, 0, std::min<std::uint64_t>(length, bytes_.size() - at.value));
         return {};
@@ -55,7 +55,8 @@ public:
 
     Result<void> allocate(HostOffset at, std::uint64_t length) override {
         if (length > bytes_.max_size() || at.value > bytes_.max_size() - length) return too_large(at.value);
-        return grow(at.value + length);
+        const std::lock_guard lock(mutex_);
+        return at.value + length > bytes_.size() ? set_size(at.value + length) : Result<void>();
     }
 
     Result<void> resize(std::uint64_t size) override {
@@ -76,11 +77,6 @@ private:
         return fail(Errc::no_space, name_, fmt::format("{} bytes do not fit in memory", size));
     }
 
-    Result<void> grow(std::uint64_t size) {
-        const std::lock_guard lock(mutex_);
-        return size > bytes_.size() ? set_size(size) : Result<void>();
-    }
-
     Result<void> set_size(std::uint64_t size) {
         if (size > bytes_.max_size()) return too_large(size);
         try {
@@ -91,8 +87,7 @@ private:
         return {};
     }
 
-    mutable std::shared_mutex
-        mutex_;  // exclusive: the vector moves; shared: its bytes are used, as pread and pwrite would
+    mutable std::shared_mutex mutex_;  // shared to read
     std::vector<std::byte> bytes_;
     std::string name_;
 };

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <thread>
 #include <vector>
 
@@ -142,6 +143,30 @@ TEST(MemoryStorage, WritingNothingDoesNotGrow) {
     const auto storage = memory_storage(text_bytes("abc"));
     must(storage->write({10}, {}));
     EXPECT_EQ(must(storage->size()), 3U);
+}
+
+TEST(MemoryStorage, AReadSeesAWriteWholeOrNotAtAll) {
+    const std::size_t size = 256 << 10;
+    const auto storage = memory_storage(repeated(size, 'a'));
+    std::atomic<bool> done = false;
+    std::jthread writer([&] {
+        for (int i = 0; i < 500; ++i) must(storage->write({0}, repeated(size, i % 2 == 0 ? 'b' : 'a')));
+        done = true;
+    });
+    Bytes read(size);
+    while (!done) {
+        must(storage->read({0}, read));
+        ASSERT_EQ(read, repeated(size, std::to_integer<unsigned char>(read.front())));
+    }
+}
+
+TEST(MemoryStorage, IsCutWhileItIsWritten) {
+    // With nothing to see but for a sanitizer: a write may not go past what is left.
+    const auto storage = memory_storage();
+    std::jthread cutter([&] {
+        for (int i = 0; i < 2000; ++i) must(storage->resize(0));
+    });
+    for (int i = 0; i < 2000; ++i) must(storage->write({0}, repeated(4096, 'x')));
 }
 
 }  // namespace
