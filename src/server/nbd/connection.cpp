@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <mutex>
+#include <new>
 
 #include "base/bits.h"
 #include "server/nbd/crew.h"
@@ -204,10 +205,14 @@ void serve_with_tls(Stream& stream, std::span<const NbdExport> exports, const Nb
 }  // namespace
 
 void serve_client(Stream& stream, std::span<const NbdExport> exports, const NbdLimits& limits, const Tls* tls) {
-    if (tls == nullptr) {
-        serve_without_tls(stream, exports, limits);
-    } else {
-        serve_with_tls(stream, exports, limits, *tls);
+    try {
+        if (tls == nullptr) {
+            serve_without_tls(stream, exports, limits);
+        } else {
+            serve_with_tls(stream, exports, limits, *tls);
+        }
+    } catch (const std::bad_alloc&) {
+        // There is no memory for this client; the others may have all that they need.
     }
     stream.shutdown();
 }

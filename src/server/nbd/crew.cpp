@@ -1,5 +1,6 @@
 #include "server/nbd/crew.h"
 
+#include <new>
 #include <system_error>
 
 namespace qcow::nbd {
@@ -7,6 +8,15 @@ namespace {
 
 /// A task that has no data has a weight all the same, so that their number is bounded.
 constexpr std::uint64_t min_weight = 16 << 10;
+
+void perform(Crew::Task& task, Crew::Tools& tools) {
+    try {
+        task(tools);
+        tools.replies.flush();
+    } catch (const std::bad_alloc&) {
+        tools.replies.hang_up();
+    }
+}
 
 }  // namespace
 
@@ -26,7 +36,7 @@ void Crew::submit(std::uint64_t bytes, Task task) {
     jobs_.push_back({std::max(bytes, min_weight), std::move(task)});
     if (idle_ < jobs_.size() && threads_.size() < max_threads_) {
         try {
-            threads_.emplace_back([this] { work(); });
+            threads_.emplace_back([this, tools = std::unique_ptr<Tools>(new Tools{make_replies_()})] { work(*tools); });
             return;
         } catch (const std::system_error&) {
             // The system has no more threads. Those that there are do it; if there are none, the caller's.
@@ -36,8 +46,7 @@ void Crew::submit(std::uint64_t bytes, Task task) {
                 bytes_ -= job.bytes;
                 lock.unlock();
                 Tools tools{make_replies_()};
-                job.task(tools);
-                tools.replies.flush();
+                perform(job.task, tools);
                 --in_flight_;
                 return;
             }
@@ -47,8 +56,7 @@ void Crew::submit(std::uint64_t bytes, Task task) {
     job_there_.notify_one();
 }
 
-void Crew::work() {
-    Tools tools{make_replies_()};
+void Crew::work(Tools& tools) {
     std::unique_lock lock(mutex_);
     for (;;) {
         ++idle_;
@@ -58,9 +66,8 @@ void Crew::work() {
         auto job = std::move(jobs_.front());
         jobs_.pop_front();
         lock.unlock();
-        job.task(tools);
+        perform(job.task, tools);
         job.task = nullptr;
-        tools.replies.flush();
         --in_flight_;
         lock.lock();
         bytes_ -= job.bytes;

@@ -38,14 +38,15 @@ public:
     /// Waits until `bytes` more may be in flight, or none are.
     void reserve(std::uint64_t bytes);
 
-    /// Has the task done, which gives back the `bytes` that were reserved for it.
+    /// Has the task done, which gives back the `bytes` that were reserved for it. If memory runs out in it, the
+    /// connection ends.
     void submit(std::uint64_t bytes, Task task);
 
     /// Waits until everything is done.
     void finish();
 
 private:
-    void work();
+    void work(Tools& tools);
 
     unsigned max_threads_;
     std::uint64_t max_bytes_;

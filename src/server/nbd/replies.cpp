@@ -140,6 +140,12 @@ void Replies::flush() {
     }
 }
 
+void Replies::hang_up() {
+    used_ = 0;
+    turn_.reset();
+    output_.hang_up();
+}
+
 void Replies::flush_if_many() {
     if (used_ >= many) flush();
 }

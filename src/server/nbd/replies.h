@@ -46,6 +46,9 @@ public:
     /// Sends what there is.
     void flush();
 
+    /// For when not even an error can be said.
+    void hang_up();
+
     /// Sends it if it is worth a system call.
     void flush_if_many();
 

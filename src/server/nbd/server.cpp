@@ -12,6 +12,7 @@
 #include <set>
 #include <thread>
 
+#include "base/within_memory.h"
 #include "qcow/serve.h"
 #include "server/nbd/connection.h"
 #include "server/nbd/session.h"
@@ -23,6 +24,9 @@ namespace {
 
 /// How long clients that do not take their replies can hold up the end.
 constexpr auto grace = std::chrono::seconds(5);
+
+/// Between two attempts, when there is not enough of something for one more client.
+constexpr auto pause = std::chrono::milliseconds(100);
 
 /// An event that wakes a thread that polls.
 class Wakeup {
@@ -95,7 +99,7 @@ private:
 };
 
 Result<void> Server::run() {
-    auto result = accept_clients();
+    auto result = within_memory([&] { return accept_clients(); });
     listeners_.clear();
     part_with_all();
     for (const auto& exported : exports_) {
@@ -108,10 +112,12 @@ Result<void> Server::run() {
 
 Result<void> Server::accept_clients() {
     bool had_clients = false;
+    std::vector<pollfd> polled;
+    polled.reserve(1 + listeners_.size());
     while (!stopping_) {
         part_with_those_gone();
         if (had_clients && clients_.empty() && !options_.persistent) return {};
-        std::vector<pollfd> polled = {{wakeup_.fd(), POLLIN, 0}};
+        polled.assign(1, {wakeup_.fd(), POLLIN, 0});
         // Whoever comes when there are enough waits in the backlog.
         if (clients_.size() < options_.limits.connections)
             for (const auto& listener : listeners_) polled.push_back({listener.fd(), POLLIN, 0});
@@ -120,7 +126,10 @@ Result<void> Server::accept_clients() {
         wakeup_.quiet();
         for (std::size_t i = 1; i < polled.size(); ++i) {
             if (polled[i].revents == 0 || clients_.size() >= options_.limits.connections) continue;
-            TRY_VOID(accept_from(listeners_[i - 1]));
+            if (auto accepted = within_memory([&] { return accept_from(listeners_[i - 1]); }); !accepted) {
+                if (accepted.error().code != Errc::no_memory) return accepted;
+                std::this_thread::sleep_for(pause);
+            }
         }
         had_clients |= !clients_.empty();
     }
@@ -134,7 +143,7 @@ Result<void> Server::accept_from(const Listener& listener) {
         if (errno == EBADF || errno == EINVAL || errno == ENOTSOCK || errno == EOPNOTSUPP)
             return system_error("cannot accept clients", "server", errno);
         if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
-            std::this_thread::sleep_for(std::chrono::milliseconds(100));
+            std::this_thread::sleep_for(pause);
         return {};
     }
     auto& client = clients_.emplace_back(std::move(fd), std::chrono::seconds(options_.limits.handshake_seconds));
@@ -144,8 +153,8 @@ Result<void> Server::accept_from(const Listener& listener) {
             client.gone = true;
             wakeup_.ring();
         });
-    } catch (const std::system_error&) {
-        clients_.pop_back();  // no more threads to be had: the client sees a closed connection
+    } catch (const std::exception&) {
+        clients_.pop_back();  // no more threads, or no memory, to be had: the client sees a closed connection
     }
     return {};
 }
