@@ -1,5 +1,7 @@
 // Other people's clients on `qcow serve`: libnbd's, QEMU's and fio.
 
+#include <fcntl.h>
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -48,6 +50,18 @@ protected:
 
     void expect_same(const std::string& a, const std::string& b) const {
         EXPECT_EQ(first_difference(ReferenceFile(directory_.file(a)), ReferenceFile(directory_.file(b))), std::nullopt);
+    }
+
+    /// Whether the server goes past the system's cache for that file.
+    [[nodiscard]] bool has_opened_directly(const std::string& path) const {
+        const auto process = fmt::format("/proc/{}/", std::stol(read_file(directory_.file("pid"))));
+        for (const auto& entry : std::filesystem::directory_iterator(process + "fd")) {
+            if (std::filesystem::read_symlink(entry) != std::filesystem::canonical(path)) continue;
+            const auto about = read_file(process + "fdinfo/" + entry.path().filename().string());
+            const auto flags = std::stol(about.substr(about.find("flags:") + 6), nullptr, 8);
+            if ((flags & O_DIRECT) != 0) return true;
+        }
+        return false;
     }
 
     TemporaryDirectory directory_;
@@ -141,6 +155,7 @@ TEST_F(Clients, WritePastTheCache) {
         !direct && direct.error().code == Errc::unsupported)
         GTEST_SKIP() << direct.error().message();
     serve({"--persistent", "--cache", "none", "--format", "qcow2", disk.file("disk.qcow2")});
+    EXPECT_TRUE(has_opened_directly(disk.file("disk.qcow2")));
     must_qemu_io(uri(), "raw", {"write -q -P 65 1000001 3000000", "write -q -z 2M 512k", "flush"});
     stop();
     must_qemu_io("disk.qcow2", "qcow2", {"read -q -P 65 1000001 1000000", "read -q -P 0 2M 512k"}, disk.path());
