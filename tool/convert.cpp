@@ -91,9 +91,7 @@ qcow::Result<void> to_qcow2(qcow::Disk& source, const qcow::NewFile& file, const
 /// A target that is also read would be gone before it is read. Locks would tell, too, but may have been declined.
 qcow::Result<void> verify_target_is_not_read(const std::shared_ptr<qcow::Image>& image, const std::string& target) {
     for (auto layer = image; layer; layer = layer->backing()) {
-        auto info = layer->info();
-        if (!info) return std::unexpected(std::move(info).error());
-        for (const auto& path : {info->filename, info->data_file ? info->data_file->path : std::string()}) {
+        for (const auto& path : layer->files()) {
             std::error_code none_there;
             if (std::filesystem::equivalent(path, target, none_there)) {
                 return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, target,
@@ -151,11 +149,9 @@ qcow::Result<void> into_existing(const Sources& sources, const Options& options)
         return refuse("with -n it is there already, and stays as it was made: no -o, no -B");
     auto target = open_target({options.target, options.target_format, options.cache, options.source.untrusted});
     if (!target) return std::unexpected(std::move(target).error());
-    auto info = (*target)->info();
-    if (!info) return std::unexpected(std::move(info).error());
-    if (info->data_file) {
+    for (const auto& file : (*target)->files()) {
         for (const auto& image : sources.images) {
-            if (auto verified = verify_target_is_not_read(image, info->data_file->path); !verified) return verified;
+            if (auto verified = verify_target_is_not_read(image, file); !verified) return verified;
         }
     }
     if ((*target)->size() < source.size()) {

@@ -181,6 +181,9 @@ class QCOW_API Image : public Disk {
 public:
     [[nodiscard]] virtual Format format() const = 0;
 
+    /// The names of the files that this layer lies in, as they were opened: the image, and its data file if it has one.
+    [[nodiscard]] virtual std::vector<std::string> files() const = 0;
+
     /// Everything that can be said without a walk. Errc::corrupt where a table cannot be read.
     [[nodiscard]] virtual Result<ImageInfo> info() const = 0;
 

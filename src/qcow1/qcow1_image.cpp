@@ -89,6 +89,8 @@ public:
         });
     }
 
+    [[nodiscard]] std::vector<std::string> files() const override { return {file_->name()}; }
+
     [[nodiscard]] Result<ImageInfo> info() const override {
         return within_memory([&]() -> Result<ImageInfo> {
             ImageInfo info;

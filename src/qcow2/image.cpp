@@ -186,6 +186,12 @@ public:
         });
     }
 
+    [[nodiscard]] std::vector<std::string> files() const override {
+        std::vector<std::string> names = {core_->file->name()};
+        if (core_->data && core_->data != core_->file) names.push_back(core_->data->name());
+        return names;
+    }
+
     [[nodiscard]] Result<ImageInfo> info() const override {
         return within_memory([&]() -> Result<ImageInfo> {
             const auto header = core_->current_header();

@@ -90,6 +90,8 @@ public:
         return {};
     }
 
+    [[nodiscard]] std::vector<std::string> files() const override { return {storage_->name()}; }
+
     [[nodiscard]] Result<ImageInfo> info() const override {
         ImageInfo info;
         info.filename = storage_->name();

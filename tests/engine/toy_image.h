@@ -68,6 +68,7 @@ public:
     [[nodiscard]] std::uint64_t size() const override { return guest_blocks * block; }
     [[nodiscard]] std::uint64_t block_size() const override { return block; }
     [[nodiscard]] Format format() const override { return Format::qcow; }  // neither of the known ones
+    [[nodiscard]] std::vector<std::string> files() const override { return {}; }
     [[nodiscard]] Result<ImageInfo> info() const override { return ImageInfo{}; }
     Result<void> close() override { return flush(); }
 

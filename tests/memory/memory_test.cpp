@@ -63,6 +63,7 @@ public:
     [[nodiscard]] std::uint64_t size() const override { return inner_->size(); }
     [[nodiscard]] Format format() const override { return inner_->format(); }
     [[nodiscard]] std::uint64_t block_size() const override { return inner_->block_size(); }
+    [[nodiscard]] std::vector<std::string> files() const override { return inner_->files(); }
     [[nodiscard]] Result<ImageInfo> info() const override {
         return hungry([&] { return inner_->info(); });
     }

@@ -4,6 +4,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include "base/endian.h"
+
 namespace qcow::test {
 namespace {
 
@@ -212,6 +214,19 @@ TEST_F(ToolTest, Convert) {
     qemu_convert_to_raw("base.qcow2", "qcow2", "theirs.raw", "before", directory_.path());
     EXPECT_EQ(bytes_of("ours.raw"), bytes_of("theirs.raw"));
     EXPECT_EQ(files(), (std::set<std::string>{"base.qcow2", "top.qcow2", "ours.raw", "theirs.raw"}));
+}
+
+TEST_F(ToolTest, ConvertSavesTheDiskOfAnImageWhoseSnapshotsAreLost) {
+    qemu_convert_to_raw("base.qcow2", "qcow2", "expected.raw", {}, directory_.path());
+    auto bytes = bytes_of("base.qcow2");
+    const auto table = load_be<std::uint64_t>(std::as_bytes(std::span(bytes)), 64);
+    bytes.replace(table + 36, 4, 4, '\xff');  // the length of the first entry's extra data
+    put_file(directory_.file("base.qcow2"), bytes);
+    expect_refusal({"info", "base.qcow2"}, HasSubstr("snapshot table"));
+    must_tool({"convert", "base.qcow2", "saved.raw"});
+    EXPECT_TRUE(bytes_of("saved.raw") == bytes_of("expected.raw"));
+    must_tool({"convert", "-O", "qcow2", "base.qcow2", "saved.qcow2"});
+    must_qemu_img({"compare", "-f", "qcow2", "-F", "raw", "saved.qcow2", "expected.raw"}, directory_.path());
 }
 
 TEST_F(ToolTest, ConvertPutsSourcesOneBehindTheOther) {
