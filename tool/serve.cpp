@@ -198,11 +198,14 @@ qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
     if (!port) return std::unexpected(port.error());
     fmt::print("listening on {} port {}\n", host, *port);
     std::fflush(stdout);
-    if (!with_tls(options) && host != "localhost" && !host.starts_with("127.") && host != "::1") {
-        complain(fmt::format(
-            "WARNING: whoever can reach {} port {} can read{} the disk, and all data crosses the network unencrypted; "
-            "use --tls-certificates with --tls-verify-peer, or --tls-psk",
-            host, *port, options.read_only ? "" : " and change"));
+    const bool within_machine = host == "localhost" || host.starts_with("127.") || host == "::1";
+    const bool knows_clients = options.tls.verify_peer || !options.tls.psk_file.empty();
+    if (!within_machine && !knows_clients) {
+        complain(
+            fmt::format("WARNING: whoever can reach {} port {} can read{} the disk{}; "
+                        "use --tls-certificates with --tls-verify-peer, or --tls-psk",
+                        host, *port, options.read_only ? "" : " and change",
+                        with_tls(options) ? "" : ", and all data crosses the network unencrypted"));
     }
     return {};
 }

@@ -50,7 +50,7 @@ struct NbdLimits {
     /// Bytes of data on their way between one client and the disk; further requests wait in the client's socket. A
     /// thread has a buffer of 256 KiB or one block (the larger) of its own.
     std::uint64_t connection_bytes = std::uint64_t{4} << 20;
-    /// Seconds (at least 1) that a client may be silent before it has chosen an export, and that TLS may take to begin.
+    /// Seconds (at least 1) that a client may take until it has chosen an export, TLS included.
     unsigned handshake_seconds = 30;
 };
 

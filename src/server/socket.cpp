@@ -124,31 +124,46 @@ Result<TcpListeners> listen_tcp(const std::string& host, std::uint16_t port) {
     return result;
 }
 
-SocketStream::SocketStream(FileDescriptor fd, std::chrono::seconds patience) : fd_(std::move(fd)) {
+SocketStream::SocketStream(FileDescriptor fd, std::chrono::seconds patience)
+    : fd_(std::move(fd)), deadline_(std::chrono::steady_clock::now() + patience) {
     const int yes = 1;
     setsockopt(fd_.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);  // without effect on a Unix socket
     setsockopt(fd_.get(), SOL_SOCKET, SO_SNDBUF, &send_buffer, sizeof send_buffer);
-    set_patience(patience);
 }
 
-void SocketStream::wait_forever() { set_patience(std::chrono::seconds(0)); }
+void SocketStream::wait_forever() {
+    deadline_.reset();
+    set_timeout(std::chrono::microseconds(0));
+}
 
-void SocketStream::set_patience(std::chrono::seconds patience) {
-    const timeval timeout = {patience.count(), 0};
-    setsockopt(fd_.get(), SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
-    setsockopt(fd_.get(), SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout);
+/// For the next call to the system. False: it is too late for another one.
+bool SocketStream::limit_waiting() {
+    if (!deadline_) return true;
+    const auto left =
+        std::chrono::duration_cast<std::chrono::microseconds>(*deadline_ - std::chrono::steady_clock::now());
+    if (left.count() <= 0) return false;
+    set_timeout(left);
+    return true;
+}
+
+void SocketStream::set_timeout(std::chrono::microseconds timeout) {
+    const timeval value = {timeout.count() / 1'000'000, timeout.count() % 1'000'000};
+    setsockopt(fd_.get(), SOL_SOCKET, SO_RCVTIMEO, &value, sizeof value);
+    setsockopt(fd_.get(), SOL_SOCKET, SO_SNDTIMEO, &value, sizeof value);
 }
 
 std::size_t SocketStream::receive(std::span<std::byte> to) {
-    for (;;) {
+    while (limit_waiting()) {
         const ssize_t n = recv(fd_.get(), to.data(), to.size(), 0);
         if (n >= 0) return static_cast<std::size_t>(n);
         if (errno != EINTR) return 0;
     }
+    return 0;
 }
 
 bool SocketStream::send(std::span<const std::byte> bytes) {
     while (!bytes.empty()) {
+        if (!limit_waiting()) return false;
         const ssize_t n = ::send(fd_.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) return false;

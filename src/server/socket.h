@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -36,7 +37,7 @@ struct TcpListeners {
 };
 Result<TcpListeners> listen_tcp(const std::string& host, std::uint16_t port);
 
-/// A connected socket. Until wait_forever, a peer that is silent for as long as `patience` has gone.
+/// A connected socket. When wait_forever has not been called within `patience`, the peer has gone.
 class SocketStream final : public nbd::Stream {
 public:
     SocketStream(FileDescriptor fd, std::chrono::seconds patience);
@@ -50,9 +51,11 @@ public:
     void stop_receiving();
 
 private:
-    void set_patience(std::chrono::seconds patience);
+    bool limit_waiting();
+    void set_timeout(std::chrono::microseconds timeout);
 
     FileDescriptor fd_;
+    std::optional<std::chrono::steady_clock::time_point> deadline_;
 };
 
 }  // namespace qcow

@@ -94,6 +94,28 @@ TEST_F(Server, AStuckClientDoesNotHoldUpOthers) {
     EXPECT_LT(steady_clock::now() - end, std::chrono::seconds(8));
 }
 
+TEST_F(Server, WhoDribblesIsDropped) {
+    NbdOptions options;
+    options.limits.handshake_seconds = 1;
+    RunningServer server(exports_, options);
+    NbdClient in_time(server.socket());
+    in_time.go(Style::structured);
+    NbdClient dribbling(server.socket());
+    // A byte now and then is not silence, but does not get anywhere either.
+    const auto begin = steady_clock::now();
+    const auto hello =
+        (Wire() << std::uint32_t{3} << nbd::option_magic << std::uint32_t{7} << std::uint32_t{4096}).bytes;
+    EXPECT_THROW(
+        for (std::size_t i = 0; i < 100; ++i) {
+            dribbling.send(std::span(hello).subspan(std::min(i, hello.size() - 1), 1));
+            std::this_thread::sleep_for(std::chrono::milliseconds(100));
+        },
+        Closed);
+    EXPECT_LT(steady_clock::now() - begin, std::chrono::seconds(8));
+    EXPECT_EQ(in_time.read(0, 4096).error, 0U);  // and may be as slow as it likes
+    must(server.stop());
+}
+
 TEST_F(Server, MoreClientsThanAreWelcomeWait) {
     NbdOptions options;
     options.limits.connections = 2;

@@ -146,12 +146,22 @@ TEST_F(TlsClients, ManySmallRequestsAtOnce) {
     expect_same("disk.raw", "copy.raw");
 }
 
-TEST_F(TlsClients, AnOpenNetworkNeedsNoWarningWithIt) {
-    server_ = std::make_unique<Subprocess>(Arguments{QCOW_TOOL, "serve", "-r", "-t", "--bind", "0.0.0.0", "--port", "0",
-                                                     "--tls-certificates", "pki", "disk.raw"},
-                                           directory_.path());
-    server_->wait_for("listening on 0.0.0.0 port ");
-    stop();
+TEST_F(TlsClients, AnOpenNetworkNeedsNoWarningIfClientsAreKnown) {
+    const auto said = [&](const Arguments& tls) {
+        Arguments command = {QCOW_TOOL, "serve", "-r", "-t", "--bind", "0.0.0.0", "--port", "0", "disk.raw"};
+        command.insert(command.end(), tls.begin(), tls.end());
+        Subprocess server(command, directory_.path());
+        server.wait_for("listening on 0.0.0.0 port ");
+        server.wait_for("sandbox");
+        server.signal(SIGTERM);
+        return server.finish().err;
+    };
+    const auto warns = testing::HasSubstr("WARNING: whoever can reach");
+    EXPECT_THAT(said({"--tls-certificates", "pki", "--tls-verify-peer"}), testing::Not(warns));
+    EXPECT_THAT(said({"--tls-psk", "keys.psk"}), testing::Not(warns));
+    const auto encrypted = said({"--tls-certificates", "pki"});
+    EXPECT_THAT(encrypted, warns);
+    EXPECT_THAT(encrypted, testing::Not(testing::HasSubstr("unencrypted")));
 }
 
 TEST_F(TlsClients, SecretsThatAnybodyCanReadAreWarnedOf) {

@@ -4,9 +4,9 @@
 #include <array>
 #include <atomic>
 #include <mutex>
-#include <new>
 
 #include "base/bits.h"
+#include "base/within_memory.h"
 #include "server/nbd/crew.h"
 #include "server/nbd/handshake.h"
 
@@ -196,7 +196,7 @@ void serve_with_tls(Stream& stream, std::span<const NbdExport> exports, const Nb
     }();
     if (!greeting || !greeting->tls) return;
     const auto secure = tls.over(stream);
-    if (!secure->shake_hands(std::chrono::seconds(limits.handshake_seconds))) return;
+    if (!secure->shake_hands()) return;
     Input input(*secure, input_bytes(exports));
     serve_greeted(*secure, input, *greeting, exports, limits);
     secure->say_goodbye();
@@ -205,15 +205,15 @@ void serve_with_tls(Stream& stream, std::span<const NbdExport> exports, const Nb
 }  // namespace
 
 void serve_client(Stream& stream, std::span<const NbdExport> exports, const NbdLimits& limits, const Tls* tls) {
-    try {
+    // Where there is no memory for this client, the others may have all that they need.
+    static_cast<void>(within_memory([&]() -> Result<void> {
         if (tls == nullptr) {
             serve_without_tls(stream, exports, limits);
         } else {
             serve_with_tls(stream, exports, limits, *tls);
         }
-    } catch (const std::bad_alloc&) {
-        // There is no memory for this client; the others may have all that they need.
-    }
+        return {};
+    }));
     stream.shutdown();
 }
 

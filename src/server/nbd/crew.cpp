@@ -36,7 +36,7 @@ void Crew::submit(std::uint64_t bytes, Task task) {
     jobs_.push_back({std::max(bytes, min_weight), std::move(task)});
     if (idle_ < jobs_.size() && threads_.size() < max_threads_) {
         try {
-            threads_.emplace_back([this, tools = std::unique_ptr<Tools>(new Tools{make_replies_()})] { work(*tools); });
+            threads_.emplace_back([this, tools = std::make_unique<Tools>(make_replies_)] { work(*tools); });
             return;
         } catch (const std::system_error&) {
             // The system has no more threads. Those that there are do it; if there are none, the caller's.
@@ -45,7 +45,7 @@ void Crew::submit(std::uint64_t bytes, Task task) {
                 jobs_.pop_front();
                 bytes_ -= job.bytes;
                 lock.unlock();
-                Tools tools{make_replies_()};
+                Tools tools(make_replies_);
                 perform(job.task, tools);
                 --in_flight_;
                 return;

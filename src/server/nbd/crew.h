@@ -18,8 +18,9 @@ class Crew {
 public:
     /// What a thread has of its own.
     struct Tools {
+        explicit Tools(const std::function<Replies()>& make_replies) : replies(make_replies()) {}
         Replies replies;
-        KnownData known = {};
+        KnownData known;
     };
     using Task = std::move_only_function<void(Tools&)>;
 

@@ -20,7 +20,7 @@ public:
     /// Sends everything. False: the peer is gone.
     virtual bool send(std::span<const std::byte> bytes) = 0;
 
-    /// From now on the peer may be silent for as long as it likes. Before, it has a limited time to say something.
+    /// From now on the peer may be silent for as long as it likes. Before, it has a limited time to get here.
     virtual void wait_forever() = 0;
 
     /// Both directions end, also for those who are waiting.

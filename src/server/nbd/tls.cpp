@@ -228,7 +228,7 @@ public:
                                                });
     }
 
-    bool shake_hands(std::chrono::seconds patience) override;
+    bool shake_hands() override;
     std::size_t receive(std::span<std::byte> to) override;
     bool send(std::span<const std::byte> bytes) override;
     void say_goodbye() override;
@@ -302,9 +302,8 @@ bool Session::send_encrypted() {
     return sent;
 }
 
-bool Session::shake_hands(std::chrono::seconds patience) {
-    const auto deadline = std::chrono::steady_clock::now() + patience;
-    while (session_ != nullptr && std::chrono::steady_clock::now() < deadline) {
+bool Session::shake_hands() {
+    while (session_ != nullptr) {
         const int error = gnutls_handshake(session_.get());
         const bool failed = error < 0 && gnutls_error_is_fatal(error) != 0;
         if (failed) gnutls_alert_send_appropriate(session_.get(), error);

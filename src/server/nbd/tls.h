@@ -1,7 +1,6 @@
 #pragma once
 // TLS: what a server proves itself with, and connections that it protects.
 
-#include <chrono>
 #include <memory>
 
 #include "qcow/serve.h"
@@ -12,8 +11,8 @@ namespace qcow::nbd {
 /// The two directions of another Stream, encrypted. Whoever speaks anything but TLS, or is not who it must be, is gone.
 class TlsStream : public Stream {
 public:
-    /// Comes before everything else. False: the client cannot be served, or took longer than `patience`.
-    virtual bool shake_hands(std::chrono::seconds patience) = 0;
+    /// Comes before everything else. False: the client cannot be served.
+    virtual bool shake_hands() = 0;
 
     /// Tells the client that nothing more will come, so that it does not take that for an attack. Only when nobody
     /// sends or receives any more.
