@@ -11,7 +11,8 @@
 namespace qcow::qcow2 {
 namespace {
 
-constexpr std::size_t max_words = 512;  // a page of the cache
+constexpr std::size_t max_words = 512;        // a page of the cache
+constexpr std::uint64_t sector_entries = 64;  // of the table, in 512 bytes
 
 }  // namespace
 
@@ -291,11 +292,16 @@ std::vector<std::byte> Refcounts::encode_table(std::uint64_t first, std::uint64_
 }
 
 Result<void> Refcounts::write_table() {
-    if (unwritten_.empty()) return {};
-    const std::uint64_t first = *unwritten_.begin();
-    const auto bytes = encode_table(first, *unwritten_.rbegin() - first + 1);
-    TRY_VOID(core_.file->write(core_.current_header().refcount_table + first * 8, bytes));
-    unwritten_.clear();
+    // Blocks lie where they themselves, or others before them in the table, count them. So the table is written from
+    // front to back, and what reaches the disk at once is a sector.
+    while (!unwritten_.empty()) {
+        const std::uint64_t first = *unwritten_.begin();
+        const auto behind = unwritten_.lower_bound(align_down(first, sector_entries) + sector_entries);
+        const auto bytes = encode_table(first, *std::prev(behind) - first + 1);
+        TRY_VOID(core_.file->write(core_.current_header().refcount_table + first * 8, bytes));
+        unwritten_.erase(unwritten_.begin(), behind);
+        if (!unwritten_.empty()) TRY_VOID(write_back_.sync());
+    }
     return {};
 }
 
