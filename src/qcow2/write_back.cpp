@@ -51,31 +51,36 @@ Result<void> WriteBack::write_pages(std::span<const WordCache::Changed> pages, P
 
 Result<void> WriteBack::write_refcounts() {
     const std::lock_guard lock(refcount_mutex_);
-    TRY_VOID(verify_writable());
-    for (;;) {
-        const auto pages = core_.words.take_changed(PageClass::refcounts, batch_pages);
-        if (pages.empty()) return {};
-        TRY_VOID(write_pages(pages, PageClass::refcounts));
-    }
+    return attempt([&]() -> Result<void> {
+        TRY_VOID(verify_writable());
+        for (;;) {
+            const auto pages = core_.words.take_changed(PageClass::refcounts, batch_pages);
+            if (pages.empty()) return {};
+            TRY_VOID(write_pages(pages, PageClass::refcounts));
+        }
+    });
 }
 
 Result<void> WriteBack::write_all() {
+    // Who waits here must not find that nothing is changed, where memory ran out with pages in hand.
     const std::lock_guard lock(mapping_mutex_);
-    TRY_VOID(verify_writable());
-    for (;;) {
-        // Copied first: what the copies refer to was written or counted before they were made, so that what is written
-        // and flushed now covers it.
-        const auto pages = core_.words.take_changed(PageClass::mapping, batch_pages);
-        auto ready = write_refcounts();
-        const bool barrier = std::ranges::any_of(pages, &WordCache::Changed::barrier);
-        if (ready && barrier) ready = sync();
-        if (!ready) {
-            core_.words.written(pages, PageClass::mapping, false);
-            return ready;
+    return attempt([&]() -> Result<void> {
+        TRY_VOID(verify_writable());
+        for (;;) {
+            // Copied first: what the copies refer to was written or counted before they were made, so that what is
+            // written and flushed now covers it.
+            const auto pages = core_.words.take_changed(PageClass::mapping, batch_pages);
+            auto ready = write_refcounts();
+            const bool barrier = std::ranges::any_of(pages, &WordCache::Changed::barrier);
+            if (ready && barrier) ready = sync();
+            if (!ready) {
+                core_.words.written(pages, PageClass::mapping, false);
+                return ready;
+            }
+            if (pages.empty()) return {};
+            TRY_VOID(write_pages(pages, PageClass::mapping));
         }
-        if (pages.empty()) return {};
-        TRY_VOID(write_pages(pages, PageClass::mapping));
-    }
+    });
 }
 
 Result<void> WriteBack::sync() {

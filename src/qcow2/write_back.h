@@ -6,6 +6,7 @@
 #include <mutex>
 #include <span>
 
+#include "base/within_memory.h"
 #include "qcow2/core.h"
 
 namespace qcow::qcow2 {
@@ -23,6 +24,15 @@ namespace qcow::qcow2 {
 class WriteBack {
 public:
     WriteBack(Core& core, bool flushes) : core_(core), flushes_(flushes) {}
+
+    /// Does work that changes the image. If memory runs out it is left half done, as by a power loss, and as after one
+    /// what is on disk is consistent: as long as nothing more is written.
+    template <class Work>
+    Result<void> attempt(Work&& work) {
+        auto result = within_memory(work);
+        if (!result && result.error().code == Errc::no_memory) return stop(std::move(result).error());
+        return result;
+    }
 
     /// Errc::io, corrupt: why the image can no longer be written.
     [[nodiscard]] Result<void> verify_writable() const {

@@ -106,7 +106,7 @@ std::uint64_t Writer::l2_end(GuestOffset at) const {
 // --- writing ---------------------------------------------------------------------------------------------------------
 
 Result<void> Writer::write(GuestOffset at, std::span<const std::byte> from) {
-    return change([&]() -> Result<void> {
+    return write_back_.attempt([&]() -> Result<void> {
         TRY_VOID(begin_writing(at, from.size()));
         TRY_VOID(write_mapped(at, from));
         return finish_request();
@@ -393,7 +393,7 @@ void Writer::retire(std::span<const L2Entry> entries) {
 
 Result<void> Writer::flush() {
     return group_.run([&] {
-        return change([&]() -> Result<void> {
+        return write_back_.attempt([&]() -> Result<void> {
             auto retired = allocator_.begin_flush();
             auto flushed = write_back_.write_all();
             if (flushed) flushed = write_back_.sync();
@@ -405,7 +405,7 @@ Result<void> Writer::flush() {
 }
 
 Result<void> Writer::settle() {
-    return change([&]() -> Result<void> {
+    return write_back_.attempt([&]() -> Result<void> {
         auto saved = bitmaps_.save();
         TRY_VOID(flush());
         begun_ = false;

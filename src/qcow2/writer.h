@@ -9,7 +9,6 @@
 
 #include "base/group_commit.h"
 #include "base/range_locks.h"
-#include "base/within_memory.h"
 #include "codec/compressor.h"
 #include "qcow2/allocator.h"
 #include "qcow2/dirty_bitmaps.h"
@@ -55,8 +54,6 @@ private:
         std::uint64_t end = 0;
     };
 
-    template <class Work>
-    Result<void> change(Work&& work);
     Result<void> rebuild_refcounts();
     Result<void> begin_writing(GuestOffset at, std::uint64_t length);
     Result<void> begin_first();
@@ -116,14 +113,5 @@ private:
     std::mutex begin_mutex_;
     std::atomic<bool> begun_ = false;
 };
-
-/// Everything that changes the image. If memory runs out it is left half done, as by a power loss, and as after one
-/// what is on disk is consistent: as long as nothing more is written.
-template <class Work>
-Result<void> Writer::change(Work&& work) {
-    auto result = within_memory(work);
-    if (!result && result.error().code == Errc::no_memory) return write_back_.stop(std::move(result).error());
-    return result;
-}
 
 }  // namespace qcow::qcow2

@@ -21,7 +21,7 @@ Result<void> Writer::write_compressed(GuestOffset at, std::span<const std::byte>
     }
     const auto compressor =
         TRY(within_memory([&] { return codec::make_compressor(core_->header.compression, level); }));
-    return change([&]() -> Result<void> {
+    return write_back_.attempt([&]() -> Result<void> {
         TRY_VOID(begin_writing(at, from.size()));
         std::vector<std::byte> padded(cluster_size);
         while (!from.empty()) {

@@ -24,7 +24,7 @@ Result<void> Writer::resize(std::uint64_t size) {
                     fmt::format("{} bytes are more than clusters of {} can map", size, header.cluster_size()));
     }
     if (size == header.size) return {};
-    return change([&]() -> Result<void> {
+    return write_back_.attempt([&]() -> Result<void> {
         TRY_VOID(begin_writing({0}, 0));
         return size > header.size ? grow(header.size, size) : shrink(size);
     });

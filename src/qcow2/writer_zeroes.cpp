@@ -15,7 +15,7 @@ constexpr std::size_t page_entries = 512;
 }  // namespace
 
 Result<void> Writer::write_zeroes(GuestOffset at, std::uint64_t length, Disk::Zeroes zeroes) {
-    return change([&]() -> Result<void> {
+    return write_back_.attempt([&]() -> Result<void> {
         TRY_VOID(begin_writing(at, length));
         TRY_VOID(zero_range(at, length, zeroes == Disk::Zeroes::keep ? Zeroing::keep : Zeroing::release));
         return finish_request();
@@ -28,7 +28,7 @@ Result<void> Writer::discard(GuestOffset at, std::uint64_t length) {
     const GuestOffset begin{align_down(at.value + low_bits(cluster_bits_), bit(cluster_bits_))};
     const GuestOffset end{at.value + length == size ? size : align_down(at.value + length, bit(cluster_bits_))};
     if (begin >= end) return {};
-    return change([&]() -> Result<void> {
+    return write_back_.attempt([&]() -> Result<void> {
         TRY_VOID(begin_writing(begin, end - begin));
         TRY_VOID(zero_range(begin, end - begin, Zeroing::discard));
         return finish_request();

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "base/try.h"
+#include "base/within_memory.h"
 #include "disk/range.h"
 
 namespace qcow::raw {
@@ -20,40 +21,48 @@ public:
     [[nodiscard]] std::uint64_t block_size() const override { return 4 * KiB; }
 
     Result<void> read(GuestOffset at, std::span<std::byte> to) override {
-        TRY_VOID(verify_range(*this, at, to.size()));
-        TRY(storage_->read(host(at), to));
-        return {};
+        return within_memory([&]() -> Result<void> {
+            TRY_VOID(verify_range(*this, at, to.size()));
+            TRY(storage_->read(host(at), to));
+            return {};
+        });
     }
 
     Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
-        TRY_VOID(verify_range(*this, at, 1));
-        const auto run = TRY(storage_->run(host(at), std::min(limit, size_ - at.value)));
-        Extent result;
-        result.start = at;
-        result.length = run.length;
-        result.kind = run.data ? Extent::Kind::data : Extent::Kind::zero;
-        result.host = host(at);
-        result.storage = storage_.get();
-        return result;
+        return within_memory([&]() -> Result<Extent> {
+            TRY_VOID(verify_range(*this, at, 1));
+            const auto run = TRY(storage_->run(host(at), std::min(limit, size_ - at.value)));
+            Extent result;
+            result.start = at;
+            result.length = run.length;
+            result.kind = run.data ? Extent::Kind::data : Extent::Kind::zero;
+            result.host = host(at);
+            result.storage = storage_.get();
+            return result;
+        });
     }
 
     Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
-        TRY_VOID(verify_writable());
-        TRY_VOID(verify_range(*this, at, from.size()));
-        if (write_->detect_zeroes != DetectZeroes::off && is_zero(from)) {
-            return write_zeroes(at, from.size(),
-                                write_->detect_zeroes == DetectZeroes::on ? Zeroes::keep : Zeroes::release);
-        }
-        TRY_VOID(storage_->write(host(at), from));
-        return written();
+        return within_memory([&]() -> Result<void> {
+            TRY_VOID(verify_writable());
+            TRY_VOID(verify_range(*this, at, from.size()));
+            if (write_->detect_zeroes != DetectZeroes::off && is_zero(from)) {
+                return write_zeroes(at, from.size(),
+                                    write_->detect_zeroes == DetectZeroes::on ? Zeroes::keep : Zeroes::release);
+            }
+            TRY_VOID(storage_->write(host(at), from));
+            return written();
+        });
     }
 
     Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
-        TRY_VOID(verify_writable());
-        TRY_VOID(verify_range(*this, at, length));
-        TRY_VOID(storage_->write_zeroes(host(at), length));
-        if (zeroes == Zeroes::keep) TRY_VOID(storage_->allocate(host(at), length));
-        return written();
+        return within_memory([&]() -> Result<void> {
+            TRY_VOID(verify_writable());
+            TRY_VOID(verify_range(*this, at, length));
+            TRY_VOID(storage_->write_zeroes(host(at), length));
+            if (zeroes == Zeroes::keep) TRY_VOID(storage_->allocate(host(at), length));
+            return written();
+        });
     }
 
     Result<void> discard(GuestOffset at, std::uint64_t length) override {
@@ -66,11 +75,13 @@ public:
     }
 
     Result<void> resize(std::uint64_t size, Shrink shrink) override {
-        TRY_VOID(verify_writable());
-        if (size < size_ && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
-        TRY_VOID(storage_->resize(size));
-        size_ = size;
-        return {};
+        return within_memory([&]() -> Result<void> {
+            TRY_VOID(verify_writable());
+            if (size < size_ && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
+            TRY_VOID(storage_->resize(size));
+            size_ = size;
+            return {};
+        });
     }
 
     Result<std::uint64_t> copy_from(GuestOffset at, const Storage& source, HostOffset from,
@@ -81,7 +92,8 @@ public:
     }
 
     Result<void> flush() override {
-        return write_ && write_->cache != CacheMode::unsafe ? storage_->flush() : Result<void>();
+        return within_memory(
+            [&] { return write_ && write_->cache != CacheMode::unsafe ? storage_->flush() : Result<void>(); });
     }
 
     Result<void> close() override {

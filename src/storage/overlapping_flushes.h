@@ -4,7 +4,6 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
-#include <set>
 
 namespace qcow {
 
@@ -18,25 +17,35 @@ public:
     int run(Sync&& sync) {
         std::unique_lock lock(mutex_);
         if (error_ != 0) return error_;
-        const std::uint64_t mine = ++begun_;
-        in_flight_.insert(mine);
+        Flight mine{.number = ++begun_, .earlier = newest_};
+        (newest_ == nullptr ? oldest_ : newest_->later) = &mine;
+        newest_ = &mine;
         lock.unlock();
         const int error = sync();
         lock.lock();
-        in_flight_.erase(mine);
+        (mine.earlier == nullptr ? oldest_ : mine.earlier->later) = mine.later;
+        (mine.later == nullptr ? newest_ : mine.later->earlier) = mine.earlier;
         if (error_ == 0) error_ = error;
         left_.notify_all();
         const std::uint64_t last = begun_;
-        left_.wait(lock, [&] { return in_flight_.empty() || *in_flight_.begin() > last; });
+        left_.wait(lock, [&] { return oldest_ == nullptr || oldest_->number > last; });
         return error_;
     }
 
 private:
+    /// A call that the system has not answered yet; a list of them needs no memory.
+    struct Flight {
+        std::uint64_t number = 0;  // by when they began
+        Flight* earlier = nullptr;
+        Flight* later = nullptr;
+    };
+
     std::mutex mutex_;
     std::condition_variable left_;
     std::uint64_t begun_ = 0;
-    std::set<std::uint64_t> in_flight_;  // by when they began
-    int error_ = 0;                      // of the first that failed
+    Flight* oldest_ = nullptr;
+    Flight* newest_ = nullptr;
+    int error_ = 0;  // of the first that failed
 };
 
 }  // namespace qcow

@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <latch>
+
 #include "memory/shortage.h"
 #include "server/nbd/connection.h"
 #include "server/nbd/session.h"
@@ -23,12 +26,16 @@ public:
 
     std::size_t receive(std::span<std::byte> to) override {
         const auto count = ended_ ? 0 : std::min(to.size(), says_.size() - taken_);
+        if (count == 0) {
+            listens_ = true;
+            listens_.notify_all();
+        }
         std::copy_n(says_.begin() + static_cast<std::ptrdiff_t>(taken_), count, to.begin());
         taken_ += count;
         return count;
     }
     bool send(std::span<const std::byte> bytes) override {
-        heard_ += bytes.size();
+        if (!ended_) heard_ += bytes.size();
         return !ended_;
     }
     void wait_forever() override {}
@@ -37,7 +44,11 @@ public:
     [[nodiscard]] bool ended() const { return ended_; }
     [[nodiscard]] std::size_t heard() const { return heard_; }
 
+    /// Until everything was said, and what was ready heard.
+    void wait_until_it_listens() const { listens_.wait(false); }
+
 private:
+    std::atomic<bool> listens_ = false;
     Bytes says_;
     std::size_t taken_ = 0;
     std::atomic<bool> ended_ = false;
@@ -57,9 +68,14 @@ Wire request(Command command, std::uint64_t offset, std::uint32_t length) {
     return wire;
 }
 
-Bytes handshake() {
+Bytes handshake(nbd::Style style = nbd::Style::structured) {
     Wire says;
-    says << std::uint32_t{3} << option(Option::structured_reply, {}).bytes;
+    says << std::uint32_t{3};
+    if (style == nbd::Style::simple) {
+        says << option(Option::go, NbdClient::go_data("")).bytes;
+        return says.bytes;
+    }
+    says << option(Option::structured_reply, {}).bytes;
     says << option(Option::list, {}).bytes;
     says << option(Option::set_meta_context, NbdClient::query_data("", {"base:allocation"})).bytes;
     says << option(Option::go, NbdClient::go_data("")).bytes;
@@ -107,34 +123,86 @@ TEST(ServerMemory, EachAllocationMayFail) {
     EXPECT_GT(failed, 10U);
 }
 
-/// Has memory on the thread that made it only.
-class HungryDisk final : public Disk {
+/// Does what a test wants when it is read.
+class EventfulDisk final : public Disk {
 public:
+    explicit EventfulDisk(std::function<void(bool by_crew, GuestOffset at)> on_read) : on_read_(std::move(on_read)) {}
+
     [[nodiscard]] std::uint64_t size() const override { return std::uint64_t{4} << 20; }
     [[nodiscard]] std::uint64_t block_size() const override { return 65536; }
-    Result<void> read(GuestOffset, std::span<std::byte>) override {
-        if (std::this_thread::get_id() == fed_) return {};
-        failed = true;
-        throw std::bad_alloc();
+    Result<void> read(GuestOffset at, std::span<std::byte>) override {
+        on_read_(std::this_thread::get_id() != reader_, at);
+        return {};
     }
     Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
         return Extent{.start = at, .length = limit, .kind = Extent::Kind::data};
     }
-    std::atomic<bool> failed = false;
 
 private:
-    std::thread::id fed_ = std::this_thread::get_id();
+    std::function<void(bool, GuestOffset)> on_read_;
+    std::thread::id reader_ = std::this_thread::get_id();
 };
+
+constexpr std::uint32_t chunk = 256 << 10;
+constexpr std::size_t simple_header = 16;
 
 TEST(ServerMemory, AThreadOfTheCrewMayHaveNone) {
     Wire says;
     says << handshake();
-    for (int i = 0; i < 4; ++i) says << request(Command::read, 0, 256 << 10).bytes;
-    const auto disk = std::make_shared<HungryDisk>();
+    for (int i = 0; i < 4; ++i) says << request(Command::read, 0, chunk).bytes;
+    std::atomic<bool> failed = false;
+    const auto disk = std::make_shared<EventfulDisk>([&](bool by_crew, GuestOffset) {
+        if (!by_crew) return;
+        failed = true;
+        throw std::bad_alloc();
+    });
     EagerClient client(says.bytes);
     nbd::serve_client(client, with_contexts(exports_of(disk)), {.workers = 2});
-    EXPECT_TRUE(disk->failed);
+    EXPECT_TRUE(failed);
     EXPECT_TRUE(client.ended());
+}
+
+/// What a client hears in that handshake.
+std::size_t heard_in(const Bytes& handshake) {
+    EagerClient client(handshake);
+    const auto disk = std::make_shared<EventfulDisk>([](bool, GuestOffset) {});
+    nbd::serve_client(client, with_contexts(exports_of(disk)), {.workers = 0});
+    return client.heard();
+}
+
+TEST(ServerMemory, NothingFollowsHalfAReply) {
+    // The crew has sent the first half of a reply, and another one waits to go out behind the second half.
+    const auto hello = handshake(nbd::Style::simple);
+    Wire says;
+    says << hello << request(Command::read, 0, 2 * chunk).bytes << request(Command::read, 3 * chunk, 512).bytes;
+    EagerClient client(says.bytes);
+    std::latch half_is_out(1);
+    const auto disk = std::make_shared<EventfulDisk>([&](bool by_crew, GuestOffset at) {
+        if (!by_crew) return half_is_out.wait();
+        if (at.value == 0) return;
+        half_is_out.count_down();
+        client.wait_until_it_listens();
+        throw std::bad_alloc();
+    });
+    nbd::serve_client(client, with_contexts(exports_of(disk)), {.workers = 1});
+    EXPECT_EQ(client.heard(), heard_in(hello) + simple_header + chunk);
+}
+
+TEST(ServerMemory, HalfAReplyDoesNotHoldUpTheCrew) {
+    // The reader has sent the first half of a reply, and the crew waits to send another one.
+    const auto hello = handshake(nbd::Style::simple);
+    Wire says;
+    says << hello << request(Command::read, 3 * chunk, chunk).bytes << request(Command::read, 0, 2 * chunk).bytes;
+    EagerClient client(says.bytes);
+    std::latch half_is_out(1);
+    const auto disk = std::make_shared<EventfulDisk>([&](bool by_crew, GuestOffset at) {
+        if (by_crew) return half_is_out.wait();
+        if (at.value == 0) return;
+        half_is_out.count_down();
+        throw std::bad_alloc();
+    });
+    nbd::serve_client(client, with_contexts(exports_of(disk)), {.workers = 1});
+    EXPECT_EQ(client.heard(), heard_in(hello) + simple_header + chunk);
 }
 
 TEST(ServerMemory, TheNextClientIsLetIn) {

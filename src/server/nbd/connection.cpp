@@ -89,12 +89,17 @@ std::optional<std::span<const std::byte>> Transmission::take(std::size_t count) 
 }
 
 void Transmission::run() {
-    while (const auto bytes = take(request_size(session_.style))) {
-        const auto request = parse_request(*bytes, session_.style);
-        if (!request || request->command == Command::disconnect || !handle(*request) || output_.broken()) break;
-        replies_.flush_if_many();
-    }
-    replies_.flush();
+    const auto done = within_memory([&]() -> Result<void> {
+        while (const auto bytes = take(request_size(session_.style))) {
+            const auto request = parse_request(*bytes, session_.style);
+            if (!request || request->command == Command::disconnect || !handle(*request) || output_.broken()) break;
+            replies_.flush_if_many();
+        }
+        replies_.flush();
+        return {};
+    });
+    // Before the crew is waited for, which may be waiting for a turn that these replies have.
+    if (!done) replies_.hang_up();
     crew_.finish();
 }
 

@@ -142,8 +142,8 @@ void Replies::flush() {
 
 void Replies::hang_up() {
     used_ = 0;
+    output_.hang_up();  // first: whoever has the next turn must not go on in the middle of a reply
     turn_.reset();
-    output_.hang_up();
 }
 
 void Replies::flush_if_many() {

@@ -104,7 +104,7 @@ Result<void> Server::run() {
     part_with_all();
     for (const auto& exported : exports_) {
         if (exported.read_only) continue;
-        auto flushed = exported.disk->flush();
+        auto flushed = within_memory([&] { return exported.disk->flush(); });
         if (result) result = std::move(flushed);
     }
     return result;
