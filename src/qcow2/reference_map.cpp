@@ -19,25 +19,44 @@ std::unexpected<Error> over_budget(std::size_t budget_bytes) {
 }  // namespace
 
 Result<std::unique_ptr<ReferenceMap>> ReferenceMap::create(std::uint64_t clusters, std::size_t budget_bytes) {
-    if (divide_up(clusters, chunk_clusters) > budget_bytes / sizeof(std::atomic<Chunk*>))
-        return over_budget(budget_bytes);
+    const std::uint64_t directories = divide_up(clusters, chunk_clusters * directory_chunks);
+    if (directories > budget_bytes / sizeof(std::atomic<Directory*>)) return over_budget(budget_bytes);
     return std::unique_ptr<ReferenceMap>(new ReferenceMap(clusters, budget_bytes));
 }
 
 ReferenceMap::ReferenceMap(std::uint64_t clusters, std::size_t budget_bytes)
-    : clusters_(clusters), budget_bytes_(budget_bytes), chunks_(divide_up(clusters, chunk_clusters)) {}
+    : clusters_(clusters),
+      budget_bytes_(budget_bytes),
+      used_bytes_(divide_up(clusters, chunk_clusters * directory_chunks) * sizeof(std::atomic<Directory*>)),
+      directories_(divide_up(clusters, chunk_clusters * directory_chunks)) {}
+
+ReferenceMap::Chunk* ReferenceMap::find_chunk(std::uint64_t cluster) const {
+    const std::uint64_t chunk = cluster / chunk_clusters;
+    const auto* directory = directories_[chunk / directory_chunks].load(std::memory_order_acquire);
+    return directory == nullptr ? nullptr : (*directory)[chunk % directory_chunks].load(std::memory_order_acquire);
+}
+
+Result<void> ReferenceMap::take_bytes(std::size_t bytes) {
+    if (bytes > budget_bytes_ - used_bytes_) return over_budget(budget_bytes_);
+    used_bytes_ += bytes;
+    return {};
+}
 
 Result<ReferenceMap::Chunk*> ReferenceMap::chunk_for(std::uint64_t cluster) {
-    auto& slot = chunks_[cluster / chunk_clusters];
-    if (auto* chunk = slot.load(std::memory_order_acquire)) return chunk;
+    if (auto* chunk = find_chunk(cluster)) return chunk;
     const std::lock_guard lock(growth_);
-    if (auto* chunk = slot.load(std::memory_order_relaxed)) return chunk;
-    if ((owned_.size() + 1) * sizeof(Chunk) + chunks_.size() * sizeof(chunks_[0]) > budget_bytes_) {
-        return over_budget(budget_bytes_);
+    if (auto* chunk = find_chunk(cluster)) return chunk;
+    const std::uint64_t number = cluster / chunk_clusters;
+    auto& directory = directories_[number / directory_chunks];
+    if (directory.load(std::memory_order_relaxed) == nullptr) {
+        TRY_VOID(take_bytes(sizeof(Directory)));
+        owned_directories_.push_back(std::make_unique<Directory>());
+        directory.store(owned_directories_.back().get(), std::memory_order_release);
     }
-    owned_.push_back(std::make_unique<Chunk>());
-    slot.store(owned_.back().get(), std::memory_order_release);
-    return owned_.back().get();
+    TRY_VOID(take_bytes(sizeof(Chunk)));
+    owned_chunks_.push_back(std::make_unique<Chunk>());
+    (*directory)[number % directory_chunks].store(owned_chunks_.back().get(), std::memory_order_release);
+    return owned_chunks_.back().get();
 }
 
 Result<void> ReferenceMap::add(std::uint64_t first, std::uint64_t length, std::uint64_t count, std::uint32_t kind) {
@@ -64,7 +83,7 @@ References ReferenceMap::at(std::uint64_t cluster) const {
 }
 
 std::span<const References> ReferenceMap::chunk_from(std::uint64_t cluster) const {
-    const auto* chunk = chunks_[cluster / chunk_clusters].load(std::memory_order_acquire);
+    const auto* chunk = find_chunk(cluster);
     if (chunk == nullptr) return {};
     return std::span(chunk->references).subspan(cluster % chunk_clusters);
 }

@@ -34,8 +34,8 @@ struct References {
     [[nodiscard]] std::uint32_t count() const { return word & max_count; }
 };
 
-/// Four bytes a cluster, taken in chunks where there are references. Adding is thread-safe; looking is, too, once
-/// nobody adds any more.
+/// Four bytes a cluster, taken in chunks where there are references: a file that is nearly all hole may be very long.
+/// Adding is thread-safe; looking is, too, once nobody adds any more.
 class ReferenceMap {
 public:
     static constexpr std::uint64_t chunk_clusters = 4096;
@@ -64,14 +64,22 @@ private:
         std::array<References, chunk_clusters> references = {};
     };
 
+    /// The chunks of a stretch of clusters, one behind the other; null where there are no references.
+    static constexpr std::uint64_t directory_chunks = 512;
+    using Directory = std::array<std::atomic<Chunk*>, directory_chunks>;
+
     ReferenceMap(std::uint64_t clusters, std::size_t budget_bytes);
+    [[nodiscard]] Chunk* find_chunk(std::uint64_t cluster) const;
     Result<Chunk*> chunk_for(std::uint64_t cluster);
+    Result<void> take_bytes(std::size_t bytes);
 
     std::uint64_t clusters_;
     std::size_t budget_bytes_;
-    std::vector<std::atomic<Chunk*>> chunks_;
+    std::size_t used_bytes_;
+    std::vector<std::atomic<Directory*>> directories_;
     std::mutex growth_;
-    std::vector<std::unique_ptr<Chunk>> owned_;
+    std::vector<std::unique_ptr<Directory>> owned_directories_;
+    std::vector<std::unique_ptr<Chunk>> owned_chunks_;
 };
 
 }  // namespace qcow::qcow2

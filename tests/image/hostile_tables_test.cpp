@@ -118,7 +118,7 @@ TEST_F(Hostile, DirtyImageThatIsNearlyAllHole) {
         EXPECT_FALSE((*opened)->info()->dirty);
     });
     EXPECT_LT(cost.seconds, max_seconds);
-    EXPECT_LT(cost.bytes, 2 * max_open_bytes);  // 8 bytes for each 4096 clusters that the file might have
+    EXPECT_LT(cost.bytes, 4 * MiB);
 }
 
 /// What is added behind the end of such a file could not be counted.
