@@ -508,12 +508,9 @@ private:
     /// Clusters without a refcount block.
     void compare_with_zero(std::uint64_t first, std::uint64_t last, std::uint64_t& end) {
         last = std::min(last, references_.clusters());
-        while (first < last) {
-            const auto [piece, references] = piece_from(first, last);
-            for (std::uint64_t i = 0; i < std::min<std::uint64_t>(piece, references.size()); ++i) {
-                compare(first + i, 0, references[i], end);
-            }
-            first += piece;
+        while ((first = references_.next_used(first, last)) < last) {
+            compare(first, 0, references_.at(first), end);
+            ++first;
         }
     }
 

@@ -91,6 +91,11 @@ std::span<const References> ReferenceMap::chunk_from(std::uint64_t cluster) cons
 std::uint64_t ReferenceMap::next_used(std::uint64_t first, std::uint64_t last) const {
     const std::uint64_t end = std::min(last, clusters_);
     while (first < end) {
+        constexpr std::uint64_t directory_clusters = chunk_clusters * directory_chunks;
+        if (directories_[first / directory_clusters].load(std::memory_order_acquire) == nullptr) {
+            first = align_down(first, directory_clusters) + directory_clusters;
+            continue;
+        }
         const std::uint64_t piece = std::min(end - first, chunk_clusters - first % chunk_clusters);
         const auto references = chunk_from(first);
         for (std::uint64_t i = 0; i < std::min<std::uint64_t>(piece, references.size()); ++i) {
