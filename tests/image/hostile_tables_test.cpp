@@ -119,7 +119,7 @@ TEST_F(Hostile, DirtyImageThatIsNearlyAllHole) {
         EXPECT_TRUE(check_bounded(**opened).has_value());
     });
     EXPECT_LT(cost.seconds, max_seconds);
-    EXPECT_LT(cost.bytes, 32 * MiB);
+    EXPECT_LT(cost.bytes, max_open_bytes);
 }
 
 /// What is added behind the end of such a file could not be counted.
