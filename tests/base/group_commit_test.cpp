@@ -16,9 +16,6 @@ namespace {
 
 using test::must;
 
-/// Long enough for a thread that has nothing to wait for.
-void let_others_run() { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }
-
 TEST(GroupCommit, EachCallThatIsAloneRuns) {
     GroupCommit group(2);
     int runs = 0;
@@ -54,7 +51,8 @@ TEST(GroupCommit, AsManyOverlapAsItAllows) {
     }
 }
 
-TEST(GroupCommit, TheOthersShareOneThatBeginsLater) {
+/// How many runs there are if eight call while one runs, given this long to call before that one ends.
+int runs_of_nine(std::chrono::milliseconds head_start) {
     GroupCommit group(1);
     std::atomic<int> begun = 0;
     std::latch first_runs(1);
@@ -76,16 +74,24 @@ TEST(GroupCommit, TheOthersShareOneThatBeginsLater) {
                 ++begun;
                 return {};
             }));
-            EXPECT_EQ(begun, 2);  // the first began before this call
+            EXPECT_GE(begun, 2);  // the first began before this call
             ++ended;
         });
     }
-    let_others_run();
+    std::this_thread::sleep_for(head_start);
     EXPECT_EQ(begun, 1);
     EXPECT_EQ(ended, 0);
     may_end.count_down();
     threads.clear();
     EXPECT_EQ(ended, 8);
+    return begun;
+}
+
+TEST(GroupCommit, TheOthersShareOneThatBeginsLater) {
+    using std::chrono::milliseconds;
+    // A busy machine may need longer.
+    EXPECT_TRUE(runs_of_nine(milliseconds(20)) == 2 || runs_of_nine(milliseconds(200)) == 2 ||
+                runs_of_nine(milliseconds(2000)) == 2);
 }
 
 TEST(GroupCommit, ACallIsNotAnsweredByARunThatBeganBefore) {
