@@ -214,7 +214,8 @@ public:
     enum class Shrink : bool { refuse, allow };
 
     /// Changes the virtual size to `size` bytes; new bytes read as zeros. It becomes smaller only where that is
-    /// allowed: what lies past the new end is lost. Requests past the smaller of both sizes must not be in flight.
+    /// allowed: what lies past the new end is lost. Requests past the smaller of both sizes must not be in flight. On
+    /// an error size() tells which of both the image has.
     virtual Result<void> resize(std::uint64_t size, Shrink shrink = Shrink::refuse);
 
     /// Flushes, and leaves the file as if there had been no writer: everything that was only reserved is given back. No

@@ -43,9 +43,13 @@ enum class ClusterKind : std::uint8_t {
     compressed,
 };
 
-/// The word of an entry for such a range; its length is rounded up to whole sectors.
+/// The bits of an entry that say where a stream begins; the others say how long it is.
+constexpr unsigned compressed_offset_bits(unsigned cluster_bits) { return 62 - (cluster_bits - 8); }
+
+/// The word of an entry for such a range, which must begin where compressed_offset_bits() reach; its length is rounded
+/// up to whole sectors.
 constexpr std::uint64_t compressed_word(const CompressedRange& range, unsigned cluster_bits) {
-    const unsigned offset_bits = 62 - (cluster_bits - 8);
+    const unsigned offset_bits = compressed_offset_bits(cluster_bits);
     const std::uint64_t more_sectors = (range.offset.value + range.length - 1) / 512 - range.offset.value / 512;
     return compressed_bit | more_sectors << offset_bits | range.offset.value;
 }
@@ -63,7 +67,7 @@ struct L2Entry {
 
     /// The stream of a compressed entry.
     [[nodiscard]] CompressedRange compressed_range(unsigned cluster_bits) const {
-        const unsigned offset_bits = 62 - (cluster_bits - 8);
+        const unsigned offset_bits = compressed_offset_bits(cluster_bits);
         const std::uint64_t offset = word & low_bits(offset_bits);
         const std::uint64_t more_sectors = (word & low_bits(62)) >> offset_bits;
         return {{offset}, (more_sectors + 1) * 512 - offset % 512};

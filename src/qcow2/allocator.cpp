@@ -21,6 +21,11 @@ Result<void> Allocator::load() {
     const std::lock_guard lock(mutex_);
     next_reservation_ = std::max(first_reservation_bytes >> cluster_bits_, min_reservation_clusters);
     TRY_VOID(refcounts_.load());
+    return find_counted_end();
+}
+
+Result<void> Allocator::find_counted_end() {
+    counted_end_ = 0;
     counted_end_ = TRY(refcounts_.counted_end(TRY(tail())));
     return {};
 }
@@ -55,7 +60,8 @@ Result<std::vector<ClusterRun>> Allocator::find_runs(std::uint64_t wanted) {
         search_from_ = taken == 0 ? run.end() : run.first + taken;
     }
     if (!runs.empty()) return runs;
-    const std::uint64_t first = end + TRY(refcounts_.cover(end, wanted));
+    const std::uint64_t behind = TRY(tail());  // and behind what covering has added
+    const std::uint64_t first = behind + TRY(refcounts_.cover(behind, wanted));
     search_from_ = first + wanted;
     runs.push_back({first, wanted});
     return runs;
@@ -219,7 +225,8 @@ Result<void> Allocator::release(const RetiredRun& retired) {
             for (; cluster < run.end(); ++cluster) {
                 const bool takes_streams =
                     stream_end_.value % bit(cluster_bits_) != 0 && stream_end_.value >> cluster_bits_ == cluster;
-                if (TRY(refcounts_.get(cluster)) > 1) {
+                // One that is not counted is not punched: it may be somebody else's. Lowering it fails.
+                if (TRY(refcounts_.get(cluster)) != 1) {
                     if (last.count != 0) break;
                     TRY_VOID(refcounts_.add({cluster, 1}, -1));
                     continue;

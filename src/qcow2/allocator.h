@@ -77,6 +77,7 @@ private:
     Result<void> reserve();
     Result<std::vector<ClusterRun>> find_runs(std::uint64_t wanted);
     [[nodiscard]] Result<std::uint64_t> tail() const;
+    Result<void> find_counted_end();
     Result<void> commit_reservation(std::vector<ClusterRun> runs);
     Result<void> release(const RetiredRun& retired);
     void add_retired(ClusterRun run, bool table);

@@ -97,6 +97,8 @@ public:
     Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
         return within_memory([&]() -> Result<Extent> {
             TRY_VOID(verify_range(*this, at, 1));
+            if (!writer_) return active_.extent(at, std::min(limit, size() - at.value));
+            const Epochs::Guard guard(writer_->epochs());
             return active_.extent(at, std::min(limit, size() - at.value));
         });
     }
@@ -122,14 +124,18 @@ public:
         return writer_->write_compressed(at, from, level);
     }
 
-    Result<void> flush() override { return writer_ ? writer_->flush() : Result<void>(); }
+    Result<void> flush() override {
+        return within_memory([&] { return writer_ ? writer_->flush() : Result<void>(); });
+    }
 
     Result<void> resize(std::uint64_t size, Shrink shrink) override {
-        TRY_VOID(verify_request({0}, 0));
-        if (size < this->size() && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
-        TRY_VOID(writer_->resize(size));
-        size_ = size;
-        return {};
+        return within_memory([&]() -> Result<void> {
+            TRY_VOID(verify_request({0}, 0));
+            if (size < this->size() && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
+            auto resized = writer_->resize(size);
+            size_ = core_->current_header().size;  // it may fail after the image has been cut
+            return resized;
+        });
     }
 
     Result<void> close() override {
@@ -229,8 +235,10 @@ public:
 
 private:
     Result<void> verify_request(GuestOffset at, std::uint64_t length) {
-        if (!writer_) return fail(Errc::read_only, core_->file->name(), "opened for reading only");
-        return verify_range(*this, at, length);
+        return within_memory([&]() -> Result<void> {
+            if (!writer_) return fail(Errc::read_only, core_->file->name(), "opened for reading only");
+            return verify_range(*this, at, length);
+        });
     }
 
     /// Cluster by cluster, where each is zeros or is not.

@@ -27,6 +27,9 @@ std::vector<std::uint64_t> uncovered(const ReferenceMap& references, const Refco
 Result<void> Allocator::rebuild() {
     const std::lock_guard lock(mutex_);
     auto references = TRY(count_references(core_, {}));
+    // A cluster may be in use behind a file that lost its length, and nothing else has counted it yet.
+    if (references->at(references->clusters() - 1).count() != 0)
+        counted_end_ = std::max(counted_end_, references->clusters());
     if (const auto missing = uncovered(*references, refcounts_); !missing.empty()) {
         TRY_VOID(refcounts_.add_blocks_for(missing, TRY(tail())));
         references = TRY(count_references(core_, {}));  // the blocks, too
@@ -46,7 +49,7 @@ Result<void> Allocator::rebuild() {
         if (change != 0) TRY_VOID(refcounts_.add({cluster, 1}, change));
         ++cluster;
     }
-    counted_end_ = 0;
+    TRY_VOID(find_counted_end());
     search_from_ = 0;
     TRY_VOID(write_back_.write_refcounts());
     return write_back_.sync();

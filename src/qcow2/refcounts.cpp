@@ -49,6 +49,10 @@ Result<void> Refcounts::load() {
                 Errc::corrupt, fmt::format("{}: refcount table entry {}", core_.file->name(), i),
                 fmt::format("the block's offset {:#x} is not a multiple of the cluster size", entry.block().value));
         }
+        if (entry.block().value != 0 && i * per_block_ >= format::max_host_offset >> cluster_bits_) {
+            return fail(Errc::corrupt, fmt::format("{}: refcount table entry {}", core_.file->name(), i),
+                        "it counts clusters where no file can have any");
+        }
         table_[i] = entry.block().value;
     }
     return {};
@@ -243,13 +247,12 @@ Result<void> Refcounts::add_blocks_for(std::span<const std::uint64_t> clusters, 
 }
 
 Result<std::uint64_t> Refcounts::carry_out(const Growth& growth, std::uint64_t count) {
-    if (growth.run().count == 0) return 0;
     if (growth.run().end() + count > format::max_host_offset >> cluster_bits_ ||
         growth.table_clusters << cluster_bits_ > format::max_refcount_table_bytes) {
         return fail(Errc::no_space, core_.file->name(),
                     "the file cannot grow further in this format; convert to an image with larger clusters");
     }
-    TRY_VOID(grow(growth));
+    if (growth.run().count != 0) TRY_VOID(grow(growth));
     return growth.run().count;
 }
 

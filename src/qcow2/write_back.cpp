@@ -53,11 +53,12 @@ Result<void> WriteBack::write_refcounts() {
     const std::lock_guard lock(refcount_mutex_);
     return attempt([&]() -> Result<void> {
         TRY_VOID(verify_writable());
-        for (;;) {
-            const auto pages = core_.words.take_changed(PageClass::refcounts, batch_pages);
-            if (pages.empty()) return {};
-            TRY_VOID(write_pages(pages, PageClass::refcounts));
+        for (auto left = core_.words.changed_count(PageClass::refcounts); left > 0;) {
+            const auto count = std::min(left, batch_pages);
+            TRY_VOID(write_pages(core_.words.take_changed(PageClass::refcounts, count), PageClass::refcounts));
+            left -= count;
         }
+        return {};
     });
 }
 
@@ -66,10 +67,14 @@ Result<void> WriteBack::write_all() {
     const std::lock_guard lock(mapping_mutex_);
     return attempt([&]() -> Result<void> {
         TRY_VOID(verify_writable());
-        for (;;) {
+        // Not what others change meanwhile, or they could keep this one here for ever.
+        auto left = core_.words.changed_count(PageClass::mapping);
+        do {
             // Copied first: what the copies refer to was written or counted before they were made, so that what is
             // written and flushed now covers it.
-            const auto pages = core_.words.take_changed(PageClass::mapping, batch_pages);
+            const auto count = std::min(left, batch_pages);
+            const auto pages = core_.words.take_changed(PageClass::mapping, count);
+            left -= count;
             auto ready = write_refcounts();
             const bool barrier = std::ranges::any_of(pages, &WordCache::Changed::barrier);
             if (ready && barrier) ready = sync();
@@ -77,9 +82,9 @@ Result<void> WriteBack::write_all() {
                 core_.words.written(pages, PageClass::mapping, false);
                 return ready;
             }
-            if (pages.empty()) return {};
             TRY_VOID(write_pages(pages, PageClass::mapping));
-        }
+        } while (left > 0);
+        return {};
     });
 }
 
@@ -102,7 +107,8 @@ Result<void> WriteBack::update_header(const std::function<void(format::Header&)>
     std::array<std::byte, 512> sector;
     TRY(core_.file->read({0}, sector));
     format::update_header(sector, header);
-    TRY_VOID(core_.file->write({0}, sector));
+    // Which of the two the file has can no longer be told.
+    if (auto wrote = core_.file->write({0}, sector); !wrote) return stop(std::move(wrote).error());
     core_.replace_header(header);
     return {};
 }

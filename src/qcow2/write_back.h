@@ -43,16 +43,18 @@ public:
     Result<void> store(HostOffset at, std::span<const std::uint64_t> words, WordCache::PageClass page_class,
                        bool barrier = false);
 
-    /// Writes all changed refcounts. Does not flush.
+    /// Writes all refcounts that were changed when it was called. Does not flush.
     Result<void> write_refcounts();
 
-    /// Writes everything that is changed in the cache, flushing where the order needs it, but not at the end.
+    /// Writes everything in the cache that was changed when it was called, flushing where the order needs it, but not
+    /// at the end.
     Result<void> write_all();
 
     /// Makes durable what was written. A failure stops all writing.
     Result<void> sync();
 
-    /// Changes the header, in memory once it is written to the file. Does not flush.
+    /// Changes the header, in memory once it is written to the file. Does not flush. A write that fails stops all
+    /// writing.
     Result<void> update_header(const std::function<void(format::Header&)>& change);
 
     /// Refuses all changes from now on, because of this error: what the file holds can no longer be told.

@@ -57,7 +57,7 @@ Result<void> Writer::rebuild_refcounts() {
     options.max_findings = 1;
     const auto report = TRY(check_image(*core_, options));
     if (report.corruptions != 0 || report.errors != 0) {
-        return fail(Errc::corrupt, report.findings.front().place,
+        return fail(report.corruptions != 0 ? Errc::corrupt : Errc::io, report.findings.front().place,
                     report.findings.front().what + "; this is left after the refcounts of a dirty image were rebuilt");
     }
     TRY_VOID(write_back_.update_header(
@@ -103,6 +103,12 @@ std::uint64_t Writer::l2_end(GuestOffset at) const {
     return ((at.value >> cluster_bits_) / geometry.l2_entries() + 1) * geometry.l2_entries();
 }
 
+/// The end of the clusters whose entries the cache changes all at once.
+std::uint64_t Writer::page_end(GuestOffset at) const {
+    const std::uint64_t entries = core_->words.page_bytes() / (rules_.geometry.entry_words() * 8);
+    return ((at.value >> cluster_bits_) / entries + 1) * entries;
+}
+
 // --- writing ---------------------------------------------------------------------------------------------------------
 
 Result<void> Writer::write(GuestOffset at, std::span<const std::byte> from) {
@@ -146,7 +152,7 @@ bool Writer::needs_new_cluster(L2Entry entry) const {
 Result<std::size_t> Writer::write_and_map(GuestOffset at, std::span<const std::byte> from) {
     const std::uint64_t first = at.value >> cluster_bits_;
     const std::uint64_t most = std::max<std::uint64_t>(max_batch_bytes >> cluster_bits_, 1);
-    const std::uint64_t end = std::min({l2_end(at), first + most, rules_.geometry.clusters(at.value + from.size())});
+    const std::uint64_t end = std::min({page_end(at), first + most, rules_.geometry.clusters(at.value + from.size())});
     const RangeLocks::Guard guard(clusters_, first, end);
 
     const auto mapped = TRY(active_.mapping().lookup(at, from.size()));
@@ -311,28 +317,20 @@ Result<std::vector<L2Entry>> Writer::load_entries(Clusters clusters) {
     return entries;
 }
 
-/// Makes these the entries of the clusters from `first` on, all of one L2 table. Where it fails some may be changed.
+/// Makes these the entries of the clusters from `first` on, up to page_end() at most: all of them, or none if it fails.
 Result<void> Writer::store_entries(std::uint64_t first, std::span<const L2Entry> entries, bool barrier) {
     const GuestOffset at = cluster_at(first);
     const std::lock_guard lock(l2_locks_[rules_.geometry.l1_index(at) % l2_locks_.size()]);
     const HostOffset table = TRY(l2_table_for(at));
     const unsigned entry_words = rules_.geometry.entry_words();
-    HostOffset host = table + rules_.geometry.l2_index(at) * entry_words * 8;
     std::array<std::uint64_t, page_entries> words;
-    while (!entries.empty()) {
-        const std::size_t page_words = core_->words.page_bytes() / 8;
-        const std::size_t room = (page_words - host.value / 8 % page_words) / entry_words;
-        const std::size_t count = std::min(room, entries.size());
-        for (std::size_t i = 0; i < count; ++i) {
-            words[i * entry_words] = entries[i].word;
-            if (entry_words == 2) words[i * 2 + 1] = entries[i].bitmap;
-        }
-        TRY_VOID(write_back_.store(host, std::span(words).first(count * entry_words), WordCache::PageClass::mapping,
-                                   barrier));
-        host += count * entry_words * 8;
-        entries = entries.subspan(count);
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+        words[i * entry_words] = entries[i].word;
+        if (entry_words == 2) words[i * 2 + 1] = entries[i].bitmap;
     }
-    return {};
+    return write_back_.store(table + rules_.geometry.l2_index(at) * entry_words * 8,
+                             std::span(words).first(entries.size() * entry_words), WordCache::PageClass::mapping,
+                             barrier);
 }
 
 /// The L2 table that maps `at`, ours alone: made, or copied from one that a snapshot shares, if need be. Under its

@@ -61,6 +61,7 @@ private:
     [[nodiscard]] Result<void> verify_no_metadata(const Storage& file, HostOffset at, std::uint64_t length);
     [[nodiscard]] GuestOffset cluster_at(std::uint64_t cluster) const { return {cluster << cluster_bits_}; }
     [[nodiscard]] std::uint64_t l2_end(GuestOffset at) const;
+    [[nodiscard]] std::uint64_t page_end(GuestOffset at) const;
 
     Result<void> write_mapped(GuestOffset at, std::span<const std::byte> from);
     Result<std::size_t> write_in_place(const Mapped& mapped, std::span<const std::byte> from);
@@ -82,6 +83,7 @@ private:
     Result<bool> zero_subclusters(GuestOffset begin, GuestOffset end, Zeroing zeroing);
     Result<void> zero_part(GuestOffset at, std::uint64_t length, Zeroing zeroing);
     Result<void> zero_range(GuestOffset at, std::uint64_t length, Zeroing zeroing);
+    Result<void> zero_request(GuestOffset at, std::uint64_t length, Zeroing zeroing);
     Result<std::optional<L2Entry>> zeroed(std::uint64_t cluster, L2Entry old, std::uint64_t subclusters,
                                           Zeroing zeroing);
     Result<void> write_zero_bytes(GuestOffset at, std::uint64_t length);
@@ -91,6 +93,7 @@ private:
     Result<void> grow(std::uint64_t old_size, std::uint64_t size);
     Result<void> shrink(std::uint64_t size);
     Result<void> grow_l1(std::uint64_t entries);
+    Result<void> move_l1(HostOffset table, std::uint32_t entries);
     Result<void> set_header_size(std::uint64_t size);
 
     std::shared_ptr<Core> core_;
@@ -111,6 +114,7 @@ private:
     // 64 ThreadSanitizer loses track.
     std::array<std::mutex, 32> l2_locks_;
     std::mutex begin_mutex_;
+    std::mutex resize_mutex_;
     std::atomic<bool> begun_ = false;
 };
 

@@ -36,7 +36,7 @@ Result<void> Writer::write_compressed(GuestOffset at, std::span<const std::byte>
     });
 }
 
-/// False: it does not become smaller.
+/// False: it does not become smaller, or would lie where an entry cannot say so.
 Result<bool> Writer::compress_cluster(GuestOffset at, std::span<const std::byte> from, codec::Compressor& compressor) {
     std::vector<std::byte> stream(from.size() - 1);
     const std::size_t length = compressor.compress(from, stream);
@@ -46,6 +46,10 @@ Result<bool> Writer::compress_cluster(GuestOffset at, std::span<const std::byte>
     const RangeLocks::Guard lock(clusters_, cluster, cluster + 1);
     const auto old = TRY(load_entries({cluster, cluster + 1}));
     const format::CompressedRange range{TRY(allocator_.take_bytes(length)), length};
+    if (range.offset.value >= bit(format::compressed_offset_bits(cluster_bits_))) {
+        allocator_.retire_stream(range);
+        return false;
+    }
     auto written = core_->file->write(range.offset, std::span(stream).first(length));
     if (written) {
         const L2Entry entry{format::compressed_word(range, cluster_bits_)};

@@ -13,6 +13,7 @@ namespace qcow::qcow2 {
 using format::L2Entry;
 
 Result<void> Writer::resize(std::uint64_t size) {
+    const std::lock_guard lock(resize_mutex_);
     const auto header = core_->current_header();
     const auto refuse = [&](std::string what) { return fail(Errc::unsupported, core_->file->name(), std::move(what)); };
     if (header.bitmaps) return refuse("it has bitmaps, which are of the old size; remove them first");
@@ -59,18 +60,23 @@ Result<void> Writer::grow(std::uint64_t old_size, std::uint64_t size) {
 
 Result<void> Writer::shrink(std::uint64_t size) {
     const std::uint64_t old_size = size_.exchange(size);
-    TRY_VOID(set_header_size(size));
+    if (auto named = set_header_size(size); !named) {
+        size_ = old_size;
+        return named;
+    }
     // The header is durable: what it no longer covers can go.
     const std::uint64_t end = rules_.geometry.clusters(old_size);
     for (std::uint64_t first = rules_.geometry.clusters(size); first < end;) {
-        const std::uint64_t last = std::min(end, l2_end(cluster_at(first)));
+        std::uint64_t last = std::min(end, l2_end(cluster_at(first)));
         if (TRY(active_.mapping().l1_entry(cluster_at(first))).allocated()) {
+            last = std::min(last, page_end(cluster_at(first)));
             const RangeLocks::Guard guard(clusters_, first, last);
             const auto old = TRY(load_entries({first, last}));
             TRY_VOID(store_entries(first, std::vector<L2Entry>(old.size()), false));
             retire(old);
         }
         first = last;
+        TRY_VOID(finish_request());
     }
     if (raw_data_) TRY_VOID(core_->data->resize(size));
     return flush();
@@ -83,8 +89,22 @@ Result<void> Writer::grow_l1(std::uint64_t entries) {
     const std::uint64_t bytes = divide_up(entries * 8, bit(cluster_bits_)) << cluster_bits_;
     const auto run = TRY(allocator_.take_contiguous(bytes >> cluster_bits_));
     const HostOffset table{run.first << cluster_bits_};
-    TRY_VOID(metadata_.add(table, bytes, MetadataMap::Kind::l1_table));
+    auto moved = [&]() -> Result<void> {
+        TRY_VOID(metadata_.add(table, bytes, MetadataMap::Kind::l1_table));
+        return move_l1(table, static_cast<std::uint32_t>(entries));
+    }();
+    if (!moved) {
+        allocator_.retire_table(table, bytes);
+        return moved;
+    }
+    if (header.l1_entries != 0) allocator_.retire_table(header.l1_table, std::uint64_t{header.l1_entries} * 8);
+    return {};
+}
 
+/// To whole clusters that are its own from now on.
+Result<void> Writer::move_l1(HostOffset table, std::uint32_t entries) {
+    const auto header = core_->current_header();
+    const std::uint64_t bytes = divide_up(std::uint64_t{entries} * 8, bit(cluster_bits_)) << cluster_bits_;
     // Nobody may change an entry of the old table while it moves.
     std::vector<std::unique_lock<std::mutex>> locks;
     locks.reserve(l2_locks_.size());
@@ -103,11 +123,10 @@ Result<void> Writer::grow_l1(std::uint64_t entries) {
     TRY_VOID(write_back_.sync());
     TRY_VOID(write_back_.update_header([&](format::Header& changed) {
         changed.l1_table = table;
-        changed.l1_entries = static_cast<std::uint32_t>(entries);
+        changed.l1_entries = entries;
     }));
     TRY_VOID(write_back_.sync());
     active_.mapping().move_l1(table);
-    if (header.l1_entries != 0) allocator_.retire_table(header.l1_table, std::uint64_t{header.l1_entries} * 8);
     return {};
 }
 

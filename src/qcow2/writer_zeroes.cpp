@@ -10,15 +10,13 @@ namespace {
 
 using format::L2Entry;
 
-constexpr std::size_t page_entries = 512;
+constexpr std::uint64_t piece_bytes = 1 * GiB;  // at least, after which it is seen to what was retired
 
 }  // namespace
 
 Result<void> Writer::write_zeroes(GuestOffset at, std::uint64_t length, Disk::Zeroes zeroes) {
     return write_back_.attempt([&]() -> Result<void> {
-        TRY_VOID(begin_writing(at, length));
-        TRY_VOID(zero_range(at, length, zeroes == Disk::Zeroes::keep ? Zeroing::keep : Zeroing::release));
-        return finish_request();
+        return zero_request(at, length, zeroes == Disk::Zeroes::keep ? Zeroing::keep : Zeroing::release);
     });
 }
 
@@ -28,11 +26,21 @@ Result<void> Writer::discard(GuestOffset at, std::uint64_t length) {
     const GuestOffset begin{align_down(at.value + low_bits(cluster_bits_), bit(cluster_bits_))};
     const GuestOffset end{at.value + length == size ? size : align_down(at.value + length, bit(cluster_bits_))};
     if (begin >= end) return {};
-    return write_back_.attempt([&]() -> Result<void> {
-        TRY_VOID(begin_writing(begin, end - begin));
-        TRY_VOID(zero_range(begin, end - begin, Zeroing::discard));
-        return finish_request();
-    });
+    return write_back_.attempt([&] { return zero_request(begin, end - begin, Zeroing::discard); });
+}
+
+/// In pieces, for a scattered disk retires as many runs as it has clusters.
+Result<void> Writer::zero_request(GuestOffset at, std::uint64_t length, Zeroing zeroing) {
+    TRY_VOID(begin_writing(at, length));
+    const std::uint64_t piece = std::max(piece_bytes, rules_.geometry.l2_coverage());
+    while (length > 0) {
+        const auto part = std::min(length, piece - at.value % piece);
+        TRY_VOID(zero_range(at, part, zeroing));
+        TRY_VOID(finish_request());
+        at += part;
+        length -= part;
+    }
+    return {};
 }
 
 /// Whole clusters by their entries, table by table; the last cluster of the disk counts as whole.
@@ -140,7 +148,7 @@ Result<std::uint64_t> Writer::zero_clusters(Clusters clusters, Zeroing zeroing) 
         TRY(reads_as_zeros(begin, cluster_at(clusters.end) - begin))) {
         return clusters.end - clusters.first;
     }
-    clusters.end = std::min(clusters.end, clusters.first + page_entries);
+    clusters.end = std::min(clusters.end, page_end(begin));
     const RangeLocks::Guard guard(clusters_, clusters.first, clusters.end);
     auto old = TRY(load_entries(clusters));
     std::vector<L2Entry> entries;

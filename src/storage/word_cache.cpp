@@ -141,14 +141,20 @@ Result<bool> WordCache::store(HostOffset at, std::span<const std::uint64_t> word
     return true;
 }
 
+std::size_t WordCache::changed_count(PageClass page_class) {
+    auto& list = list_of(page_class);
+    const std::lock_guard guard(list.mutex);
+    return list.slots.size();
+}
+
 std::vector<WordCache::Changed> WordCache::take_changed(PageClass page_class, std::size_t most) {
     std::vector<std::size_t> slots;
     {
         auto& list = list_of(page_class);
         const std::lock_guard guard(list.mutex);
-        const std::size_t count = std::min(most, list.slots.size());
-        slots.assign(list.slots.end() - static_cast<std::ptrdiff_t>(count), list.slots.end());
-        list.slots.resize(list.slots.size() - count);
+        const auto end = list.slots.begin() + static_cast<std::ptrdiff_t>(std::min(most, list.slots.size()));
+        slots.assign(list.slots.begin(), end);
+        list.slots.erase(list.slots.begin(), end);
     }
     std::vector<Changed> pages;
     pages.reserve(slots.size());

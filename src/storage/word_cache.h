@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -56,8 +57,11 @@ public:
         std::size_t slot = 0;
     };
 
-    /// Takes up to `most` changed pages of a class. They stay in the cache, and are not replaced until they are given
-    /// to written(). One thread at a time for each class.
+    /// At most so many pages of a class are changed: once as many were taken, all that are changed now have been.
+    [[nodiscard]] std::size_t changed_count(PageClass page_class);
+
+    /// Takes up to `most` changed pages of a class, those first that were changed first. They stay in the cache, and
+    /// are not replaced until they are given to written(). One thread at a time for each class.
     std::vector<Changed> take_changed(PageClass page_class, std::size_t most);
 
     /// They have been written; or not, and count as changed again.
@@ -89,7 +93,7 @@ private:
     };
     struct ChangedList {
         std::mutex mutex;
-        std::vector<std::size_t> slots;
+        std::deque<std::size_t> slots;
     };
 
     [[nodiscard]] std::size_t set_of(std::uint64_t page) const;

@@ -87,7 +87,7 @@ protected:
 TEST_P(AlternateTest, EachFindsWhatTheOtherLeft) {
     auto random = Random::named(GetParam().name);
     SCOPED_TRACE(replay_hint());
-    auto [files, bytes] = prepare(GetParam(), random);
+    auto [files, bytes, kept] = prepare(GetParam(), random);
     save(files, directory_.path());
     for (unsigned turn = 0; turn < 3 * effort(); ++turn) {
         SCOPED_TRACE(fmt::format("turn {}", turn));

@@ -3,12 +3,16 @@
 
 #include <fmt/format.h>
 
+#include <cstring>
 #include <functional>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "engine/crash_states.h"
+#include "engine/kept.h"
+#include "engine/workload.h"
 #include "support/guest.h"
 #include "support/model.h"
 #include "support/qemu.h"
@@ -25,16 +29,22 @@ struct History {
     const StorageLog& log;
     const Files& before;
     const SectorModel& model;
-    std::size_t begin = 1;  ///< the image exists from here on
+    Kept kept = {};
+    bool may_be_dirty = false;  ///< refcounts may be due to be counted anew
+    Mix afterwards = {.write = 6, .discard = 2, .flush = 1, .longest = 40};  ///< what the guest does who comes back
+    bool discards_read_as_zeros = true;
 };
 
 struct CrashOptions {
-    unsigned states = 250;     ///< at most
-    unsigned qemu_checks = 0;  ///< of those
+    unsigned samples = 200;             ///< random ones, besides all the nasty ones
+    std::optional<unsigned> most = {};  ///< of the nasty ones, chosen at random
+    unsigned qemu_checks = 0;
+    unsigned return_every = 50;  ///< after how many states there is a second power loss; 0: never
 };
 
 struct CrashReport {
     unsigned states = 0;
+    unsigned again = 0;  ///< of those, after a second power loss: while the guest of another state was at work
     unsigned qemu_checks = 0;
     std::optional<std::string> violation;  ///< the first one; nothing further was tried
 };
@@ -46,7 +56,7 @@ public:
 
     CrashReport explore(const CrashOptions& options) {
         CrashReport report;
-        const auto plan = make_plan(options.states);
+        const auto plan = make_plan(options);
         const auto every = options.qemu_checks == 0 ? 0 : std::max<std::size_t>(1, plan.size() / options.qemu_checks);
         CrashStates states(history_.log, history_.before);
         for (std::size_t i = 0; i < plan.size() && !report.violation; ++i) {
@@ -58,8 +68,13 @@ public:
             report.violation = judge(crashed);
             ++report.states;
             if (!report.violation && every != 0 && i % every == 0) {
-                report.violation = qemu_finds(crashed);
-                ++report.qemu_checks;
+                report.violation = qemu_finds(crashed, report.qemu_checks);
+            }
+            if (!report.violation && options.return_every != 0 && i % options.return_every == 0) {
+                const auto second = explore_return(crashed);
+                report.states += second.states;
+                report.again += second.states;
+                report.violation = second.violation;
             }
             if (report.violation)
                 *report.violation = fmt::format("power loss before event {} of {}, {}: {}", plan[i].now,
@@ -79,10 +94,22 @@ public:
 private:
     /// One state: a moment, and what of the pending events arrived.
     struct Case {
-        enum class Kind : std::uint8_t { none, all, only, without, subset, mask, torn };
+        enum class Kind : std::uint8_t {
+            none,
+            all,
+            only,
+            without,
+            subset,
+            mask,
+            torn,
+            only_sector,
+            without_sector,
+            up_to_sector
+        };
         std::size_t now = 0;
         Kind kind = Kind::none;
         std::uint64_t which = 0;  // an index, a mask or a seed
+        std::uint64_t sector = 0;
 
         [[nodiscard]] std::string text() const {
             static constexpr const char* names[] = {"nothing pending arrived",
@@ -91,69 +118,102 @@ private:
                                                     "all arrived but pending event {}",
                                                     "a random half (seed {}) arrived",
                                                     "the pending events of mask {:#x} arrived",
-                                                    "sectors at random (seed {}) arrived"};
-            return fmt::format(fmt::runtime(names[static_cast<std::size_t>(kind)]), which);
+                                                    "sectors at random (seed {}) arrived",
+                                                    "of pending event {} only sector {} arrived, and nothing else",
+                                                    "all arrived but of pending event {} sector {}",
+                                                    "all arrived but of pending event {} what follows sector {}"};
+            return fmt::format(fmt::runtime(names[static_cast<std::size_t>(kind)]), which, sector);
         }
     };
 
-    /// Where little is pending every subset, else the nasty ones; then random ones until there are enough.
-    std::vector<Case> make_plan(unsigned wanted) {
+    /// Whether each sector of what was written repeats 16 bytes, as the guests of these tests do, and no metadata does.
+    static bool is_guest_data(const StorageEvent& event) {
+        if (event.kind != StorageEvent::Kind::write) return true;  // or zeros
+        for (std::size_t at = 0; at + sector_bytes <= event.bytes.size(); at += sector_bytes) {
+            if (std::memcmp(&event.bytes[at], &event.bytes[at + 16], sector_bytes - 16) != 0) return false;
+        }
+        return true;
+    }
+
+    /// Where most is pending: every subset if that is little; else each event alone, each one missing; and metadata
+    /// torn at each of their sectors.
+    void add_nasty(std::size_t now, const std::vector<CrashStates::Pending>& pending, std::vector<Case>& plan) const {
+        using Kind = Case::Kind;
+        const auto n = pending.size();
+        if (n <= 4) {
+            for (std::uint64_t mask = 0; mask < 1U << n; ++mask) plan.push_back({now, Kind::mask, mask});
+        } else {
+            plan.push_back({now, Kind::none});
+            plan.push_back({now, Kind::all});
+        }
+        for (std::size_t i = 0; i < n; ++i) {
+            if (n > 4) {
+                plan.push_back({now, Kind::only, i});
+                plan.push_back({now, Kind::without, i});
+            }
+            const auto& sectors = pending[i].sectors;
+            if (sectors.size() < 2 || is_guest_data(history_.log.events()[pending[i].event])) continue;
+            for (const auto sector : sectors) {
+                for (const auto kind : {Kind::only_sector, Kind::without_sector, Kind::up_to_sector})
+                    plan.push_back({now, kind, i, sector});
+            }
+        }
+    }
+
+    /// The nasty ones, and random ones at random moments.
+    std::vector<Case> make_plan(const CrashOptions& options) {
         using Kind = Case::Kind;
         const auto& events = history_.log.events();
-        std::vector<Case> nasty;
+        std::vector<Case> plan;
         std::vector<std::size_t> moments;
         CrashStates states(history_.log, history_.before);
-        for (std::size_t now = history_.begin; now <= events.size(); ++now) {
+        for (std::size_t now = 1; now <= events.size(); ++now) {
             const bool last = now == events.size();
             if (!last && events[now].kind == StorageEvent::Kind::mark) continue;
             moments.push_back(now);
             // Most is pending where a flush is about to end.
             if (!last && events[now].kind != StorageEvent::Kind::flush_end) continue;
             states.advance(now);
-            const auto pending = states.pending().size();
-            if (pending <= 4) {
-                for (std::uint64_t mask = 0; mask < 1U << pending; ++mask) nasty.push_back({now, Kind::mask, mask});
-                continue;
-            }
-            nasty.push_back({now, Kind::none});
-            nasty.push_back({now, Kind::all});
-            for (std::size_t i = 0; i < pending; ++i) {
-                nasty.push_back({now, Kind::only, i});
-                nasty.push_back({now, Kind::without, i});
-            }
+            add_nasty(now, states.pending(), plan);
         }
-        const auto shuffle = [&](std::vector<Case>& cases) {
-            for (std::size_t i = cases.size(); i > 1; --i) std::swap(cases[i - 1], cases[random_.below(i)]);
-        };
-        shuffle(nasty);
-        nasty.resize(std::min<std::size_t>(nasty.size(), wanted * 2 / 3));
-        while (nasty.size() < wanted && !moments.empty()) {
+        if (options.most) {
+            for (std::size_t i = plan.size(); i > 1; --i) std::swap(plan[i - 1], plan[random_.below(i)]);
+            plan.resize(std::min<std::size_t>(plan.size(), *options.most));
+        }
+        for (unsigned i = 0; i < options.samples && !moments.empty(); ++i) {
             const auto kind = random_.chance(50) ? Kind::subset : Kind::torn;
-            nasty.push_back({random_.pick(moments), kind, random_.below(1'000'000'000)});
+            plan.push_back({random_.pick(moments), kind, random_.below(1'000'000'000)});
         }
-        std::ranges::stable_sort(nasty, {}, &Case::now);
-        return nasty;
+        std::ranges::stable_sort(plan, {}, &Case::now);
+        return plan;
     }
 
     static Files build(const CrashStates& states, const Case& c) {
+        using Kind = Case::Kind;
         const auto pending = states.pending();
         const auto index = [&](std::size_t event) {
-            return static_cast<std::uint64_t>(std::ranges::lower_bound(pending, event) - pending.begin());
+            const auto found = std::ranges::lower_bound(pending, event, {}, &CrashStates::Pending::event);
+            const bool changes = found != pending.end() && found->event == event;
+            return changes ? static_cast<std::uint64_t>(found - pending.begin()) : ~std::uint64_t{0};
         };
         Random random(c.which);
         std::set<std::size_t> half;
-        for (const auto event : pending) {
+        for (const auto& [event, sectors] : pending) {
             if (random.chance(50)) half.insert(event);
         }
-        return states.build([&](std::size_t event) {
+        return states.build([&](std::size_t event, std::uint64_t sector) {
+            const auto here = index(event) == c.which;
             switch (c.kind) {
-                case Case::Kind::none: return false;
-                case Case::Kind::all: return true;
-                case Case::Kind::only: return index(event) == c.which;
-                case Case::Kind::without: return index(event) != c.which;
-                case Case::Kind::mask: return (c.which >> index(event) & 1) != 0;
-                case Case::Kind::subset: return half.contains(event);
-                case Case::Kind::torn: return random.chance(50);
+                case Kind::none: return false;
+                case Kind::all: return true;
+                case Kind::only: return here;
+                case Kind::without: return !here;
+                case Kind::mask: return index(event) < 64 && (c.which >> index(event) & 1) != 0;
+                case Kind::subset: return half.contains(event);
+                case Kind::torn: return random.chance(50);
+                case Kind::only_sector: return here && (sector == c.sector || sector == CrashStates::no_sector);
+                case Kind::without_sector: return !here || sector != c.sector;
+                case Kind::up_to_sector: return !here || sector <= c.sector || sector == CrashStates::no_sector;
             }
             return false;
         });
@@ -163,22 +223,29 @@ private:
     std::optional<std::string> judge(const Files& crashed) {
         const auto read_only = open_(crashed, false);
         if (!read_only) return "cannot be opened: " + read_only.error().message();
-        if (auto corrupt = corruption(**read_only, crashed)) return corrupt;
-        std::vector<Value> found;
-        if (auto wrong = compare(**read_only, crashed, found)) return wrong;
-        return go_on(copy_of(crashed), found);
+        std::uint64_t leaks = 0;
+        if (auto corrupt = corruption(**read_only, crashed, history_.may_be_dirty, leaks)) return corrupt;
+        if (auto wrong = compare(**read_only, crashed)) return wrong;
+        if (auto harm = history_.kept.harm(**read_only, crashed)) return harm;
+        Return guest(found_.size());
+        const auto files = copy_of(crashed);
+        if (auto wrong = go_on(files, guest)) return "written on: " + *wrong;
+        return ended_well(files, guest, leaks);
     }
 
-    /// Checks, unless lazy refcounts are due to be rebuilt.
-    static std::optional<std::string> corruption(Image& image, const Files& files) {
+    /// Checks, unless the refcounts are due to be counted anew.
+    static std::optional<std::string> corruption(Image& image, const Files& files, bool may_be_dirty,
+                                                 std::uint64_t& leaks) {
+        leaks = ~std::uint64_t{0};
         const auto info = image.info();
         if (!info) return "has no info: " + info.error().message();
-        if (info->dirty) return std::nullopt;
+        if (info->dirty) return may_be_dirty ? std::nullopt : std::optional<std::string>("has become dirty");
         const auto report = image.check({.workers = 1});
         if (!report) {
             if (report.error().code == Errc::unsupported && image.format() == Format::raw) return std::nullopt;
             return "cannot be checked: " + report.error().message();
         }
+        leaks = report->leaks;
         if (report->corruptions + report->errors == 0) return std::nullopt;
         std::string text = fmt::format("corrupt ({} bytes)", value_of(files.at(image_name)->size()));
         for (const auto& finding : report->findings) {
@@ -189,7 +256,8 @@ private:
     }
 
     /// Holds every sector against the model.
-    std::optional<std::string> compare(Image& image, const Files& crashed, std::vector<Value>& found) {
+    std::optional<std::string> compare(Image& image, const Files& crashed) {
+        found_.clear();
         const auto sectors = image.size() / sector_bytes;
         if (!history_.model.allows_size(sectors, settled_, now_))
             return fmt::format("has {} sectors, a size that it was not given", sectors);
@@ -198,7 +266,7 @@ private:
         std::vector<std::uint64_t> zeros;  // that would be wrong in clusters that are not new
         for (std::uint64_t i = 0; i < sectors; ++i) {
             const auto value = value_in(i, std::span(bytes).subspan(i * sector_bytes, sector_bytes));
-            found.push_back(value);
+            found_.push_back(value);
             if (history_.model.allows(i, value, settled_, now_)) continue;
             if (value != 0 || !history_.model.unsettled(i, settled_, now_))
                 return history_.model.complaint(i, value, settled_, now_);
@@ -208,12 +276,23 @@ private:
         const auto durable_files = durable_();
         const auto durable = open_(durable_files, false);
         if (!durable) return "cannot be opened with nothing pending: " + durable.error().message();
+        const auto old = places_of(**durable, durable_files);
         for (const auto i : zeros) {
-            const auto before = place_of(**durable, durable_files, i);
-            if (before && before == place_of(image, crashed, i))
-                return history_.model.complaint(i, 0, settled_, now_) + ", in the cluster that it had before";
+            const auto place = place_of(image, crashed, i);
+            if (!place) return history_.model.complaint(i, 0, settled_, now_) + ", and no place of its own";
+            if (old.contains(*place))
+                return history_.model.complaint(i, 0, settled_, now_) + ", in a cluster that is not new";
         }
         return std::nullopt;
+    }
+
+    /// Where all that the disk stores is stored.
+    static std::set<std::string> places_of(Image& image, const Files& files) {
+        std::set<std::string> result;
+        for (std::uint64_t i = 0; i < image.size() / sector_bytes; ++i) {
+            if (auto place = place_of(image, files, i)) result.insert(*std::move(place));
+        }
+        return result;
     }
 
     /// Where a sector is stored: file and offset.
@@ -227,41 +306,70 @@ private:
         return std::nullopt;
     }
 
-    /// The guest comes back: writes, flushes, closes.
-    std::optional<std::string> go_on(const Files& files, std::vector<Value>& found) {
-        {
-            const auto image = open_(files, true);
-            if (!image) return "cannot be opened for writing: " + image.error().message();
-            for (int i = 0; i < 3; ++i) {
-                const auto sectors = (*image)->size() / sector_bytes;
-                const auto first = random_.below(sectors);
-                const auto count = random_.between(1, std::min<std::uint64_t>(40, sectors - first));
-                constexpr Value after_the_crash = 0xabcdef;
-                const auto wrote = (*image)->write({first * sector_bytes}, stamped(first, count, after_the_crash));
-                if (!wrote) return "cannot be written: " + wrote.error().message();
-                std::fill_n(found.begin() + static_cast<std::ptrdiff_t>(first), count, after_the_crash);
-            }
-            if (const auto flushed = (*image)->flush(); !flushed) return "no flush: " + flushed.error().message();
-            if (const auto closed = (*image)->close(); !closed) return "no close: " + closed.error().message();
+    /// A guest that comes back after the power loss, and what is known of its disk then.
+    struct Return {
+        explicit Return(std::uint64_t sectors) : model(sectors) {}
+
+        StorageLog log;
+        SectorModel model;
+    };
+
+    /// It works, flushes, closes.
+    std::optional<std::string> go_on(const Files& files, Return& back) const {
+        Files recorded;
+        for (const auto& [name, storage] : files)
+            recorded[name] = std::make_shared<RecordingStorage>(storage, name, back.log);
+        const auto image = open_(recorded, true);
+        if (!image) return "cannot be opened for writing: " + image.error().message();
+        for (std::uint64_t i = 0; i < found_.size(); ++i) back.model.preset(i, found_[i]);
+        constexpr Value after_the_crash = Value{1} << 40;
+        Guest guest(
+            **image, back.model, [&] { return back.log.mark(); }, history_.discards_read_as_zeros, after_the_crash);
+        Worker worker(guest, history_.afterwards, Random(random_.below(~std::uint64_t{0})));
+        for (int i = 0; i < 6; ++i) {
+            if (const auto done = worker.step(); !done) return done.error().message();
         }
-        const auto image = open_(files, false);
-        if (!image) return "cannot be opened again: " + image.error().message();
-        if (auto corrupt = corruption(**image, files)) return "written on: " + *corrupt;
-        Bytes bytes((*image)->size());
-        if (const auto read = (*image)->read({0}, bytes); !read) return "not read again: " + read.error().message();
-        for (std::uint64_t i = 0; i < found.size(); ++i) {
-            const auto value = value_in(i, std::span(bytes).subspan(i * sector_bytes, sector_bytes));
-            if (value != found[i])
-                return fmt::format("written on: sector {} holds {}, no longer {}", i, value, found[i]);
-        }
+        if (const auto flushed = guest.flush(); !flushed) return "no flush: " + flushed.error().message();
+        if (const auto closed = guest.close(); !closed) return "no close: " + closed.error().message();
         return std::nullopt;
     }
 
-    std::optional<std::string> qemu_finds(const Files& crashed) {
+    /// Nothing is wrong with what it leaves, and no more leaks than before.
+    std::optional<std::string> ended_well(const Files& files, const Return& back, std::uint64_t leaks) {
+        const auto image = open_(files, false);
+        if (!image) return "cannot be opened again: " + image.error().message();
+        std::uint64_t leaks_now = 0;
+        if (auto corrupt = corruption(**image, files, false, leaks_now)) return "written on: " + *corrupt;
+        if (leaks_now > leaks && leaks_now != ~std::uint64_t{0})
+            return fmt::format("written on: {} clusters leak, {} did before", leaks_now, leaks);
+        Bytes bytes((*image)->size());
+        if (const auto read = (*image)->read({0}, bytes); !read) return "not read again: " + read.error().message();
+        const auto end = back.log.events().size();
+        for (std::uint64_t i = 0; i < bytes.size() / sector_bytes; ++i) {
+            const auto value = value_in(i, std::span(bytes).subspan(i * sector_bytes, sector_bytes));
+            if (!back.model.allows(i, value, end, end))
+                return "written on: " + back.model.complaint(i, value, end, end);
+        }
+        if (auto harm = history_.kept.harm(**image, files)) return "written on: " + *harm;
+        return std::nullopt;
+    }
+
+    /// Power losses while the guest is at work that came back after this one.
+    CrashReport explore_return(const Files& crashed) {
+        Return back(found_.size());
+        if (auto wrong = go_on(copy_of(crashed), back)) return {.violation = "written on again: " + *wrong};
+        CrashExplorer second({back.log, crashed, back.model, history_.kept, history_.may_be_dirty, history_.afterwards,
+                              history_.discards_read_as_zeros},
+                             open_, random_);
+        return second.explore({.samples = 4, .most = 8, .return_every = 0});
+    }
+
+    std::optional<std::string> qemu_finds(const Files& crashed, unsigned& checks) {
         const auto image = open_(crashed, false);
         if ((*image)->format() != Format::qcow2) return std::nullopt;
         const auto info = (*image)->info();
         if (!info || info->dirty) return std::nullopt;
+        ++checks;
         const TemporaryDirectory directory;
         save(crashed, directory.path());
         const auto checked = qemu_img({"check", "-f", "qcow2", image_name}, directory.path());
@@ -273,6 +381,7 @@ private:
     Opener open_;
     Random& random_;
     std::function<Files()> durable_;
+    std::vector<Value> found_;  // what the last state held
     Tick settled_ = 0;
     Tick now_ = 0;
 };

@@ -32,12 +32,12 @@ CrashReport explore_toy(Mistake mistake, unsigned states, Random random) {
             default: value_of(guest.write(first, count));
         }
     }
-    return CrashExplorer({log, before, model}, open, random).explore({.states = states});
+    return CrashExplorer({log, before, model}, open, random).explore({.samples = states});
 }
 
 TEST(CrashSelfTest, ASoundFormatSurvives) {
     const auto report = explore_toy(Mistake::none, 1500, Random::named("toy"));
-    EXPECT_EQ(report.states, 1500U);
+    EXPECT_GE(report.states, 1500U);
     EXPECT_FALSE(report.violation) << *report.violation << "\n" << replay_hint();
 }
 
@@ -79,7 +79,7 @@ TEST(CrashSelfTest, ARawDiskWithoutOneOfItsFlushesIsFound) {
             value_of(guest.write(first, random.between(1, 40)));
         }
     }
-    const CrashOptions options{.states = 400};
+    const CrashOptions options{.samples = 400};
     const auto sound = CrashExplorer({log, before, model}, open, random).explore(options);
     EXPECT_FALSE(sound.violation) << *sound.violation;
     const auto flushless = log.without_flushes([](std::size_t) { return true; });

@@ -28,32 +28,47 @@ public:
         for (; at_ < now; ++at_) apply(log_.events()[at_]);
     }
 
-    /// The events whose effects may be missing, in order.
-    [[nodiscard]] std::vector<std::size_t> pending() const {
-        std::set<std::size_t> result;
+    /// An event whose effects may be missing.
+    struct Pending {
+        std::size_t event = 0;
+        std::vector<std::uint64_t> sectors;  ///< of its file, that it changed; none: only the file's length
+    };
+
+    /// Those that changed something, in order.
+    [[nodiscard]] std::vector<Pending> pending() const {
+        std::map<std::size_t, std::vector<std::uint64_t>> sectors;
         for (const auto& [name, file] : files_) {
             for (const auto& [sector, versions] : file.pending) {
-                for (const auto& version : versions) result.insert(version.event);
+                auto before = durable_sector(file, sector);
+                for (const auto& version : versions) {
+                    if (version.bytes != before) sectors[version.event].push_back(sector);
+                    before = version.bytes;
+                }
             }
-            for (const auto& size : file.pending_sizes) result.insert(size.event);
+            for (const auto& size : file.pending_sizes) sectors[size.event];
         }
-        return {result.begin(), result.end()};
+        std::vector<Pending> result;
+        for (auto& [event, changed] : sectors) result.push_back({event, std::move(changed)});
+        return result;
     }
 
-    /// The state in which exactly those events have arrived that are chosen, sector by sector: of an event that is
-    /// chosen for some calls only, some sectors.
-    [[nodiscard]] Files build(const std::function<bool(std::size_t event)>& arrived) const {
+    static constexpr std::uint64_t no_sector = ~std::uint64_t{0};
+
+    /// The state in which exactly those sectors of those events have arrived that are chosen. Lengths of files are
+    /// asked for with `no_sector`.
+    using Arrived = std::function<bool(std::size_t event, std::uint64_t sector)>;
+    [[nodiscard]] Files build(const Arrived& arrived) const {
         Files result;
         for (const auto& [name, file] : files_) {
             auto bytes = file.durable;
             for (const auto& [sector, versions] : file.pending) {
-                const auto* const chosen = latest(versions, arrived);
+                const auto* const chosen = latest(versions, sector, arrived);
                 if (chosen == nullptr) continue;
                 const auto at = sector * sector_bytes;
                 if (bytes.size() < at + sector_bytes) bytes.resize(at + sector_bytes);
                 std::ranges::copy(chosen->bytes, bytes.begin() + static_cast<std::ptrdiff_t>(at));
             }
-            const auto* const size = latest(file.pending_sizes, arrived);
+            const auto* const size = latest(file.pending_sizes, no_sector, arrived);
             bytes.resize(size != nullptr ? size->bytes : file.durable.size());
             result[name] = memory_storage(std::move(bytes), name);
         }
@@ -78,12 +93,20 @@ private:
     };
 
     template <class Contents>
-    static const Version<Contents>* latest(const std::vector<Version<Contents>>& versions,
-                                           const std::function<bool(std::size_t)>& arrived) {
+    static const Version<Contents>* latest(const std::vector<Version<Contents>>& versions, std::uint64_t sector,
+                                           const Arrived& arrived) {
         for (auto it = versions.rbegin(); it != versions.rend(); ++it) {
-            if (arrived(it->event)) return &*it;
+            if (arrived(it->event, sector)) return &*it;
         }
         return nullptr;
+    }
+
+    static Bytes durable_sector(const File& file, std::uint64_t sector) {
+        Bytes bytes(sector_bytes);
+        const auto at = std::min<std::uint64_t>(sector * sector_bytes, file.durable.size());
+        std::copy_n(file.durable.begin() + static_cast<std::ptrdiff_t>(at),
+                    std::min<std::uint64_t>(sector_bytes, file.durable.size() - at), bytes.begin());
+        return bytes;
     }
 
     void apply(const StorageEvent& event) {

@@ -17,13 +17,16 @@ void fail_each_of_toy(Mistake mistake, Faults::Operation operation) {
     Files files{{image_name, memory_storage({}, image_name)}};
     ToyImage::create(*files[image_name]);
     const Opener open = [&](const Files& opened, bool) -> Result<std::shared_ptr<Image>> {
-        return std::make_shared<ToyImage>(opened.at(image_name), mistake);
+        try {
+            return std::make_shared<ToyImage>(opened.at(image_name), mistake);
+        } catch (const std::exception& e) {
+            return std::unexpected(Error{Errc::io, "toy", e.what()});
+        }
     };
-    const auto begin = [&] {
-        return std::make_unique<FaultyRun>(open, files, ToyImage::guest_blocks * ToyImage::block, true);
-    };
+    const FaultyRun::Setting setting{
+        .open = open, .files = files, .sectors = ToyImage::guest_blocks * ToyImage::block / sector_bytes};
     const Mix mix{.write = 10, .discard = 3, .flush = 3, .read = 3};
-    fail_each(begin, operation, mix, 40, 100, random);
+    fail_each(setting, operation, [&](FaultyRun& run) { run.work(mix, 40); }, 60, random);
 }
 
 TEST(FaultSelfTest, ASoundFormatSurvives) {

@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "engine/faulty_run.h"
-#include "engine/image_kinds.h"
+#include "engine/works.h"
 #include "support/effort.h"
 
 namespace qcow::test {
@@ -13,36 +13,69 @@ namespace {
 using Operation = Faults::Operation;
 
 struct FaultCase {
-    std::string name;
-    std::string kind;
+    Work work;
     Operation operation = Operation::write;
 };
 
-void PrintTo(const FaultCase& c, std::ostream* out) { *out << c.name; }
+void PrintTo(const FaultCase& c, std::ostream* out) { *out << c.work.name; }
 
+constexpr unsigned steps = 40;
+
+/// Everything that one thread does.
 std::vector<FaultCase> fault_cases() {
     std::vector<FaultCase> result;
-    for (const auto* kind : {"v3_512", "v3_4k", "v2_4k", "extended_16k", "over_qcow2_longer_v3", "compressed_4k",
-                             "snapshot_4k", "data_file", "lazy", "refcounts_1"}) {
-        const std::string name = kind;
-        result.push_back({name + "_read", kind, Operation::read});
-        result.push_back({name + "_write", kind, Operation::write});
-        result.push_back({name + "_space", kind, Operation::space});
-        result.push_back({name + "_flush", kind, Operation::flush});
+    for (auto work : works()) {
+        if (work.threads > 1 && work.job == Work::Job::none) continue;
+        work.threads = 1;
+        work.steps = std::min(work.steps, steps);
+        work.kind.open.cache_bytes = 1;  // tables are read and written all the time
+        work.kind.create.size = std::min(work.kind.create.size, std::uint64_t{512} << 10);
+        for (const auto operation : {Operation::read, Operation::write, Operation::space, Operation::flush})
+            result.push_back({work, operation});
     }
     return result;
 }
 
-constexpr unsigned steps = 40;
+std::string name_of(const FaultCase& c) {
+    static constexpr const char* names[] = {"read", "write", "space", "flush"};
+    return fmt::format("{}_{}", c.work.name, names[static_cast<std::size_t>(c.operation)]);
+}
 
+FaultyRun::Setting setting_of(const ImageKind& kind, Random& random, std::uint64_t sectors_most = 0) {
+    const auto prepared = prepare(kind, random);
+    return {.open = [kind](const Files& opened, bool writable) { return open_kind(kind, opened, writable); },
+            .files = prepared.files,
+            .sectors = kind.create.size / sector_bytes,
+            .sectors_most = sectors_most,
+            .discards_read_as_zeros = kind.discards_read_as_zeros(),
+            .dirty = kind.dirty,
+            .kept = prepared.kept};
+}
+
+class FaultTest : public testing::TestWithParam<FaultCase> {};
+
+TEST_P(FaultTest, NothingIsLostOrCorrupt) {
+    const auto& [work, operation] = GetParam();
+    auto random = Random::named(name_of(GetParam()));
+    const auto setting = setting_of(work.kind, random, work.mix.resized_most);
+    SCOPED_TRACE(replay_hint());
+    const auto perform_on = [&](FaultyRun& run) {
+        Random same(run_seed());
+        run.perform(work, same);
+    };
+    const auto count = fail_each(setting, operation, perform_on, 25 * effort(), random);
+    EXPECT_GT(count, 0U);
+    std::cout << "covered " << count << " faults\n";
+}
+
+INSTANTIATE_TEST_SUITE_P(Each, FaultTest, testing::ValuesIn(fault_cases()),
+                         [](const auto& test) { return name_of(test.param); });
+
+/// Small, with tables that are read and written all the time.
 ImageKind small_kind(const std::string& name) {
-    for (auto kind : image_kinds()) {
-        if (kind.name != name) continue;
-        kind.create.size = std::uint64_t{512} << 10;
-        kind.open.cache_bytes = 1;  // tables are read and written all the time
-        return kind;
-    }
-    throw std::runtime_error("no kind " + name);
+    auto kind = small(name, std::uint64_t{512} << 10);
+    kind.open.cache_bytes = 1;
+    return kind;
 }
 
 Mix mix_for(const ImageKind& kind) {
@@ -55,48 +88,28 @@ Mix mix_for(const ImageKind& kind) {
             .longest = 60};
 }
 
-std::unique_ptr<FaultyRun> begin(const ImageKind& kind, const Files& files) {
-    const Opener open = [kind](const Files& opened, bool writable) { return open_kind(kind, opened, writable); };
-    return std::make_unique<FaultyRun>(open, files, kind.create.size, kind.discards_read_as_zeros());
-}
-
-class FaultTest : public testing::TestWithParam<FaultCase> {};
-
-TEST_P(FaultTest, NothingIsLostOrCorrupt) {
-    const auto& c = GetParam();
-    const auto kind = small_kind(c.kind);
-    auto random = Random::named(c.name);
-    const auto files = prepare(kind, random).files;
-    SCOPED_TRACE(replay_hint());
-    const auto count =
-        fail_each([&] { return begin(kind, files); }, c.operation, mix_for(kind), steps, 60 * effort(), random);
-    std::cout << "covered " << count << " faults\n";
-}
-
-INSTANTIATE_TEST_SUITE_P(Each, FaultTest, testing::ValuesIn(fault_cases()),
-                         [](const auto& test) { return test.param.name; });
-
 /// Whoever waits for another thread is to learn that it failed.
 class FaultyThreadsTest : public testing::TestWithParam<const char*> {};
 
 TEST_P(FaultyThreadsTest, AllComeToAnEnd) {
     const auto kind = small_kind(GetParam());
     auto random = Random::named(kind.name);
-    const auto files = prepare(kind, random).files;
+    const auto setting = setting_of(kind, random);
     SCOPED_TRACE(replay_hint());
     unsigned struck = 0;
     for (unsigned i = 0; i < 24 * effort(); ++i) {
         const auto operation = random.pick({Operation::read, Operation::write, Operation::space, Operation::flush});
-        const auto run = begin(kind, files);
+        FaultyRun run(setting);
+        run.open();
         Faults::Fault fault{operation, random.below(operation == Operation::flush ? 10 : 60)};
         fault.times = random.pick({1, 5, 1'000'000});
-        run->faults_for(operation).arm(fault);
-        ASSERT_NO_THROW(run->work(mix_for(kind), steps, 4));
-        run->close();
-        struck += run->faults_for(operation).hits() != 0 ? 1 : 0;
-        run->faults_for(operation).disarm();
-        for (const auto& error : run->errors()) ASSERT_EQ(error.code, Errc::io) << error.message();
-        const auto wrong = run->verdict(random);
+        run.faults_for(operation).arm(fault);
+        ASSERT_NO_THROW(run.work(mix_for(kind), steps, 4));
+        run.close();
+        struck += run.faults_for(operation).hits() != 0 ? 1 : 0;
+        run.faults_for(operation).disarm();
+        for (const auto& error : run.errors()) ASSERT_EQ(error.code, Errc::io) << error.message();
+        const auto wrong = run.verdict(random);
         ASSERT_FALSE(wrong) << *wrong;
     }
     EXPECT_GT(struck, 8 * effort());
@@ -113,26 +126,30 @@ class FullDiskTest : public testing::TestWithParam<const char*> {};
 TEST_P(FullDiskTest, WorkGoesOnWhenThereIsRoomAgain) {
     const auto kind = small_kind(GetParam());
     auto random = Random::named(kind.name);
-    const auto files = prepare(kind, random).files;
-    const auto now = value_of(files.at(image_name)->size());
+    const auto setting = setting_of(kind, random);
+    const auto now = value_of(setting.files.at(image_name)->size());
+    unsigned full = 0;
     SCOPED_TRACE(replay_hint());
     for (unsigned i = 0; i < 10 * effort(); ++i) {
         const auto room = now + random.below(std::uint64_t{200} << 10);
         SCOPED_TRACE(fmt::format("{} bytes", room));
-        const auto run = begin(kind, files);
-        run->faults->set_room(room);
-        ASSERT_NO_THROW(run->work(mix_for(kind), steps));
-        for (const auto& error : run->errors()) ASSERT_EQ(error.code, Errc::no_space) << error.message();
-        run->faults->set_room(std::nullopt);
-        const auto errors = run->errors().size();
-        ASSERT_NO_THROW(run->work(mix_for(kind), steps));
-        const auto unread = run->guest().verify(0, run->guest().sectors());
+        FaultyRun run(setting);
+        run.open();
+        run.faults->set_room(room);
+        ASSERT_NO_THROW(run.work(mix_for(kind), steps));
+        for (const auto& error : run.errors()) ASSERT_EQ(error.code, Errc::no_space) << error.message();
+        run.faults->set_room(std::nullopt);
+        full += run.hits() != 0 ? 1 : 0;
+        const auto errors = run.errors().size();
+        ASSERT_NO_THROW(run.work(mix_for(kind), steps));
+        const auto unread = run.guest().verify(0, run.guest().sectors());
         ASSERT_FALSE(unread) << *unread;
-        run->close();
-        ASSERT_EQ(run->errors().size(), errors) << run->errors().back().message();
-        const auto wrong = run->verdict(random);
+        run.close();
+        ASSERT_EQ(run.errors().size(), errors) << run.errors().back().message();
+        const auto wrong = run.verdict(random);
         ASSERT_FALSE(wrong) << *wrong;
     }
+    EXPECT_GT(full, 5 * effort());
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, FullDiskTest,

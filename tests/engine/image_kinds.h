@@ -8,6 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "base/endian.h"
+#include "engine/kept.h"
+#include "format/header.h"
 #include "qcow/create.h"
 #include "support/memory_files.h"
 #include "support/model.h"
@@ -32,6 +35,7 @@ struct ImageKind {
     Contents contents = Contents::none;
     std::optional<Below> below = {};
     bool snapshot = false;  // internal, of the first contents
+    bool dirty = false;     // the refcounts are wrong, and the image says so
     OpenOptions open = {};  // but for what depends on the files
 
     [[nodiscard]] bool can_compress() const { return create.data_file_name.empty(); }
@@ -65,7 +69,31 @@ inline std::shared_ptr<Image> raw_disk(Bytes bytes) {
 struct Prepared {
     Files files;
     Bytes contents;  // what the guest sees
+    Kept kept = {};
 };
+
+/// As a writer leaves an image that keeps refcounts in memory and dies: marked as dirty, some blocks not there, some
+/// with anything in them.
+inline void make_dirty(Storage& file, Random& random) {
+    auto bytes = contents_of(file);
+    const auto header =
+        value_of(format::parse_header(std::span(bytes).first(value_of(format::header_bytes(bytes))), bytes.size()));
+    const auto table = header.refcount_table.value;
+    const auto entries = (std::uint64_t{header.refcount_table_clusters} << header.cluster_bits) / 8;
+    for (std::uint64_t i = 0; i < entries; ++i) {
+        const auto block = load_be<std::uint64_t>(bytes, table + i * 8);
+        if (block == 0) continue;
+        if (random.chance(30)) {
+            store_be<std::uint64_t>(bytes, table + i * 8, 0);
+        } else if (random.chance(70)) {
+            for (auto& byte : std::span(bytes).subspan(block, header.cluster_size())) {
+                if (random.chance(10)) byte = static_cast<std::byte>(random.below(4));
+            }
+        }
+    }
+    bytes[79] |= std::byte{1};
+    value_of(file.write({0}, bytes));
+}
 
 inline Prepared prepare(const ImageKind& kind, Random& random) {
     auto create = kind.create;
@@ -106,7 +134,10 @@ inline Prepared prepare(const ImageKind& kind, Random& random) {
         save(files, directory.path());
         must_qemu_img({"snapshot", "-c", "first", image_name}, directory.path());
         for (auto& [name, storage] : files) storage = load(directory / name, name);
+        result.kept.snapshot = result.contents;
     }
+    if (kind.below) result.kept.files["base"] = contents_of(*files["base"]);
+    if (kind.dirty) make_dirty(*files[image_name], random);
     return result;
 }
 

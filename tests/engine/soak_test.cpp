@@ -22,11 +22,13 @@ std::vector<ImageKind> soaked_kinds() {
     return result;
 }
 
-void expect_clean(const ImageKind& kind, const Files& files) {
+void expect_clean(const ImageKind& kind, const Files& files, const Kept& kept) {
     const auto image = value_of(open_kind(kind, files, false));
     const auto report = value_of(image->check({}));
     EXPECT_EQ(report.corruptions + report.errors, 0U) << (report.findings.empty() ? "" : report.findings[0].what);
     EXPECT_EQ(report.leaks, 0U);
+    const auto harm = kept.harm(*image, files);
+    EXPECT_FALSE(harm) << *harm;
 }
 
 class SoakTest : public testing::TestWithParam<ImageKind> {};
@@ -36,7 +38,8 @@ TEST_P(SoakTest, EveryReadGivesWhatItMay) {
         auto kind = GetParam();
         kind.open.cache_bytes = cache_bytes;
         auto random = Random::named(kind.name);
-        const auto files = prepare(kind, random).files;
+        const auto prepared = prepare(kind, random);
+        const auto& files = prepared.files;
         Files noisy;
         for (const auto& [name, storage] : files) noisy[name] = std::make_shared<NoisyStorage>(storage);
         const auto image = value_of(open_kind(kind, noisy, true));
@@ -50,8 +53,9 @@ TEST_P(SoakTest, EveryReadGivesWhatItMay) {
         const auto report =
             soak(*image, mix, kind.discards_read_as_zeros(), 8, std::chrono::seconds(1) * effort(), random);
         ASSERT_FALSE(report.violation) << *report.violation << "\n" << replay_hint();
+        EXPECT_GT(report.requests, 100U);
         value_of(image->close());
-        expect_clean(kind, files);
+        expect_clean(kind, files, prepared.kept);
         std::cout << "covered " << report.requests << " requests of eight threads\n";
     }
 }
@@ -67,7 +71,8 @@ protected:
             if (candidate.name == GetParam()) kind = candidate;
         }
         auto random = Random::named(kind.name);
-        const auto files = prepare(kind, random).files;
+        const auto prepared = prepare(kind, random);
+        const auto& files = prepared.files;
         auto held_files = files;
         const auto& data = kind.create.data_file_name.empty() ? image_name : kind.create.data_file_name;
         const auto held = std::make_shared<HeldStorage>(files.at(data));
@@ -78,7 +83,7 @@ protected:
         const auto violation = overtake(*image, *held, operation, kind.discards_read_as_zeros());
         ASSERT_FALSE(violation) << *violation;
         value_of(image->close());
-        expect_clean(kind, files);
+        expect_clean(kind, files, prepared.kept);
     }
 };
 

@@ -40,6 +40,21 @@ constexpr std::uint64_t subclusters(std::uint32_t allocated, std::uint32_t zero)
     return std::uint64_t{zero} << 32 | allocated;
 }
 
+// ---- Compressed ----
+
+TEST(CompressedWord, SaysWhereAndHowLongUpToItsLimit) {
+    for (unsigned bits = 9; bits <= 21; ++bits) {
+        const std::uint64_t limit = std::uint64_t{1} << compressed_offset_bits(bits);
+        const std::uint64_t length = (std::uint64_t{1} << bits) - 1;
+        for (const auto offset : {std::uint64_t{0}, std::uint64_t{0x12345}, limit - 1}) {
+            const auto range = L2Entry{compressed_word({{offset}, length}, bits)}.compressed_range(bits);
+            EXPECT_EQ(range.offset, HostOffset{offset}) << bits;
+            EXPECT_GE(range.length, length) << bits;
+            EXPECT_LT(range.length, length + 512) << bits;
+        }
+    }
+}
+
 // ---- L1 entries ----
 
 TEST(L1Entry, AllZerosIsAnUnallocatedTable) {

@@ -124,7 +124,14 @@ protected:
             if (!image) return image;
             return std::make_shared<HungryImage>(*std::move(image));
         };
-        return std::make_unique<FaultyRun>(open, files_, kind_.create.size, kind_.discards_read_as_zeros());
+        auto run =
+            std::make_unique<FaultyRun>(FaultyRun::Setting{.open = open,
+                                                           .files = prepared_.files,
+                                                           .sectors = kind_.create.size / sector_bytes,
+                                                           .discards_read_as_zeros = kind_.discards_read_as_zeros(),
+                                                           .kept = prepared_.kept});
+        run->open();
+        return run;
     }
 
     void work(FaultyRun& run) const {
@@ -141,7 +148,7 @@ protected:
 
     ImageKind kind_ = small_kind(GetParam());
     Random random_ = Random::named(kind_.name);
-    Files files_ = prepare(kind_, random_).files;
+    Prepared prepared_ = prepare(kind_, random_);
 };
 
 TEST_P(MemoryTest, RunsOutAndNothingIsLost) {
@@ -176,9 +183,9 @@ TEST_P(MemoryTest, RunsOutAndNothingIsLost) {
 TEST_P(MemoryTest, RunsOutWhileAnImageIsOpened) {
     auto options = kind_.open;
     options.writable = true;
-    options.gate = gate_to(files_);
+    options.gate = gate_to(prepared_.files);
     const auto open = [&](Shortage given) {
-        auto file = files_.at(image_name);
+        auto file = prepared_.files.at(image_name);
         shortage = given;
         const Works engine(true);
         return open_image(std::move(file), options);

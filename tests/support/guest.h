@@ -29,6 +29,14 @@ struct Discarded {
     }
 };
 
+/// Takes what a disk holds now for what was there before everything else.
+inline void adopt(Disk& disk, SectorModel& model) {
+    Bytes bytes(disk.size());
+    if (!disk.read({0}, bytes)) throw std::runtime_error("the disk cannot be read");
+    for (std::uint64_t i = 0; i < bytes.size() / sector_bytes; ++i)
+        model.preset(i, value_in(i, std::span(bytes).subspan(i * sector_bytes, sector_bytes)));
+}
+
 /// Whole sectors only. May be used by several threads at once, but for resize. What fails may have been done or not.
 class Guest {
 public:
@@ -69,6 +77,16 @@ public:
         auto result = image_.discard(offset(first), count * sector_bytes);
         settle(result, changed);
         settle(result, changed_tail);
+        return result;
+    }
+
+    /// All of the disk, by something else than a request: then each sector holds what `values` says.
+    template <class Verb>
+    Result<void> change_all(const std::vector<Value>& values, const Verb& verb) {
+        const auto begun = clock_();
+        for (std::uint64_t i = 0; i < values.size(); ++i) model_.begin(i, 1, values[i], begun);
+        auto result = verb();
+        settle(result, {0, values.size(), begun});
         return result;
     }
 
@@ -120,13 +138,7 @@ public:
         return wrong ? *std::move(wrong) : wrong.error().message();
     }
 
-    /// Takes what is there now for what was there before everything else.
-    void adopt() {
-        Bytes bytes(sectors() * sector_bytes);
-        if (!image_.read({0}, bytes)) throw std::runtime_error("the disk cannot be read");
-        for (std::uint64_t i = 0; i < sectors(); ++i)
-            model_.preset(i, value_in(i, std::span(bytes).subspan(i * sector_bytes, sector_bytes)));
-    }
+    void adopt() { test::adopt(image_, model_); }
 
     [[nodiscard]] std::uint64_t sectors() const { return image_.size() / sector_bytes; }
     [[nodiscard]] Image& image() { return image_; }

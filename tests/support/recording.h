@@ -1,9 +1,11 @@
 #pragma once
 // What is done to files, written down in order: from it every state can be built that a power loss might leave.
 
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "support/bytes.h"
@@ -78,13 +80,14 @@ private:
     std::vector<StorageEvent> events_ = std::vector<StorageEvent>(1);
 };
 
-/// Notes all that changes the file below it.
+/// Notes all that changes the file below it. Flushes may be told to take their time, as those of disks do.
 class RecordingStorage final : public PassThrough {
     using Kind = StorageEvent::Kind;
 
 public:
-    RecordingStorage(std::shared_ptr<Storage> inner, std::string file, StorageLog& log)
-        : PassThrough(std::move(inner)), file_(std::move(file)), log_(log) {}
+    RecordingStorage(std::shared_ptr<Storage> inner, std::string file, StorageLog& log,
+                     std::chrono::microseconds flush_time = {})
+        : PassThrough(std::move(inner)), file_(std::move(file)), log_(log), flush_time_(flush_time) {}
 
     Result<void> write(HostOffset at, std::span<const std::byte> from) override {
         StorageEvent event{Kind::write, file_, at.value, from.size(), Bytes(from.begin(), from.end())};
@@ -108,6 +111,7 @@ public:
 
     Result<void> flush() override {
         const auto begun = log_.append({Kind::flush_begin, file_});
+        if (flush_time_.count() != 0) std::this_thread::sleep_for(flush_time_);
         auto flushed = inner().flush();
         log_.append({flushed ? Kind::flush_end : Kind::flush_lost, file_, 0, 0, {}, begun});
         return flushed;
@@ -116,6 +120,7 @@ public:
 private:
     std::string file_;
     StorageLog& log_;
+    std::chrono::microseconds flush_time_;
 };
 
 }  // namespace qcow::test
