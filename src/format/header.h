@@ -29,6 +29,7 @@ inline constexpr std::uint64_t max_l1_bytes = std::uint64_t{32} << 20;
 inline constexpr std::uint64_t max_refcount_table_bytes = std::uint64_t{8} << 20;
 inline constexpr std::uint32_t max_snapshots = 65536;
 inline constexpr std::uint32_t max_bitmaps = 65535;
+inline constexpr std::uint64_t max_bitmap_bytes = std::uint64_t{512} << 20;  // of the bits of one
 
 namespace incompatible {
 inline constexpr std::uint64_t dirty = 1 << 0;

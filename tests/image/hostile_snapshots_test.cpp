@@ -1,6 +1,7 @@
 // Snapshots and bitmaps that lie.
 
 #include "fuzz/image_builder.h"
+#include "fuzz/writable_storage.h"
 #include "hostile.h"
 
 namespace qcow::hostile {
@@ -173,6 +174,78 @@ TEST_F(Hostile, BitmapsThatShareOneTable) {
             check_bounded(**opened, 64 * MiB);
         }
     }
+}
+
+/// The image in a file that is nearly all hole, opened for writing.
+Result<std::shared_ptr<Image>> open_in_a_hole(HostileImage image, std::uint64_t file_size) {
+    image.write_refcounts(4);
+    image.file.fixed_size = file_size;
+    return open_for_writing_bounded(std::make_shared<fuzz::WritableStorage>(image.finish(), "hostile.qcow2"));
+}
+
+/// A writer has to know where metadata lie, which takes nothing for how long a table says it is.
+TEST_F(Hostile, TablesOfSnapshotsThatAreLongHoles) {
+    for (const unsigned bits : {9U, 16U}) {
+        for (const std::uint32_t entries : {0xffff'ffffU, 0x0040'0001U, 0x0040'0000U}) {
+            HostileImage image(bits);
+            image.size = 4096;
+            image.snapshots = 1;
+            image.snapshot_table = bit(22);
+            image.file.write(image.cluster(bit(22)), snapshot_entry(bit(36), entries, 4096));
+            const auto opened = open_in_a_hole(std::move(image), bit(40));
+            EXPECT_EQ(opened.has_value(), entries == 0x0040'0000);
+            if (!opened)
+                expect_error(opened, Errc::limit_exceeded, {"snapshot \"a\"", "32 MiB", "open the image for reading"});
+        }
+    }
+}
+
+TEST_F(Hostile, ManySnapshotsWithTablesOfTheLargestSize) {
+    HostileImage image(9);
+    image.size = 4096;
+    image.snapshots = 65536;
+    image.snapshot_table = bit(15);
+    Bytes table;
+    for (std::uint64_t i = 0; i < image.snapshots; ++i) {
+        const auto one = snapshot_entry(bit(36) + i * bit(25), bit(22), 4096);
+        table.insert(table.end(), one.begin(), one.end());
+    }
+    image.file.write(image.cluster(bit(15)), table);
+    const auto opened = open_in_a_hole(std::move(image), bit(42));
+    ASSERT_TRUE(opened.has_value()) << opened.error().message();
+    EXPECT_TRUE((*opened)->write({0}, Bytes(4096)).has_value());
+    EXPECT_TRUE((*opened)->close().has_value());
+}
+
+TEST_F(Hostile, TablesOfBitmapsThatAreLongHoles) {
+    for (const unsigned bits : {9U, 16U}) {
+        for (const std::uint32_t entries : {0xffff'ffffU, 0x0010'0000U}) {
+            HostileImage image(bits);
+            image.size = 4096;
+            image.autoclear = 1;
+            const auto directory = bitmap_entry(bit(36), entries);
+            image.extensions.push_back(bitmaps_extension(1, directory.size(), bit(25)));
+            image.file.write(bit(25), directory);
+            const auto opened = open_in_a_hole(std::move(image), bit(40));
+            EXPECT_EQ(opened.has_value(), bits == 9 && entries == 0x0010'0000);
+            if (!opened)
+                expect_error(opened, Errc::limit_exceeded, {"bitmap \"b\"", "512 MiB", "open the image for reading"});
+        }
+    }
+}
+
+TEST_F(Hostile, ManyBitmapsWithTablesOfTheLargestSize) {
+    HostileImage image(9);
+    image.size = 4096;
+    image.autoclear = 1;
+    Bytes directory;
+    for (std::uint64_t i = 0; i < 65535; ++i) {
+        const auto one = bitmap_entry(bit(36) + i * bit(23), bit(20));
+        directory.insert(directory.end(), one.begin(), one.end());
+    }
+    image.extensions.push_back(bitmaps_extension(65535, directory.size(), bit(25)));
+    image.file.write(bit(25), directory);
+    EXPECT_TRUE(open_in_a_hole(std::move(image), bit(40)).has_value());
 }
 
 /// Each is sound, but nobody could tell which one is meant.
