@@ -53,7 +53,7 @@ public:
     Result<void> sync();
 
     /// Changes the header, in memory once it is written to the file. Does not flush.
-    Result<void> update_header(const std::function<void(format::Header&)>& change);
+    Result<void> update_header(const std::function<void(format::HeaderState&)>& change);
 
     /// Refuses all changes from now on, because of this error: what the file holds can no longer be told.
     std::unexpected<Error> stop(Error why);

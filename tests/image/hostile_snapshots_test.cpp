@@ -3,6 +3,8 @@
 #include "fuzz/image_builder.h"
 #include "fuzz/writable_storage.h"
 #include "hostile.h"
+#include "qcow/serve.h"
+#include "support/pass_through.h"
 
 namespace qcow::hostile {
 namespace {
@@ -127,13 +129,13 @@ TEST_F(Hostile, SnapshotsThatShareOneL1Table) {
     }
 }
 
-Bytes bitmap_entry(std::uint64_t table, std::uint32_t entries) {
+Bytes bitmap_entry(std::uint64_t table, std::uint32_t entries, bool enabled = false, unsigned granularity_bits = 16) {
     Bytes entry;
     append(entry, table, 8);
     append(entry, entries, 4);
-    append(entry, 0, 4);
+    append(entry, enabled ? 2 : 0, 4);
     append(entry, 1, 1);
-    append(entry, 16, 1);
+    append(entry, granularity_bits, 1);
     append(entry, 1, 2);
     append(entry, 0, 4);
     append(entry, "b");
@@ -246,6 +248,95 @@ TEST_F(Hostile, ManyBitmapsWithTablesOfTheLargestSize) {
     image.extensions.push_back(bitmaps_extension(65535, directory.size(), bit(25)));
     image.file.write(bit(25), directory);
     EXPECT_TRUE(open_in_a_hole(std::move(image), bit(40)).has_value());
+}
+
+/// Enabled bitmaps that cannot be kept, in an image whose header is as large as headers get.
+TEST_F(Hostile, ManyEnabledBitmapsWithoutTables) {
+    HostileImage image(21);
+    image.autoclear = 1;
+    Bytes directory;
+    for (unsigned i = 0; i < 65535; ++i) {
+        const auto one = bitmap_entry(0, 0, true);
+        directory.insert(directory.end(), one.begin(), one.end());
+    }
+    image.extensions.push_back(bitmaps_extension(65535, directory.size(), bit(25)));
+    for (unsigned i = 0; i < 999; ++i) image.extensions.push_back({0x1000'0000 + i, Bytes(2000)});
+    image.file.write(bit(25), directory);
+    const auto opened = open_in_a_hole(std::move(image), bit(28));
+    ASSERT_TRUE(opened.has_value()) << opened.error().message();
+    const auto cost = cost_of([&] {
+        EXPECT_TRUE((*opened)->write({0}, Bytes(512)).has_value());
+        EXPECT_TRUE((*opened)->close().has_value());
+    });
+    EXPECT_LT(cost.seconds, max_seconds);
+}
+
+/// Counts what is read.
+class CountingStorage final : public test::PassThrough {
+public:
+    using PassThrough::PassThrough;
+    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+        bytes_read += to.size();
+        return PassThrough::read(at, to);
+    }
+    mutable std::uint64_t bytes_read = 0;
+};
+
+/// The directory is read when a bitmap is asked for, not each time.
+TEST_F(Hostile, AskingAgainAboutOneOfManyBitmaps) {
+    HostileImage image;
+    image.autoclear = 1;
+    Bytes directory;
+    for (unsigned i = 0; i < 65535; ++i) {
+        const auto one = bitmap_entry(bit(30), 1);
+        directory.insert(directory.end(), one.begin(), one.end());
+    }
+    image.extensions.push_back(bitmaps_extension(65535, directory.size(), bit(25)));
+    image.file.write(bit(25), directory);
+    image.file.fixed_size = bit(31);
+    const auto storage = std::make_shared<CountingStorage>(fuzz::storage_of(image.finish(), "hostile.qcow2"));
+    const auto opened = open_bounded(storage);
+    ASSERT_TRUE(opened.has_value());
+    const auto ask = [&] {
+        return (*opened)->each_dirty("b", {0}, image.size, [](const DirtyRun&) { return Result<void>(); });
+    };
+    ASSERT_TRUE(ask().has_value());
+    storage->bytes_read = 0;
+    const auto cost = cost_of([&] {
+        for (int i = 0; i < 1000; ++i) ASSERT_TRUE(ask().has_value());
+    });
+    EXPECT_LT(storage->bytes_read, 64 * KiB);
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, 4 * MiB * fatness);
+}
+
+/// Bits for single bytes, so that a disk of a tebibyte has 128 GiB of them: no answer is about all.
+TEST_F(Hostile, AnswersAboutLargeBitmapsAreParts) {
+    HostileImage image;
+    image.size = bit(40);
+    image.l1_entries = bit(11);
+    image.l1_table = bit(12);
+    image.autoclear = 1;
+    const auto directory = bitmap_entry(bit(32), bit(21), false, 0);
+    image.extensions.push_back(bitmaps_extension(1, directory.size(), bit(25)));
+    image.file.write(bit(25), directory);
+    image.file.fixed_size = bit(40);
+    const auto opened = open_bounded(image.finish());
+    ASSERT_TRUE(opened.has_value()) << opened.error().message();
+    const auto context = dirty_bitmap_context(*opened, "b");
+    ASSERT_TRUE(context.has_value()) << context.error().message();
+    std::vector<std::uint64_t> lengths;
+    const auto cost = cost_of([&] {
+        EXPECT_TRUE(context
+                        ->status({bit(30)}, bit(39),
+                                 [&](const NbdStatus& run) {
+                                     lengths.push_back(run.length);
+                                     return true;
+                                 })
+                        .has_value());
+    });
+    EXPECT_THAT(lengths, testing::ElementsAre(8 * MiB));
+    EXPECT_LT(cost.seconds, max_seconds);
 }
 
 /// Each is sound, but nobody could tell which one is meant.
