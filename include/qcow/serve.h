@@ -23,7 +23,8 @@ struct NbdContext {
     using Visit = std::function<bool(const NbdStatus&)>;
     std::string name;  ///< "NAMESPACE:LEAF", as clients write it
     /// Visits runs that together are [at, at + length), which lies within the disk, in their order, until `visit` says
-    /// false. Called from any number of threads at once.
+    /// false. It may end earlier, after at least one run, where the rest takes long: clients ask again. Called from any
+    /// number of threads at once.
     std::function<Result<void>(GuestOffset at, std::uint64_t length, const Visit& visit)> status;
 };
 

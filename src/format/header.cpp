@@ -86,10 +86,18 @@ Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data
             }
             h.backing_format = text(data);
             break;
-        case ExtensionType::data_file_name: h.data_file_name = text(data); break;
+        case ExtensionType::data_file_name:
+            if (data.size() > max_data_file_name) {
+                return fail(Errc::limit_exceeded, place("data file name"),
+                            fmt::format("{} bytes are more than {}, the longest name of a file", data.size(),
+                                        max_data_file_name));
+            }
+            h.data_file_name = text(data);
+            break;
         case ExtensionType::feature_names: {
             constexpr std::size_t entry = 48;
-            for (std::size_t i = 0; i + entry <= data.size(); i += entry) {
+            for (std::size_t i = 0; i + entry <= data.size() && h.feature_names.size() < max_feature_names;
+                 i += entry) {
                 auto name = text(data.subspan(i + 2, entry - 2));
                 name.resize(std::min(name.find('\0'), name.size()));
                 h.feature_names.push_back(
@@ -112,7 +120,7 @@ Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data
             h.encryption = EncryptionExtension{{load_be<std::uint64_t>(data, 0)}, load_be<std::uint64_t>(data, 8)};
             break;
         }
-        default: h.unknown_extensions.push_back({type, {data.begin(), data.end()}});
+        default: h.unknown_extensions.push_back({type, static_cast<std::uint32_t>(data.size())});
     }
     return {};
 }
@@ -120,7 +128,7 @@ Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data
 /// Extensions run from the end of the header to a type of 0, or to the backing file name or the cluster's end.
 Result<void> parse_extensions(std::span<const std::byte> in, std::size_t limit, Header& h) {
     std::size_t at = h.header_length;
-    while (at + 8 <= limit) {
+    for (std::size_t count = 0; at + 8 <= limit; ++count) {
         const auto type = load_be<std::uint32_t>(in, at);
         const auto length = load_be<std::uint32_t>(in, at + 4);
         if (static_cast<ExtensionType>(type) == ExtensionType::end) return {};
@@ -128,6 +136,12 @@ Result<void> parse_extensions(std::span<const std::byte> in, std::size_t limit, 
             return fail(
                 Errc::corrupt, fmt::format("header extension {:#010x} (byte {})", type, at),
                 fmt::format("its {} bytes reach past the space for extensions, which ends at byte {}", length, limit));
+        }
+        if (count == max_extensions) {
+            return fail(Errc::limit_exceeded, fmt::format("header extension {:#010x} (byte {})", type, at),
+                        fmt::format("there are more than {} extensions; no program makes so many, so have the image's "
+                                    "maker write it anew",
+                                    max_extensions));
         }
         TRY_VOID(parse_extension(type, in.subspan(at + 8, length), at, h));
         at += 8 + static_cast<std::size_t>(align_down(length + std::uint64_t{7}, 8));
@@ -264,7 +278,7 @@ Result<Header> parse_header(std::span<const std::byte> cluster, std::uint64_t fi
     return h;
 }
 
-std::vector<Feature> features_of(const Header& h) {
+std::vector<Feature> features_of(const Header& h, const HeaderState& state) {
     std::vector<Feature> result;
     const auto collect = [&](Feature::Kind kind, std::uint64_t bits) {
         for (unsigned n = 0; n < 64; ++n) {
@@ -283,9 +297,9 @@ std::vector<Feature> features_of(const Header& h) {
             result.push_back({kind, n, std::move(name), known != known_features.end()});
         }
     };
-    collect(Feature::Kind::incompatible, h.incompatible);
-    collect(Feature::Kind::compatible, h.compatible);
-    collect(Feature::Kind::autoclear, h.autoclear);
+    collect(Feature::Kind::incompatible, state.incompatible);
+    collect(Feature::Kind::compatible, state.compatible);
+    collect(Feature::Kind::autoclear, state.autoclear);
     return result;
 }
 

@@ -23,12 +23,19 @@ inline constexpr unsigned min_cluster_bits = 9;
 inline constexpr unsigned max_cluster_bits = 21;
 inline constexpr std::size_t max_cluster_size = std::size_t{1} << max_cluster_bits;
 inline constexpr std::size_t max_name_length = 1023;  // of a backing file
+/// Real headers have up to six extensions; a cluster has room for 262,000, in each layer of a chain.
+inline constexpr std::size_t max_extensions = 1000;
+/// As many as there are feature bits: further entries of the table of their names can say nothing new.
+inline constexpr std::size_t max_feature_names = std::size_t{3} * 64;
+/// Longer than a path can be.
+inline constexpr std::size_t max_data_file_name = 4096;
 
 // Limits beyond the specification's, the same as QEMU's: images past them do not exist in practice.
 inline constexpr std::uint64_t max_l1_bytes = std::uint64_t{32} << 20;
 inline constexpr std::uint64_t max_refcount_table_bytes = std::uint64_t{8} << 20;
 inline constexpr std::uint32_t max_snapshots = 65536;
 inline constexpr std::uint32_t max_bitmaps = 65535;
+inline constexpr std::uint64_t max_bitmap_bytes = std::uint64_t{512} << 20;  // of the bits of one
 
 namespace incompatible {
 inline constexpr std::uint64_t dirty = 1 << 0;
@@ -50,10 +57,11 @@ inline constexpr std::uint64_t raw_external_data = 1 << 1;
 
 enum class Crypt : std::uint32_t { none = 0, aes = 1, luks = 2 };
 
-/// A header extension that this library does not know; kept so that it can be written back.
+/// A header extension that this library does not know. What it holds stays in the file, which update_header leaves as
+/// it is, and takes no memory: a chain has many headers.
 struct Extension {
     std::uint32_t type = 0;
-    std::vector<std::byte> data;
+    std::uint32_t bytes = 0;
 };
 
 /// The types of the extensions that this library knows.
@@ -100,11 +108,9 @@ struct EncryptionExtension {
     std::uint64_t length = 0;
 };
 
-struct Header {
-    std::uint32_t version = 3;
-    unsigned cluster_bits = 16;
+/// What changes in an image's life; cheap to copy.
+struct HeaderState {
     std::uint64_t size = 0;  // virtual, bytes
-    Crypt crypt = Crypt::none;
     std::uint32_t l1_entries = 0;
     HostOffset l1_table;
     HostOffset refcount_table;
@@ -114,6 +120,14 @@ struct Header {
     std::uint64_t incompatible = 0;
     std::uint64_t compatible = 0;
     std::uint64_t autoclear = 0;
+
+    [[nodiscard]] bool has(std::uint64_t incompatible_bit) const { return (incompatible & incompatible_bit) != 0; }
+};
+
+struct Header : HeaderState {
+    std::uint32_t version = 3;
+    unsigned cluster_bits = 16;
+    Crypt crypt = Crypt::none;
     unsigned refcount_order = 4;
     std::uint32_t header_length = fixed_header_v2;
     Compression compression = Compression::zlib;
@@ -126,10 +140,12 @@ struct Header {
     std::optional<EncryptionExtension> encryption;
     std::vector<Extension> unknown_extensions;
 
-    [[nodiscard]] bool has(std::uint64_t incompatible_bit) const { return (incompatible & incompatible_bit) != 0; }
     [[nodiscard]] std::uint64_t cluster_size() const { return std::uint64_t{1} << cluster_bits; }
     /// Whether the bitmaps extension may be believed.
-    [[nodiscard]] bool bitmaps_consistent() const { return bitmaps && (autoclear & autoclear::bitmaps) != 0; }
+    [[nodiscard]] bool bitmaps_consistent() const { return bitmaps_consistent(*this); }
+    [[nodiscard]] bool bitmaps_consistent(const HeaderState& state) const {
+        return bitmaps && (state.autoclear & autoclear::bitmaps) != 0;
+    }
 };
 
 /// How many bytes parse_header wants to see, from the first `fixed_header_v2` bytes: the first cluster.
@@ -140,16 +156,18 @@ Result<std::size_t> header_bytes(std::span<const std::byte> start);
 /// bounds the tables that reading needs.
 Result<Header> parse_header(std::span<const std::byte> cluster, std::uint64_t file_size);
 
-/// The first cluster's contents, as long as they are, for a header that parse_header would accept. A table of the
+/// The first cluster's contents, as long as they are, for a header that parse_header would accept, without the
+/// extensions that are not known. A table of the
 /// feature names is added where there is room for it. Errc::limit_exceeded if header, extensions and backing file name
 /// do not fit in a cluster.
 Result<std::vector<std::byte>> encode_header(const Header& header);
 
 /// Puts the fields that change in an image's life (size, tables, snapshots, feature bits) into its first bytes, at
 /// least the fixed header of its version. Everything else, known or not, stays as it is.
-void update_header(std::span<std::byte> first_bytes, const Header& header);
+void update_header(std::span<std::byte> first_bytes, unsigned version, const HeaderState& state);
 
-/// The set feature bits by name, for people.
-std::vector<Feature> features_of(const Header& header);
+/// The feature bits that are set in `state`, by the names that the header has for them, for people.
+std::vector<Feature> features_of(const Header& header, const HeaderState& state);
+inline std::vector<Feature> features_of(const Header& header) { return features_of(header, header); }
 
 }  // namespace qcow::format

@@ -97,7 +97,6 @@ std::vector<std::byte> encode_extensions(const Header& h) {
         data.put(h.bitmaps->directory.value);
         out.put_extension(ExtensionType::bitmaps, data.take());
     }
-    for (const auto& extension : h.unknown_extensions) out.put_extension(extension.type, extension.data);
     return out.take();
 }
 
@@ -128,7 +127,7 @@ Result<std::vector<std::byte>> encode_header(const Header& h) {
     return out.take();
 }
 
-void update_header(std::span<std::byte> bytes, const Header& h) {
+void update_header(std::span<std::byte> bytes, unsigned version, const HeaderState& h) {
     store_be(bytes, 24, h.size);
     store_be(bytes, 36, h.l1_entries);
     store_be(bytes, 40, h.l1_table.value);
@@ -136,7 +135,7 @@ void update_header(std::span<std::byte> bytes, const Header& h) {
     store_be(bytes, 56, h.refcount_table_clusters);
     store_be(bytes, 60, h.snapshot_count);
     store_be(bytes, 64, h.snapshot_table.value);
-    if (h.version < 3) return;
+    if (version < 3) return;
     store_be(bytes, 72, h.incompatible);
     store_be(bytes, 80, h.compatible);
     store_be(bytes, 88, h.autoclear);

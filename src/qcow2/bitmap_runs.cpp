@@ -24,11 +24,11 @@ Result<void> verify_bitmap(const Core& core, const format::BitmapEntry& bitmap) 
     const auto bad = [&](std::string what) { return fail(Errc::corrupt, place_of(core, bitmap), std::move(what)); };
     if (!bitmap.understood)
         return fail(Errc::unsupported, place_of(core, bitmap), "it has extra data that have to be understood");
-    const auto header = core.current_header();
-    const auto needed = divide_up(divide_up(header.size, bitmap.info.granularity), header.cluster_size() * 8);
+    const auto cluster_size = core.header.cluster_size();
+    const auto needed = divide_up(divide_up(core.current_header().size, bitmap.info.granularity), cluster_size * 8);
     if (bitmap.table_entries != needed)
         return bad(fmt::format("its table has {} entries, but the disk needs {}", bitmap.table_entries, needed));
-    if (!is_aligned(bitmap.table.value, header.cluster_size()))
+    if (!is_aligned(bitmap.table.value, cluster_size))
         return bad("the table's offset is not a multiple of the cluster size");
     const auto file_size = TRY(core.file->size());
     if (!lies_within(bitmap.table.value, std::uint64_t{bitmap.table_entries} * 8, file_size))

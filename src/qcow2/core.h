@@ -23,24 +23,15 @@ struct Core {
           cache_bytes(cache_budget),
           words(file, std::min<std::uint64_t>(header.cluster_size(), 4096), cache_budget) {}
 
-    /// What may change while requests are in flight (size, tables, features) is read through this.
-    [[nodiscard]] format::Header current_header() const {
+    /// What may change while requests are in flight (size, tables, features) is read through this. The rest of the
+    /// header never changes, and is read without a lock.
+    [[nodiscard]] format::HeaderState current_header() const {
         const std::lock_guard lock(header_mutex);
         return header;
     }
-    void replace_header(const format::Header& changed) {
+    void replace_header(const format::HeaderState& changed) {
         const std::lock_guard lock(header_mutex);
-        // One by one: the other fields never change, and are read without the lock.
-        header.size = changed.size;
-        header.l1_entries = changed.l1_entries;
-        header.l1_table = changed.l1_table;
-        header.refcount_table = changed.refcount_table;
-        header.refcount_table_clusters = changed.refcount_table_clusters;
-        header.snapshot_count = changed.snapshot_count;
-        header.snapshot_table = changed.snapshot_table;
-        header.incompatible = changed.incompatible;
-        header.compatible = changed.compatible;
-        header.autoclear = changed.autoclear;
+        static_cast<format::HeaderState&>(header) = changed;
     }
 
     mutable std::mutex header_mutex;

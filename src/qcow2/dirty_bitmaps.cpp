@@ -13,16 +13,16 @@ using format::BitmapEntry;
 Result<void> DirtyBitmaps::load() {
     const auto bitmaps = TRY(read_bitmaps(core_));
     if (bitmaps.empty()) return {};
-    const auto header = core_.current_header();
+    const std::uint64_t size = core_.current_header().size;
     std::uint64_t memory = std::max<std::uint64_t>(core_.cache_bytes / 4, min_memory);
-    HostOffset at = header.bitmaps->directory;
+    HostOffset at = core_.header.bitmaps->directory;
     for (std::size_t i = 0; i < bitmaps.size(); ++i) {
         const auto& entry = bitmaps[i];
         const HostOffset flags_at = at + BitmapEntry::flags_at;
         at += entry.encoded_bytes;
         if (!entry.info.enabled || entry.info.in_use) continue;
         Bitmap bitmap{entry, i, flags_at};
-        const std::uint64_t words = divide_up(divide_up(header.size, entry.info.granularity), 64);
+        const std::uint64_t words = divide_up(divide_up(size, entry.info.granularity), 64);
         if (words <= memory / 8 && verify_bitmap(core_, entry)) {
             bitmap.kept = true;
             bitmap.recorded = RecordedBits(words);
@@ -40,6 +40,7 @@ Result<void> DirtyBitmaps::write_flags(const Bitmap& bitmap, std::uint32_t flags
 }
 
 Result<void> DirtyBitmaps::mark_in_use() {
+    ever_marked_ = true;
     if (enabled_.empty()) return {};
     marked_ = true;
     for (const auto& bitmap : enabled_) TRY_VOID(write_flags(bitmap, bitmap.entry.flags | BitmapEntry::in_use_flag));
@@ -126,8 +127,19 @@ Result<void> DirtyBitmaps::clear_in_use() {
 }
 
 const RecordedBits* DirtyBitmaps::recorded(std::size_t index) const {
-    const auto found = std::ranges::find(enabled_, index, &Bitmap::index);
-    return found != enabled_.end() && found->kept ? &found->recorded : nullptr;
+    const auto* found = find(index);
+    return found != nullptr && found->kept ? &found->recorded : nullptr;
+}
+
+bool DirtyBitmaps::forgotten(std::size_t index) const {
+    if (!ever_marked_) return false;
+    const auto* found = find(index);
+    return found != nullptr && !found->kept;
+}
+
+const DirtyBitmaps::Bitmap* DirtyBitmaps::find(std::size_t index) const {
+    const auto found = std::ranges::lower_bound(enabled_, index, {}, &Bitmap::index);
+    return found != enabled_.end() && found->index == index ? &*found : nullptr;
 }
 
 }  // namespace qcow::qcow2

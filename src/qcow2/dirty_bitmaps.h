@@ -44,6 +44,9 @@ public:
     /// What was recorded for this entry of the directory; null: it is not kept. Thread-safe.
     [[nodiscard]] const RecordedBits* recorded(std::size_t index) const;
 
+    /// Whether this entry was marked to stay so, since the image was opened. Thread-safe.
+    [[nodiscard]] bool forgotten(std::size_t index) const;
+
 private:
     struct Bitmap {
         format::BitmapEntry entry;
@@ -53,6 +56,7 @@ private:
         RecordedBits recorded = {};
     };
 
+    [[nodiscard]] const Bitmap* find(std::size_t index) const;
     Result<void> write_flags(const Bitmap& bitmap, std::uint32_t flags);
     Result<void> save_cluster(const Bitmap& bitmap, std::uint64_t index,
                               std::span<const std::atomic<std::uint64_t>> recorded);
@@ -62,8 +66,9 @@ private:
     WriteBack& write_back_;
     MetadataMap& metadata_;
     Allocator& allocator_;
-    std::vector<Bitmap> enabled_;  // that were not in use when the image was opened
+    std::vector<Bitmap> enabled_;  // that were not in use when the image was opened, by their indices
     bool marked_ = false;
+    std::atomic<bool> ever_marked_ = false;
 };
 
 }  // namespace qcow::qcow2

@@ -13,6 +13,7 @@
 #include "qcow/text.h"
 #include "qcow2/bitmap_runs.h"
 #include "qcow2/check.h"
+#include "qcow2/known_bitmaps.h"
 #include "qcow2/tables.h"
 #include "qcow2/view.h"
 #include "qcow2/writer.h"
@@ -68,7 +69,7 @@ ReferenceInfo reference_info(const std::string& name, const std::optional<std::s
 class Qcow2Image final : public Image {
 public:
     explicit Qcow2Image(std::shared_ptr<Core> core)
-        : core_(std::move(core)), active_(core_, core_->header.l1_table), size_(core_->header.size) {}
+        : core_(std::move(core)), active_(core_, core_->header.l1_table), size_(core_->header.size), bitmaps_(*core_) {}
 
     ~Qcow2Image() override { static_cast<void>(close()); }
 
@@ -142,6 +143,7 @@ public:
         if (!writer_) return {};
         auto settled = writer_->settle();
         writer_.reset();
+        bitmaps_.forget();
         return settled;
     }
 
@@ -165,23 +167,18 @@ public:
                             const std::function<Result<void>(const DirtyRun&)>& visit) override {
         return within_memory([&]() -> Result<void> {
             TRY_VOID(verify_range(*this, begin, length));
-            const auto bitmaps = TRY(read_bitmaps(*core_));
-            const auto found = std::ranges::find_if(bitmaps, [&](const auto& b) { return b.info.name == bitmap; });
-            if (found == bitmaps.end()) {
-                return fail(Errc::not_found, core_->file->name(),
-                            fmt::format("there is no bitmap \"{}\" that is up to date", printable(bitmap)));
-            }
-            const auto index = static_cast<std::size_t>(found - bitmaps.begin());
-            const auto* recorded = writer_ ? writer_->bitmaps().recorded(index) : nullptr;
-            if (found->info.in_use && recorded == nullptr) {
+            const auto* found = TRY(bitmaps_.find(bitmap));
+            const auto* recorded = writer_ ? writer_->bitmaps().recorded(found->index) : nullptr;
+            const bool forgotten = writer_ && writer_->bitmaps().forgotten(found->index);
+            if (forgotten || (found->entry.info.in_use && recorded == nullptr)) {
                 return fail(
                     Errc::corrupt, core_->file->name(),
                     fmt::format("bitmap \"{}\" is in use: a writer did not save it, so its bits cannot be trusted; "
                                 "remove it and make a new one",
                                 printable(bitmap)));
             }
-            TRY_VOID(verify_bitmap(*core_, *found));
-            return each_dirty_run(*core_, *found, recorded, begin, length, visit);
+            TRY_VOID(verify_bitmap(*core_, found->entry));
+            return each_dirty_run(*core_, found->entry, recorded, begin, length, visit);
         });
     }
 
@@ -200,35 +197,35 @@ public:
 
     [[nodiscard]] Result<ImageInfo> info() const override {
         return within_memory([&]() -> Result<ImageInfo> {
-            const auto header = core_->current_header();
+            const auto& header = core_->header;
+            const auto state = core_->current_header();
             ImageInfo info;
             info.filename = core_->file->name();
             info.format = Format::qcow2;
-            info.virtual_size = header.size;
+            info.virtual_size = state.size;
             info.file_size = TRY(core_->file->size());
             info.disk_size = TRY(core_->file->allocated());
             info.version = header.version;
             info.cluster_size = header.cluster_size();
             info.compression = header.compression == Compression::zstd ? "zstd" : "zlib";
             info.refcount_bits = 1U << header.refcount_order;
-            info.dirty = header.has(format::incompatible::dirty);
-            info.corrupt = header.has(format::incompatible::corrupt);
-            info.lazy_refcounts = (header.compatible & format::compatible::lazy_refcounts) != 0;
+            info.dirty = state.has(format::incompatible::dirty);
+            info.corrupt = state.has(format::incompatible::corrupt);
+            info.lazy_refcounts = (state.compatible & format::compatible::lazy_refcounts) != 0;
             info.extended_l2 = core_->rules.geometry.extended_l2;
-            info.features = format::features_of(header);
+            info.features = format::features_of(header, state);
             if (!header.backing_name.empty())
                 info.backing = reference_info(header.backing_name, header.backing_format, *core_);
             if (core_->rules.external_data)
                 info.data_file = reference_info(header.data_file_name.value_or(""), "raw", *core_);
             info.data_file_raw =
-                core_->rules.external_data && (header.autoclear & format::autoclear::raw_external_data) != 0;
+                core_->rules.external_data && (state.autoclear & format::autoclear::raw_external_data) != 0;
             if (header.crypt != format::Crypt::none) info.encryption = TRY(encryption_info(*core_));
             for (auto& snapshot : TRY(read_snapshots(*core_)).entries) info.snapshots.push_back(std::move(snapshot.info));
             for (auto& bitmap : TRY(read_bitmaps(*core_))) info.bitmaps.push_back(std::move(bitmap.info));
-            info.bitmaps_stale = header.bitmaps && !header.bitmaps_consistent();
-            for (const auto& extension : header.unknown_extensions) {
-                info.unknown_extensions.push_back({extension.type, static_cast<std::uint32_t>(extension.data.size())});
-            }
+            info.bitmaps_stale = header.bitmaps && !header.bitmaps_consistent(state);
+            for (const auto& extension : header.unknown_extensions)
+                info.unknown_extensions.push_back({extension.type, extension.bytes});
             return info;
         });
     }
@@ -257,6 +254,7 @@ private:
     std::shared_ptr<Core> core_;
     View active_;
     std::atomic<std::uint64_t> size_;
+    KnownBitmaps bitmaps_;
     WriteOptions options_;
     std::unique_ptr<Writer> writer_;  // null: read-only
 };

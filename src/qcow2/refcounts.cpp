@@ -312,7 +312,7 @@ Result<void> Refcounts::write_table() {
 Result<void> Refcounts::replace_table(HostOffset at, std::uint64_t clusters) {
     const auto old = core_.current_header();
     TRY_VOID(metadata_.add(at, clusters << cluster_bits_, MetadataMap::Kind::refcount_table));
-    auto named = write_back_.update_header([&](format::Header& header) {
+    auto named = write_back_.update_header([&](format::HeaderState& header) {
         header.refcount_table = at;
         header.refcount_table_clusters = static_cast<std::uint32_t>(clusters);
     });

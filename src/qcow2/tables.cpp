@@ -56,8 +56,8 @@ Result<SnapshotTable> read_snapshots(const Core& core) {
 
 Result<std::vector<format::BitmapEntry>> read_bitmaps(const Core& core) {
     std::vector<format::BitmapEntry> result;
-    const auto header = core.current_header();
-    if (!header.bitmaps_consistent()) return result;
+    const auto& header = core.header;
+    if (!header.bitmaps_consistent(core.current_header())) return result;
     const auto& extension = *header.bitmaps;
     const auto bad_extension = [&](std::string what) {
         return fail(

@@ -100,13 +100,13 @@ Result<void> WriteBack::sync() {
     return stop(std::move(error));
 }
 
-Result<void> WriteBack::update_header(const std::function<void(format::Header&)>& change) {
+Result<void> WriteBack::update_header(const std::function<void(format::HeaderState&)>& change) {
     const std::lock_guard lock(header_mutex_);
     auto header = core_.current_header();
     change(header);
     std::array<std::byte, 512> sector;
     TRY(core_.file->read({0}, sector));
-    format::update_header(sector, header);
+    format::update_header(sector, core_.header.version, header);
     // Which of the two the file has can no longer be told.
     if (auto wrote = core_.file->write({0}, sector); !wrote) return stop(std::move(wrote).error());
     core_.replace_header(header);
@@ -117,7 +117,7 @@ std::unexpected<Error> WriteBack::declare_corrupt(const std::string& place, cons
     Error error{Errc::corrupt, core_.file->name() + ": " + place, what + "; the image is marked as corrupt: check it"};
     if (core_.header.version >= 3 && !stopped_) {
         // If this fails, too, the image is at least not written any more.
-        if (update_header([](format::Header& header) { header.incompatible |= format::incompatible::corrupt; }))
+        if (update_header([](format::HeaderState& header) { header.incompatible |= format::incompatible::corrupt; }))
             static_cast<void>(sync());
     }
     return stop(std::move(error));

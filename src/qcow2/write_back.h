@@ -55,7 +55,7 @@ public:
 
     /// Changes the header, in memory once it is written to the file. Does not flush. A write that fails stops all
     /// writing.
-    Result<void> update_header(const std::function<void(format::Header&)>& change);
+    Result<void> update_header(const std::function<void(format::HeaderState&)>& change);
 
     /// Refuses all changes from now on, because of this error: what the file holds can no longer be told.
     std::unexpected<Error> stop(Error why);

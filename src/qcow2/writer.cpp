@@ -61,7 +61,7 @@ Result<void> Writer::rebuild_refcounts() {
                     report.findings.front().what + "; this is left after the refcounts of a dirty image were rebuilt");
     }
     TRY_VOID(write_back_.update_header(
-        [](format::Header& changed) { changed.incompatible &= ~format::incompatible::dirty; }));
+        [](format::HeaderState& changed) { changed.incompatible &= ~format::incompatible::dirty; }));
     return write_back_.sync();
 }
 
@@ -80,9 +80,9 @@ Result<void> Writer::begin_first() {
     const auto header = core_->current_header();
     // What is not known may depend on what is about to change.
     std::uint64_t kept = format::autoclear::raw_external_data;
-    if (header.bitmaps_consistent()) kept |= format::autoclear::bitmaps;
+    if (core_->header.bitmaps_consistent(header)) kept |= format::autoclear::bitmaps;
     if ((header.autoclear & ~kept) != 0) {
-        TRY_VOID(write_back_.update_header([&](format::Header& changed) { changed.autoclear &= kept; }));
+        TRY_VOID(write_back_.update_header([&](format::HeaderState& changed) { changed.autoclear &= kept; }));
         TRY_VOID(write_back_.sync());
     }
     TRY_VOID(bitmaps_.mark_in_use());

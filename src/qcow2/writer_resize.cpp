@@ -16,13 +16,13 @@ Result<void> Writer::resize(std::uint64_t size) {
     const std::lock_guard lock(resize_mutex_);
     const auto header = core_->current_header();
     const auto refuse = [&](std::string what) { return fail(Errc::unsupported, core_->file->name(), std::move(what)); };
-    if (header.bitmaps) return refuse("it has bitmaps, which are of the old size; remove them first");
-    if (header.version < 3 && header.snapshot_count != 0)
+    if (core_->header.bitmaps) return refuse("it has bitmaps, which are of the old size; remove them first");
+    if (core_->header.version < 3 && header.snapshot_count != 0)
         return refuse("it has snapshots, and version 2 cannot record that theirs is another size; use version 3");
     const std::uint64_t most = (format::max_l1_bytes / 8) * rules_.geometry.l2_coverage();
     if (size > most || size > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
         return fail(Errc::invalid_argument, core_->file->name(),
-                    fmt::format("{} bytes are more than clusters of {} can map", size, header.cluster_size()));
+                    fmt::format("{} bytes are more than clusters of {} can map", size, core_->header.cluster_size()));
     }
     if (size == header.size) return {};
     return write_back_.attempt([&]() -> Result<void> {
@@ -32,7 +32,7 @@ Result<void> Writer::resize(std::uint64_t size) {
 }
 
 Result<void> Writer::set_header_size(std::uint64_t size) {
-    TRY_VOID(write_back_.update_header([&](format::Header& header) { header.size = size; }));
+    TRY_VOID(write_back_.update_header([&](format::HeaderState& header) { header.size = size; }));
     return write_back_.sync();
 }
 
@@ -121,7 +121,7 @@ Result<void> Writer::move_l1(HostOffset table, std::uint32_t entries) {
     // Entries that were only in the cache may refer to tables that had to be written first.
     TRY_VOID(write_back_.write_all());
     TRY_VOID(write_back_.sync());
-    TRY_VOID(write_back_.update_header([&](format::Header& changed) {
+    TRY_VOID(write_back_.update_header([&](format::HeaderState& changed) {
         changed.l1_table = table;
         changed.l1_entries = entries;
     }));

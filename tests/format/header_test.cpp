@@ -448,7 +448,7 @@ TEST(HeaderExtensions, EncryptionHas16Bytes) {
                       {"header extension encryption (byte 112): 17 bytes"}));
 }
 
-TEST(HeaderExtensions, UnknownOnesAreKeptInTheirOrder) {
+TEST(HeaderExtensions, UnknownOnesAreListedInTheirOrder) {
     const auto h = must(parse(with_extensions({
         extension(0xffffffff, text_bytes("twelve bytes")),
         extension(0xe2792aca, text_bytes("raw")),
@@ -456,9 +456,9 @@ TEST(HeaderExtensions, UnknownOnesAreKeptInTheirOrder) {
     })));
     ASSERT_THAT(h.unknown_extensions, SizeIs(2));
     EXPECT_EQ(h.unknown_extensions[0].type, 0xffffffffU);
-    EXPECT_EQ(h.unknown_extensions[0].data, text_bytes("twelve bytes"));
+    EXPECT_EQ(h.unknown_extensions[0].bytes, 12U);
     EXPECT_EQ(h.unknown_extensions[1].type, 1U);
-    EXPECT_THAT(h.unknown_extensions[1].data, IsEmpty());
+    EXPECT_EQ(h.unknown_extensions[1].bytes, 0U);
     EXPECT_EQ(h.backing_format, "raw");
 }
 
@@ -470,9 +470,28 @@ TEST(HeaderExtensions, ArePaddedTo8Bytes) {
         extension(0x44444444, {}),
     })));
     ASSERT_THAT(h.unknown_extensions, SizeIs(4));
-    EXPECT_EQ(h.unknown_extensions[1].data, repeated(9, 0xbb));
-    EXPECT_EQ(h.unknown_extensions[2].data, repeated(7, 0xcc));
+    EXPECT_EQ(h.unknown_extensions[1].bytes, 9U);
+    EXPECT_EQ(h.unknown_extensions[2].bytes, 7U);
     EXPECT_EQ(h.unknown_extensions[3].type, 0x44444444U);
+}
+
+TEST(HeaderExtensions, ThereAreAtMostAThousand) {
+    Bytes all;
+    for (std::size_t i = 0; i < max_extensions; ++i) all = joined({std::move(all), extension(0x11111111, u64(i))});
+    EXPECT_THAT(must(parse(with_extensions({all}))).unknown_extensions, SizeIs(max_extensions));
+    EXPECT_TRUE(fails(parse(with_extensions({all, extension(0x22222222, {})})), Errc::limit_exceeded,
+                      {"header extension 0x22222222 (byte 16112)", "more than 1000"}));
+}
+
+TEST(HeaderExtensions, NamesHaveLimits) {
+    EXPECT_TRUE(must(parse(with_extensions({extension(0x44415441, repeated(4096, 'x'))}))).data_file_name);
+    EXPECT_TRUE(fails(parse(with_extensions({extension(0x44415441, repeated(4097, 'x'))})), Errc::limit_exceeded,
+                      {"header extension data file name (byte 112)", "4097"}));
+    Bytes names;
+    for (int i = 0; i < 200; ++i) names = joined({std::move(names), feature_name(0, 63, "again")});
+    EXPECT_THAT(
+        must(parse(with_extensions({extension(0x6803f857, names), extension(0x6803f857, names)}))).feature_names,
+        SizeIs(192));
 }
 
 TEST(HeaderExtensions, EndWithType0) {
@@ -498,7 +517,7 @@ TEST(HeaderExtensions, EndWhereTheBackingFileNameBegins) {
 
 TEST(HeaderExtensions, EndWithTheFirstCluster) {
     const auto in = with_extensions({extension(0x11111111, repeated(65536 - 112 - 8, 0xaa))});
-    EXPECT_EQ(must(parse(in)).unknown_extensions.at(0).data.size(), 65416U);
+    EXPECT_EQ(must(parse(in)).unknown_extensions.at(0).bytes, 65416U);
 }
 
 TEST(HeaderExtensions, DoNotReachPastTheFirstCluster) {

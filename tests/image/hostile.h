@@ -91,6 +91,18 @@ inline Result<std::shared_ptr<Image>> open_bounded(std::shared_ptr<Storage> stor
     return result;
 }
 
+/// Opens for writing within the same bounds.
+inline Result<std::shared_ptr<Image>> open_for_writing_bounded(std::shared_ptr<Storage> storage) {
+    Result<std::shared_ptr<Image>> result;
+    auto options = options_for(Format::qcow2);
+    options.writable = true;
+    const auto cost = cost_of([&] { result = open_image(std::move(storage), options); });
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, max_open_bytes);
+    if (!result) expect_good_message(result.error());
+    return result;
+}
+
 inline Result<std::shared_ptr<Image>> open_bounded(fuzz::SparseFile file) {
     return open_bounded(fuzz::storage_of(std::move(file), "hostile.qcow2"));
 }

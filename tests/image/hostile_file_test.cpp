@@ -152,9 +152,29 @@ TEST_F(Hostile, HugeSparseFile) {
 TEST_F(Hostile, ManyUnknownExtensions) {
     HostileImage image(21);
     for (unsigned i = 0; i < 120'000; ++i) image.extensions.push_back({0x1000'0000 + i, Bytes(8)});
+    expect_error(open_bounded(image.finish()), Errc::limit_exceeded, {"header extension 0x1", "more than 1000"});
+    image.extensions.resize(1000);
     const auto opened = open_bounded(image.finish());
     ASSERT_TRUE(opened.has_value());
     EXPECT_TRUE(info_bounded(**opened).has_value());
+}
+
+/// What is not understood takes no memory, or a chain of 256 layers would take much.
+TEST_F(Hostile, LargeUnknownExtensions) {
+    HostileImage image(21);
+    image.extensions.push_back({0x1000'0000, Bytes(MiB)});
+    image.extensions.push_back({0x6803'f857, Bytes(MiB - 64 * KiB)});  // the names of 20,000 features
+    const auto storage = fuzz::storage_of(image.finish(), "hostile.qcow2");
+    std::vector<std::shared_ptr<Image>> layers;
+    const auto cost = cost_of([&] {
+        for (int i = 0; i < 256; ++i) {
+            auto opened = open_image(storage, options_for(Format::qcow2));
+            ASSERT_TRUE(opened.has_value()) << opened.error().message();
+            layers.push_back(*std::move(opened));
+        }
+    });
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, max_open_bytes);
 }
 
 }  // namespace

@@ -1,7 +1,10 @@
 // Snapshots and bitmaps that lie.
 
 #include "fuzz/image_builder.h"
+#include "fuzz/writable_storage.h"
 #include "hostile.h"
+#include "qcow/serve.h"
+#include "support/pass_through.h"
 
 namespace qcow::hostile {
 namespace {
@@ -126,13 +129,13 @@ TEST_F(Hostile, SnapshotsThatShareOneL1Table) {
     }
 }
 
-Bytes bitmap_entry(std::uint64_t table, std::uint32_t entries) {
+Bytes bitmap_entry(std::uint64_t table, std::uint32_t entries, bool enabled = false, unsigned granularity_bits = 16) {
     Bytes entry;
     append(entry, table, 8);
     append(entry, entries, 4);
-    append(entry, 0, 4);
+    append(entry, enabled ? 2 : 0, 4);
     append(entry, 1, 1);
-    append(entry, 16, 1);
+    append(entry, granularity_bits, 1);
     append(entry, 1, 2);
     append(entry, 0, 4);
     append(entry, "b");
@@ -173,6 +176,167 @@ TEST_F(Hostile, BitmapsThatShareOneTable) {
             check_bounded(**opened, 64 * MiB);
         }
     }
+}
+
+/// The image in a file that is nearly all hole, opened for writing.
+Result<std::shared_ptr<Image>> open_in_a_hole(HostileImage image, std::uint64_t file_size) {
+    image.write_refcounts(4);
+    image.file.fixed_size = file_size;
+    return open_for_writing_bounded(std::make_shared<fuzz::WritableStorage>(image.finish(), "hostile.qcow2"));
+}
+
+/// A writer has to know where metadata lie, which takes nothing for how long a table says it is.
+TEST_F(Hostile, TablesOfSnapshotsThatAreLongHoles) {
+    for (const unsigned bits : {9U, 16U}) {
+        for (const std::uint32_t entries : {0xffff'ffffU, 0x0040'0001U, 0x0040'0000U}) {
+            HostileImage image(bits);
+            image.size = 4096;
+            image.snapshots = 1;
+            image.snapshot_table = bit(22);
+            image.file.write(image.cluster(bit(22)), snapshot_entry(bit(36), entries, 4096));
+            const auto opened = open_in_a_hole(std::move(image), bit(40));
+            EXPECT_EQ(opened.has_value(), entries == 0x0040'0000);
+            if (!opened)
+                expect_error(opened, Errc::limit_exceeded, {"snapshot \"a\"", "32 MiB", "open the image for reading"});
+        }
+    }
+}
+
+TEST_F(Hostile, ManySnapshotsWithTablesOfTheLargestSize) {
+    HostileImage image(9);
+    image.size = 4096;
+    image.snapshots = 65536;
+    image.snapshot_table = bit(15);
+    Bytes table;
+    for (std::uint64_t i = 0; i < image.snapshots; ++i) {
+        const auto one = snapshot_entry(bit(36) + i * bit(25), bit(22), 4096);
+        table.insert(table.end(), one.begin(), one.end());
+    }
+    image.file.write(image.cluster(bit(15)), table);
+    const auto opened = open_in_a_hole(std::move(image), bit(42));
+    ASSERT_TRUE(opened.has_value()) << opened.error().message();
+    EXPECT_TRUE((*opened)->write({0}, Bytes(4096)).has_value());
+    EXPECT_TRUE((*opened)->close().has_value());
+}
+
+TEST_F(Hostile, TablesOfBitmapsThatAreLongHoles) {
+    for (const unsigned bits : {9U, 16U}) {
+        for (const std::uint32_t entries : {0xffff'ffffU, 0x0010'0000U}) {
+            HostileImage image(bits);
+            image.size = 4096;
+            image.autoclear = 1;
+            const auto directory = bitmap_entry(bit(36), entries);
+            image.extensions.push_back(bitmaps_extension(1, directory.size(), bit(25)));
+            image.file.write(bit(25), directory);
+            const auto opened = open_in_a_hole(std::move(image), bit(40));
+            EXPECT_EQ(opened.has_value(), bits == 9 && entries == 0x0010'0000);
+            if (!opened)
+                expect_error(opened, Errc::limit_exceeded, {"bitmap \"b\"", "512 MiB", "open the image for reading"});
+        }
+    }
+}
+
+TEST_F(Hostile, ManyBitmapsWithTablesOfTheLargestSize) {
+    HostileImage image(9);
+    image.size = 4096;
+    image.autoclear = 1;
+    Bytes directory;
+    for (std::uint64_t i = 0; i < 65535; ++i) {
+        const auto one = bitmap_entry(bit(36) + i * bit(23), bit(20));
+        directory.insert(directory.end(), one.begin(), one.end());
+    }
+    image.extensions.push_back(bitmaps_extension(65535, directory.size(), bit(25)));
+    image.file.write(bit(25), directory);
+    EXPECT_TRUE(open_in_a_hole(std::move(image), bit(40)).has_value());
+}
+
+/// Enabled bitmaps that cannot be kept, in an image whose header is as large as headers get.
+TEST_F(Hostile, ManyEnabledBitmapsWithoutTables) {
+    HostileImage image(21);
+    image.autoclear = 1;
+    Bytes directory;
+    for (unsigned i = 0; i < 65535; ++i) {
+        const auto one = bitmap_entry(0, 0, true);
+        directory.insert(directory.end(), one.begin(), one.end());
+    }
+    image.extensions.push_back(bitmaps_extension(65535, directory.size(), bit(25)));
+    for (unsigned i = 0; i < 999; ++i) image.extensions.push_back({0x1000'0000 + i, Bytes(2000)});
+    image.file.write(bit(25), directory);
+    const auto opened = open_in_a_hole(std::move(image), bit(28));
+    ASSERT_TRUE(opened.has_value()) << opened.error().message();
+    const auto cost = cost_of([&] {
+        EXPECT_TRUE((*opened)->write({0}, Bytes(512)).has_value());
+        EXPECT_TRUE((*opened)->close().has_value());
+    });
+    EXPECT_LT(cost.seconds, max_seconds);
+}
+
+/// Counts what is read.
+class CountingStorage final : public test::PassThrough {
+public:
+    using PassThrough::PassThrough;
+    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+        bytes_read += to.size();
+        return PassThrough::read(at, to);
+    }
+    mutable std::uint64_t bytes_read = 0;
+};
+
+/// The directory is read when a bitmap is asked for, not each time.
+TEST_F(Hostile, AskingAgainAboutOneOfManyBitmaps) {
+    HostileImage image;
+    image.autoclear = 1;
+    Bytes directory;
+    for (unsigned i = 0; i < 65535; ++i) {
+        const auto one = bitmap_entry(bit(30), 1);
+        directory.insert(directory.end(), one.begin(), one.end());
+    }
+    image.extensions.push_back(bitmaps_extension(65535, directory.size(), bit(25)));
+    image.file.write(bit(25), directory);
+    image.file.fixed_size = bit(31);
+    const auto storage = std::make_shared<CountingStorage>(fuzz::storage_of(image.finish(), "hostile.qcow2"));
+    const auto opened = open_bounded(storage);
+    ASSERT_TRUE(opened.has_value());
+    const auto ask = [&] {
+        return (*opened)->each_dirty("b", {0}, image.size, [](const DirtyRun&) { return Result<void>(); });
+    };
+    ASSERT_TRUE(ask().has_value());
+    storage->bytes_read = 0;
+    const auto cost = cost_of([&] {
+        for (int i = 0; i < 1000; ++i) ASSERT_TRUE(ask().has_value());
+    });
+    EXPECT_LT(storage->bytes_read, 64 * KiB);
+    EXPECT_LT(cost.seconds, max_seconds);
+    EXPECT_LT(cost.bytes, 4 * MiB * fatness);
+}
+
+/// Bits for single bytes, so that a disk of a tebibyte has 128 GiB of them: no answer is about all.
+TEST_F(Hostile, AnswersAboutLargeBitmapsAreParts) {
+    HostileImage image;
+    image.size = bit(40);
+    image.l1_entries = bit(11);
+    image.l1_table = bit(12);
+    image.autoclear = 1;
+    const auto directory = bitmap_entry(bit(32), bit(21), false, 0);
+    image.extensions.push_back(bitmaps_extension(1, directory.size(), bit(25)));
+    image.file.write(bit(25), directory);
+    image.file.fixed_size = bit(40);
+    const auto opened = open_bounded(image.finish());
+    ASSERT_TRUE(opened.has_value()) << opened.error().message();
+    const auto context = dirty_bitmap_context(*opened, "b");
+    ASSERT_TRUE(context.has_value()) << context.error().message();
+    std::vector<std::uint64_t> lengths;
+    const auto cost = cost_of([&] {
+        EXPECT_TRUE(context
+                        ->status({bit(30)}, bit(39),
+                                 [&](const NbdStatus& run) {
+                                     lengths.push_back(run.length);
+                                     return true;
+                                 })
+                        .has_value());
+    });
+    EXPECT_THAT(lengths, testing::ElementsAre(8 * MiB));
+    EXPECT_LT(cost.seconds, max_seconds);
 }
 
 /// Each is sound, but nobody could tell which one is meant.

@@ -1,6 +1,7 @@
 #include "server/nbd/commands.h"
 
 #include <algorithm>
+#include <chrono>
 #include <vector>
 
 #include "base/bits.h"
@@ -15,6 +16,26 @@ constexpr std::uint64_t min_hole = 32 * KiB;
 
 /// How far ahead extents are asked for.
 constexpr std::uint64_t look_ahead = GiB;
+
+/// Walks over what a disk says of itself end when this is over: clients ask again about the rest, and a disk can have
+/// more to say than anybody waits for. One request has one of these, whatever it asks for.
+class WalkTime {
+public:
+    /// Whether it is over; to be asked at each step. The first steps are free, so that a machine that is busy for a
+    /// moment changes no answers.
+    [[nodiscard]] bool is_over() {
+        return ++steps_ % free_steps == 0 && std::chrono::steady_clock::now() - begin_ > limit;
+    }
+
+    /// Whether more than a few steps were made.
+    [[nodiscard]] bool is_long() const { return steps_ >= free_steps; }
+
+private:
+    static constexpr unsigned free_steps = 4096;
+    static constexpr auto limit = std::chrono::milliseconds(250);
+    std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+    unsigned steps_ = 0;
+};
 
 class Work {
 public:
@@ -33,7 +54,7 @@ public:
 private:
     /// How many bytes from `at` on are a hole; 0: they are not known to be.
     Result<std::uint64_t> hole_at(std::uint64_t at, std::uint64_t limit);
-    Result<std::vector<Replies::Status>> runs_of(const NbdContext& context, std::uint64_t length);
+    Result<std::vector<Replies::Status>> runs_of(const NbdContext& context, std::uint64_t length, WalkTime& time);
 
     const Session& session_;
     Disk& disk_;
@@ -88,7 +109,8 @@ Result<void> Work::cache() {
     return {};
 }
 
-Result<std::vector<Replies::Status>> Work::runs_of(const NbdContext& context, std::uint64_t length) {
+/// What the context says of the range, or of as much of it as fits into a reply and into the time; at least one run.
+Result<std::vector<Replies::Status>> Work::runs_of(const NbdContext& context, std::uint64_t length, WalkTime& time) {
     std::vector<Replies::Status> runs;
     const auto most = request_.has(command_flag::req_one) ? 1 : replies_.max_statuses();
     TRY_VOID(context.status(
@@ -96,11 +118,12 @@ Result<std::vector<Replies::Status>> Work::runs_of(const NbdContext& context, st
         [&](const NbdStatus& run) {
             if (!runs.empty() && runs.back().flags == run.flags) {
                 runs.back().length += run.length;
-                return true;
+            } else if (runs.size() < most) {
+                runs.push_back({run.length, run.flags});
+            } else {
+                return false;
             }
-            if (runs.size() == most) return false;
-            runs.push_back({run.length, run.flags});
-            return true;
+            return !time.is_over();
         }));
     return runs;
 }
@@ -121,10 +144,13 @@ Result<void> Work::block_status(std::span<const std::byte> payload) {
     if (ids.empty()) return invalid("no contexts were agreed on");
     if (std::ranges::any_of(ids, [&](auto id) { return id >= session_.contexts.size(); }))
         return invalid("a context that was not agreed on");
+    WalkTime time;
     for (std::size_t i = 0; i < ids.size(); ++i) {
-        const auto runs = TRY(pace_.timed(0, [&] { return runs_of(*session_.contexts[ids[i]], length); }));
+        const auto runs = TRY(pace_.timed(0, [&] { return runs_of(*session_.contexts[ids[i]], length, time); }));
         replies_.send_status(request_, ids[i], runs, i + 1 == ids.size());
     }
+    // A client that has asked for much of the kind may be gone, which sending shows.
+    if (time.is_long()) replies_.flush();
     return {};
 }
 

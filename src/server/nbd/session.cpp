@@ -48,8 +48,16 @@ namespace qcow {
 
 Result<NbdContext> dirty_bitmap_context(std::shared_ptr<Image> image, const std::string& bitmap) {
     TRY_VOID(image->each_dirty(bitmap, {0}, 0, [](const DirtyRun&) { return Result<void>(); }));
-    auto status = [image = std::move(image), bitmap](GuestOffset at, std::uint64_t length,
-                                                     const NbdContext::Visit& visit) -> Result<void> {
+    // However many bits are alike, only so many are looked at for one answer.
+    constexpr std::uint64_t max_bits = MiB * 8;
+    const auto bitmaps = TRY(image->info()).bitmaps;
+    const auto found = std::ranges::find(bitmaps, bitmap, &BitmapInfo::name);
+    if (found == bitmaps.end()) return fail(Errc::not_found, bitmap, "the bitmap was removed meanwhile");
+    const auto most =
+        found->granularity > ~std::uint64_t{0} / max_bits ? ~std::uint64_t{0} : found->granularity * max_bits;
+    auto status = [image = std::move(image), bitmap, most](GuestOffset at, std::uint64_t length,
+                                                           const NbdContext::Visit& visit) -> Result<void> {
+        length = std::min(length, most);
         bool enough = false;
         auto visited = image->each_dirty(bitmap, at, length, [&](const DirtyRun& run) -> Result<void> {
             enough = !visit({run.length, run.dirty ? nbd::state_dirty : 0});

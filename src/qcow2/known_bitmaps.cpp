@@ -1,0 +1,26 @@
+#include "qcow2/known_bitmaps.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "base/try.h"
+#include "qcow/text.h"
+#include "qcow2/tables.h"
+
+namespace qcow::qcow2 {
+
+Result<const KnownBitmaps::Known*> KnownBitmaps::find(std::string_view name) {
+    const std::lock_guard lock(mutex_);
+    if (const auto known = known_.find(name); known != known_.end()) return &known->second;
+    auto bitmaps = TRY(read_bitmaps(core_));
+    const auto found = std::ranges::find_if(bitmaps, [&](const auto& bitmap) { return bitmap.info.name == name; });
+    if (found == bitmaps.end()) {
+        return fail(Errc::not_found, core_.file->name(),
+                    fmt::format("there is no bitmap \"{}\" that is up to date", printable(name)));
+    }
+    const auto index = static_cast<std::size_t>(found - bitmaps.begin());
+    return &known_.emplace(name, Known{std::move(*found), index}).first->second;
+}
+
+}  // namespace qcow::qcow2
