@@ -148,6 +148,23 @@ TEST_F(ServeTest, WithoutASandbox) {
     EXPECT_THAT(stop(*server).err, HasSubstr("sandbox: off"));
 }
 
+TEST_F(ServeTest, OnlyWhoReadsSharesByForce) {
+    auto writer = serve({"disk.qcow2"});
+    const auto second = [&](const Arguments& more) {
+        Arguments arguments = {QCOW_TOOL, "serve", "--socket", "second", "--force-share", "disk.qcow2"};
+        arguments.insert(arguments.end(), more.begin(), more.end());
+        return arguments;
+    };
+    const auto refused = run(second({}), directory_.path());
+    EXPECT_EQ(refused.status, 1) << refused.text();
+    EXPECT_THAT(refused.err, AllOf(HasSubstr("--force-share"), HasSubstr("add --read-only or --snapshot")));
+    EXPECT_FALSE(std::filesystem::exists(directory_ / "second"));
+    Subprocess reader(second({"--read-only", "--persistent"}), directory_.path());
+    reader.wait_for("sandbox: ");
+    stop(reader);
+    stop(*writer);
+}
+
 /// The socket comes from the client, which ends the server by leaving.
 TEST_F(ServeTest, StartedByItsClient) {
     put_file(directory_ / "sample.raw", sample_disk());
