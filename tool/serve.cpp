@@ -15,6 +15,7 @@
 
 #include "command.h"
 #include "qcow/serve.h"
+#include "qcow/text.h"
 #include "sandbox.h"
 
 namespace tool {
@@ -144,7 +145,7 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, c
                                                        : qcow::CacheMode::writeback;
     auto image = qcow::open_image(*std::move(storage), open);
     if (image && !open.format && (*image)->format() == qcow::Format::raw) {
-        open.warn(path +
+        open.warn(qcow::printable(path) +
                   ": that it is raw was only guessed, and a guest can make it look like something else the next time; "
                   "say --format raw");
     }
@@ -183,7 +184,8 @@ bool with_tls(const Options& options) {
 void warn_of_open_secrets(const qcow::NbdTls& tls) {
     const auto path = tls.psk_file.empty() ? tls.certificates + "/server-key.pem" : tls.psk_file;
     if (struct stat status = {}; stat(path.c_str(), &status) == 0 && (status.st_mode & S_IROTH) != 0)
-        complain(fmt::format("WARNING: {} can be read by every user of this machine; chmod it to 0600", path));
+        complain(fmt::format("WARNING: {} can be read by every user of this machine; chmod it to 0600",
+                             qcow::printable(path)));
 }
 
 qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
