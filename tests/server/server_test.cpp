@@ -127,6 +127,8 @@ TEST_F(Server, MoreClientsThanAreWelcomeWait) {
     NbdClient second(server.socket());
     first->go(Style::simple);
     second.go(Style::simple);
+    // Who gets an answer has its place.
+    for (auto* client : {first.get(), &second}) EXPECT_EQ(client->command(Command::flush, 0, 0), 0U);
     NbdClient third(server.socket());
     std::atomic<bool> served = false;
     std::thread waiting([&] {
@@ -179,6 +181,7 @@ TEST_F(Server, WhoHasNoPlaceYetWaits) {
     second.greet();
     third.greet();
     first->go(Style::simple);
+    EXPECT_EQ(first->command(Command::flush, 0, 0), 0U);  // so it has the place
     second.negotiate(Style::simple);
     std::atomic<bool> served = false;
     std::thread waiting([&] {
