@@ -50,7 +50,7 @@ void complain(const std::string& message) {
     fmt::print(stderr, "qcow: {}\n", message);
 }
 
-void print_json(const Json& json) { fmt::print("{}\n", json.dump(2, ' ', false, Json::error_handler_t::replace)); }
+void print_json(const Json& json) { fmt::print("{}\n", json.dump(2, ' ', true, Json::error_handler_t::replace)); }
 
 std::unique_ptr<CLI::App> make_app(int& status) {
     auto made = std::make_unique<CLI::App>(

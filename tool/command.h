@@ -98,7 +98,7 @@ qcow::Result<void> verify_range(const qcow::Disk& disk, const std::string& path,
 /// Prints to standard error, as "qcow: ...".
 void complain(const std::string& message);
 
-/// Prints JSON to standard output, names that are not UTF-8 made printable.
+/// Prints JSON to standard output, all of it printable ASCII. What is not UTF-8 in names is replaced.
 void print_json(const Json& json);
 
 /// A validator for sizes and offsets: bytes, or with a suffix k, M, G, T, P or E (powers of 1024), fractions allowed.

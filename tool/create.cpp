@@ -4,6 +4,7 @@
 
 #include "command.h"
 #include "create_options.h"
+#include "qcow/text.h"
 #include "text.h"
 
 namespace tool {
@@ -77,7 +78,8 @@ qcow::Result<int> run(const Options& options) {
         if (auto published = (*data_file)->publish(); !published) return std::unexpected(std::move(published).error());
     }
     if (auto published = file->publish(); !published) return std::unexpected(std::move(published).error());
-    if (!options.quiet) fmt::print("{}: {}, {}\n", options.path, options.format, human_exact(create->size));
+    if (!options.quiet)
+        fmt::print("{}: {}, {}\n", qcow::printable(options.path), options.format, human_exact(create->size));
     return ok;
 }
 

@@ -16,8 +16,8 @@ struct Sandbox {
 };
 
 /// From now on the process can use the files and sockets that it has, accept clients, start threads, and remove
-/// `removed`, or other files in the directories of these; it opens, makes, runs and connects to nothing. To be called
-/// while there is only one thread. Returns, for people, what confines the process now: "Landlock, seccomp".
+/// `removed`, or other files beneath the directories of these; it opens, makes, runs and connects to nothing. To be
+/// called while there is only one thread. Returns, for people, what confines the process now: "Landlock, seccomp".
 /// Errc::unsupported: it is "on", and this system lacks something; not_found: no such user; access_denied.
 qcow::Result<std::string> enter_sandbox(const Sandbox& sandbox);
 

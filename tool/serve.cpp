@@ -15,6 +15,7 @@
 
 #include "command.h"
 #include "qcow/serve.h"
+#include "qcow/text.h"
 #include "sandbox.h"
 
 namespace tool {
@@ -127,13 +128,14 @@ private:
     }
 };
 
+bool only_reads(const Options& options) { return options.read_only || !options.source.snapshot.empty(); }
+
 qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, const std::string& path) {
     auto source = options.source;
     source.path = path;
-    if (options.read_only || !source.snapshot.empty()) return open_source(source);
+    if (only_reads(options)) return open_source(source);
     source.direct = options.cache == "none";
-    auto storage =
-        qcow::open_file(path, {.writable = true, .force_share = source.force_share, .direct = source.direct});
+    auto storage = qcow::open_file(path, {.writable = true, .direct = source.direct});
     if (!storage) return std::unexpected(std::move(storage).error());
     auto open = open_options(source);
     open.writable = true;
@@ -143,7 +145,7 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, c
                                                        : qcow::CacheMode::writeback;
     auto image = qcow::open_image(*std::move(storage), open);
     if (image && !open.format && (*image)->format() == qcow::Format::raw) {
-        open.warn(path +
+        open.warn(qcow::printable(path) +
                   ": that it is raw was only guessed, and a guest can make it look like something else the next time; "
                   "say --format raw");
     }
@@ -182,7 +184,8 @@ bool with_tls(const Options& options) {
 void warn_of_open_secrets(const qcow::NbdTls& tls) {
     const auto path = tls.psk_file.empty() ? tls.certificates + "/server-key.pem" : tls.psk_file;
     if (struct stat status = {}; stat(path.c_str(), &status) == 0 && (status.st_mode & S_IROTH) != 0)
-        complain(fmt::format("WARNING: {} can be read by every user of this machine; chmod it to 0600", path));
+        complain(fmt::format("WARNING: {} can be read by every user of this machine; chmod it to 0600",
+                             qcow::printable(path)));
 }
 
 qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
@@ -227,6 +230,10 @@ qcow::Result<int> run(const Options& options) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "",
                                            "more of --export-name or --description than there are images"});
     }
+    if (options.source.force_share && !only_reads(options)) {
+        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "option --force-share",
+                                           "two that write to an image destroy it; add --read-only or --snapshot"});
+    }
     std::vector<std::shared_ptr<qcow::Image>> images;
     std::vector<qcow::NbdExport> exports;
     for (std::size_t i = 0; i < options.images.size(); ++i) {
@@ -237,7 +244,7 @@ qcow::Result<int> run(const Options& options) {
         images.push_back(*image);
         exports.push_back({export_name(options, i),
                            i < options.descriptions.size() ? options.descriptions[i] : std::string(), *disk,
-                           options.read_only || !options.source.snapshot.empty(), options.allocation_depth});
+                           only_reads(options), options.allocation_depth});
     }
     for (const auto& bitmap : options.bitmaps)
         if (auto done = offer_bitmap(bitmap, images, exports); !done) return std::unexpected(std::move(done).error());
@@ -298,7 +305,8 @@ void declare_serve(CLI::App& root, int& status) {
     add_open_options(app, options->source);
     auto* snapshot = app.add_option("-l,--snapshot", options->source.snapshot,
                                     "Serve this internal snapshot (id or name), read-only");
-    app.add_flag("-r,--read-only", options->read_only, "Let nobody write; other processes may read the image, too");
+    app.add_flag("-r,--read-only", options->read_only,
+                 "Let nobody write; other processes may read the image, too. --force-share takes this or --snapshot");
     app.add_option("-k,--socket", options->socket, "Listen on a Unix socket at this path");
     app.add_option("-b,--bind", options->bind, "Listen on TCP, on the addresses of this host (default: localhost)");
     app.add_option("-p,--port", options->port, "The TCP port; 0: a free one, which is printed")

@@ -8,6 +8,12 @@
 #include <cstdlib>
 
 namespace tool {
+namespace {
+
+/// Of a column. What is longer sticks out: one long name among many is not to fill all their rows with blanks.
+constexpr std::size_t max_width = 64;
+
+}  // namespace
 
 std::string human(std::uint64_t bytes) {
     constexpr std::array units = {"bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
@@ -37,7 +43,7 @@ void Table::print() const {
     for (std::size_t i = 0; i < columns_.size(); ++i) {
         std::size_t width = columns_[i].title.size();
         for (const auto& row : rows_) width = std::max(width, row[i].size());
-        widths.push_back(width);
+        widths.push_back(std::min(width, max_width));
     }
     const auto line = [&](const auto& cell_at, Colour colour) {
         std::string text;

@@ -18,7 +18,8 @@ enum class Colour { none, bold, dim, red, green, yellow };
 /// The text in a colour, if standard output is a terminal that wants any.
 std::string paint(std::string_view text, Colour colour);
 
-/// Columns of text, as wide as their contents. The header line is bold on a terminal.
+/// Columns of text, as wide as their contents, but for cells of more than 64 bytes, which stick out. The header line is
+/// bold on a terminal.
 class Table {
 public:
     enum class Align { left, right };

@@ -44,7 +44,9 @@ struct NbdExport {
 
 /// What clients can make a server use, whatever they send.
 struct NbdLimits {
-    /// Clients at a time; others wait until one leaves.
+    /// Clients at a time that have chosen an export; others wait until one leaves. There are at most 64 sockets more,
+    /// of those who have not; when all of these are taken, the one that has needed longest makes way. A client whose
+    /// machine vanishes from the network leaves after two minutes, or a quarter of an hour if it was being answered.
     unsigned connections = 16;
     /// Threads that one client can keep busy beside the one that reads from it. 0: requests are done one by one.
     unsigned workers = 16;

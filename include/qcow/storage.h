@@ -74,7 +74,8 @@ public:
 /// How a file is opened.
 struct FileOptions {
     bool writable = false;
-    /// Open without taking locks, although another process may be writing. Reads may then see half a change.
+    /// Open without taking locks, although another process may be writing. Reads may then see half a change. Only for
+    /// reading: Errc::invalid_argument together with `writable`, as two writers destroy an image.
     bool force_share = false;
     /// Past the system's cache (O_DIRECT): for disks whose contents would not be used again from there. Requests may
     /// nevertheless begin and end anywhere, and memory lie anywhere: what is not aligned as the device wants it (in

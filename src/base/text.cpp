@@ -1,7 +1,5 @@
 #include "qcow/text.h"
 
-#include <fmt/format.h>
-
 #include <cstdint>
 
 namespace qcow {
@@ -34,20 +32,34 @@ bool is_control(std::string_view sequence) {
     return c1 || first < 0x20 || first == 0x7f;
 }
 
+/// Embeddings, overrides and isolates: text behind them is shown in another order than it has.
+bool changes_direction(std::string_view sequence) {
+    return (sequence >= "\u202a" && sequence <= "\u202e") || (sequence >= "\u2066" && sequence <= "\u2069");
+}
+
+/// One character, or a byte that is none; `length` as of utf8_length.
+std::string shown(std::string_view sequence, std::size_t length) {
+    if (length != 0 && !is_control(sequence) && !changes_direction(sequence)) return std::string(sequence);
+    constexpr std::string_view digits = "0123456789abcdef";
+    std::string escaped;
+    for (const char c : sequence) {
+        const auto byte = static_cast<std::uint8_t>(c);
+        escaped += {'\\', 'x', digits[byte / 16], digits[byte % 16]};
+    }
+    return escaped;
+}
+
 }  // namespace
 
-std::string printable(std::string_view text) {
+std::string printable(std::string_view text, std::size_t max_bytes) {
     std::string result;
-    result.reserve(text.size());
     while (!text.empty()) {
         const std::size_t length = utf8_length(text);
-        const std::size_t taken = length == 0 ? 1 : length;
-        if (length == 0 || is_control(text.substr(0, length))) {
-            for (const char c : text.substr(0, taken)) result += fmt::format("\\x{:02x}", static_cast<std::uint8_t>(c));
-        } else {
-            result += text.substr(0, length);
-        }
-        text.remove_prefix(taken);
+        const auto taken = text.substr(0, length == 0 ? 1 : length);
+        const auto more = shown(taken, length);
+        if (more.size() > max_bytes - result.size()) return result + "...";
+        result += more;
+        text.remove_prefix(taken.size());
     }
     return result;
 }

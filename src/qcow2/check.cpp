@@ -27,6 +27,9 @@ using Severity = CheckFinding::Severity;
 
 constexpr std::uint64_t piece_bytes = 64 * KiB;
 
+/// Of names in what is found, in bytes: enough to tell most of them apart; snapshots may have 65535.
+constexpr std::size_t max_name = 100;
+
 /// An L2 table and who refers to it.
 struct L2Reference {
     HostOffset table;
@@ -66,8 +69,8 @@ public:
         }
         TRY_VOID(add_refcount_blocks());
         TRY_VOID(add_bitmaps());
-        TRY_VOID(add_l1_table(fmt::format("active L1 table at host offset {:#x}", header.l1_table.value),
-                              header.l1_table, header.l1_entries, true));
+        const auto active = [&] { return fmt::format("active L1 table at host offset {:#x}", header.l1_table.value); };
+        TRY_VOID(add_l1_table(active, header.l1_table, header.l1_entries, true));
         TRY_VOID(add_snapshots());
         merge_l2_references();
         return walk_l2_tables();
@@ -97,17 +100,25 @@ public:
     }
 
 private:
-    void corrupt(std::uint64_t order, std::string place, std::string what, std::uint64_t count = 1) {
-        findings_.add(Severity::corruption, order, std::move(place), std::move(what), count);
+    /// `place` and `what`: texts, or functions that make them (Findings::add); so are the names of tables below.
+    template <class Place, class What>
+    void corrupt(std::uint64_t order, const Place& place, const What& what, std::uint64_t count = 1) {
+        findings_.add(Severity::corruption, order, place, what, count);
+    }
+
+    static auto reserved_bits(std::uint64_t word) {
+        return [word] { return fmt::format("reserved bits are set ({:#x})", word); };
     }
 
     /// Counts metadata in each cluster that [begin, begin + bytes) touches; false, and a finding, if it is not in the
     /// file.
-    Result<bool> add_range(const std::string& what, HostOffset begin, std::uint64_t bytes) {
+    template <class What>
+    Result<bool> add_range(const What& what, HostOffset begin, std::uint64_t bytes) {
         if (begin.value >= file_size_ || bytes > file_clusters_ * geometry_.cluster_size() - begin.value) {
-            corrupt(begin.value, what,
-                    fmt::format("its {} bytes at host offset {:#x} reach past the end of the file ({} bytes)", bytes,
-                                begin.value, file_size_));
+            corrupt(begin.value, what, [&] {
+                return fmt::format("its {} bytes at host offset {:#x} reach past the end of the file ({} bytes)", bytes,
+                                   begin.value, file_size_);
+            });
             return false;
         }
         const std::uint64_t first = begin.value >> geometry_.cluster_bits;
@@ -116,11 +127,13 @@ private:
         return true;
     }
 
-    Result<bool> add_table(const std::string& what, HostOffset begin, std::uint64_t bytes) {
+    template <class What>
+    Result<bool> add_table(const What& what, HostOffset begin, std::uint64_t bytes) {
         if (bytes == 0) return true;
         if (!is_aligned(begin.value, geometry_.cluster_size())) {
-            corrupt(begin.value, what,
-                    fmt::format("host offset {:#x} is not a multiple of the cluster size", begin.value));
+            corrupt(begin.value, what, [&] {
+                return fmt::format("host offset {:#x} is not a multiple of the cluster size", begin.value);
+            });
             return false;
         }
         return add_range(what, begin, bytes);
@@ -128,14 +141,16 @@ private:
 
     /// The same for a table that is going to be walked; false, and a finding, also if part of it was counted before. So
     /// nothing is walked twice, however many tables are said to lie in one place.
-    Result<bool> add_table_to_walk(const std::string& what, HostOffset begin, std::uint64_t bytes) {
+    template <class What>
+    Result<bool> add_table_to_walk(const What& what, HostOffset begin, std::uint64_t bytes) {
         const std::uint64_t first = begin.value >> geometry_.cluster_bits;
         const std::uint64_t clusters = std::min(geometry_.clusters(bytes), file_clusters_);
         const std::uint64_t taken = references_.next_used(first, first + clusters);
         if (taken >= first + clusters || taken >= references_.clusters()) return add_table(what, begin, bytes);
-        corrupt(begin.value, what,
-                fmt::format("its {} bytes at host offset {:#x} overlap other metadata at {:#x}", bytes, begin.value,
-                            taken << geometry_.cluster_bits));
+        corrupt(begin.value, what, [&] {
+            return fmt::format("its {} bytes at host offset {:#x} overlap other metadata at {:#x}", bytes, begin.value,
+                               taken << geometry_.cluster_bits);
+        });
         // What comes before is taken now as well, so that finding the overlap takes no time the next time.
         TRY_VOID(references_.add(first, taken - first + 1, 1, References::metadata));
         return false;
@@ -181,8 +196,7 @@ private:
                 const format::RefcountTableEntry entry{word};
                 const auto place = [&] { return fmt::format("refcount table entry {}", index); };
                 if (entry.reserved_bits_set()) {
-                    corrupt(header.refcount_table.value + index * 8, place(),
-                            fmt::format("reserved bits are set ({:#x})", word));
+                    corrupt(header.refcount_table.value + index * 8, place, reserved_bits(word));
                 }
                 if (!entry.allocated()) return {};
                 const std::uint64_t cluster = entry.block().value >> geometry_.cluster_bits;
@@ -191,7 +205,8 @@ private:
                     blocks_[index] = entry.block();
                     return {};
                 }
-                TRY(add_table(place() + ": refcount block", entry.block(), geometry_.cluster_size()));  // says why not
+                const auto block_place = [&] { return place() + ": refcount block"; };
+                TRY(add_table(block_place, entry.block(), geometry_.cluster_size()));  // says why not
                 return {};
             });
     }
@@ -209,7 +224,7 @@ private:
         for (const auto& bitmap : *bitmaps) {
             if (!names.insert(bitmap.info.name).second) {
                 corrupt(extension.directory.value, "bitmap directory",
-                        fmt::format("there is more than one bitmap \"{}\"", printable(bitmap.info.name)));
+                        fmt::format("there is more than one bitmap \"{}\"", printable(bitmap.info.name, max_name)));
             }
             TRY_VOID(add_bitmap(bitmap));
         }
@@ -217,22 +232,25 @@ private:
     }
 
     Result<void> add_bitmap(const format::BitmapEntry& bitmap) {
-        const auto place =
-            fmt::format("bitmap \"{}\" (table at host offset {:#x})", printable(bitmap.info.name), bitmap.table.value);
+        const auto place = [&] {
+            return fmt::format("bitmap \"{}\" (table at host offset {:#x})", printable(bitmap.info.name, max_name),
+                               bitmap.table.value);
+        };
         const std::uint64_t bits_per_entry = geometry_.cluster_size() * 8;
         const auto needed = divide_up(divide_up(core_.header.size, bitmap.info.granularity), bits_per_entry);
         if (!bitmap.info.in_use && bitmap.table_entries != needed) {
-            corrupt(bitmap.table.value, place,
-                    fmt::format("its table has {} entries, but the disk needs {}", bitmap.table_entries, needed));
+            corrupt(bitmap.table.value, place, [&] {
+                return fmt::format("its table has {} entries, but the disk needs {}", bitmap.table_entries, needed);
+            });
         }
-        if (!TRY(add_table_to_walk(place + ": table", bitmap.table, std::uint64_t{bitmap.table_entries} * 8))) return {};
+        const auto table_place = [&] { return place() + ": table"; };
+        if (!TRY(add_table_to_walk(table_place, bitmap.table, std::uint64_t{bitmap.table_entries} * 8))) return {};
         return each_word(bitmap.table, bitmap.table_entries,
                          [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
                              const format::BitmapTableEntry entry{word};
-                             const auto entry_place = fmt::format("{}: table entry {}", place, index);
+                             const auto entry_place = [&] { return fmt::format("{}: table entry {}", place(), index); };
                              if (entry.reserved_bits_set()) {
-                                 corrupt(bitmap.table.value + index * 8, entry_place,
-                                         fmt::format("reserved bits are set ({:#x})", word));
+                                 corrupt(bitmap.table.value + index * 8, entry_place, reserved_bits(word));
                              }
                              if (entry.cluster().value != 0) TRY(add_table(entry_place, entry.cluster(), geometry_.cluster_size()));
                              return {};
@@ -247,8 +265,10 @@ private:
         }
         TRY(add_table("snapshot table", core_.header.snapshot_table, table->bytes));
         for (const auto& snapshot : table->entries) {
-            const auto place = fmt::format("L1 table of snapshot \"{}\" at host offset {:#x}",
-                                           printable(snapshot.info.name), snapshot.l1_table.value);
+            const auto place = [&] {
+                return fmt::format("L1 table of snapshot \"{}\" at host offset {:#x}",
+                                   printable(snapshot.info.name, max_name), snapshot.l1_table.value);
+            };
             if (auto verified = verify_snapshot_l1(core_, snapshot); !verified) {
                 corrupt(snapshot.l1_table.value, place, verified.error().what);
                 continue;
@@ -258,27 +278,29 @@ private:
         return {};
     }
 
-    Result<void> add_l1_table(const std::string& what, HostOffset table, std::uint64_t entries, bool active) {
+    template <class What>
+    Result<void> add_l1_table(const What& what, HostOffset table, std::uint64_t entries, bool active) {
         if (!TRY(add_table_to_walk(what, table, entries * 8))) return {};
         return each_word(table, entries, [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
             const L1Entry entry{word};
-            const auto place = [&] { return fmt::format("{}: entry {}", what, index); };
-            if (entry.reserved_bits_set())
-                corrupt(table.value + index * 8, place(), fmt::format("reserved bits are set ({:#x})", word));
+            const auto place = [&] { return fmt::format("{}: entry {}", what(), index); };
+            if (entry.reserved_bits_set()) corrupt(table.value + index * 8, place, reserved_bits(word));
             if (!entry.allocated()) {
-                if (entry.copied()) corrupt(table.value + index * 8, place(), "COPIED, but there is no L2 table");
+                if (entry.copied()) corrupt(table.value + index * 8, place, "COPIED, but there is no L2 table");
                 return {};
             }
             if (!is_aligned(entry.l2_table().value, geometry_.cluster_size())) {
-                corrupt(table.value + index * 8, place(),
-                        fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size",
-                                    entry.l2_table().value));
+                corrupt(table.value + index * 8, place, [&] {
+                    return fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size",
+                                       entry.l2_table().value);
+                });
                 return {};
             }
             if (!lies_within(entry.l2_table().value, geometry_.cluster_size(), file_size_)) {
-                corrupt(table.value + index * 8, place(),
-                        fmt::format("the L2 table at {:#x} reaches past the end of the file ({} bytes)",
-                                    entry.l2_table().value, file_size_));
+                corrupt(table.value + index * 8, place, [&] {
+                    return fmt::format("the L2 table at {:#x} reaches past the end of the file ({} bytes)",
+                                       entry.l2_table().value, file_size_);
+                });
                 return {};
             }
             const auto copied = !active ? 0 : entry.copied() ? References::copied : References::not_copied;
@@ -374,7 +396,8 @@ private:
             return fmt::format("L2 entry at host offset {:#x} (guest offset {:#x})", entry_offset, guest.value);
         };
         if (const auto flaw = core_.rules.flaw(entry)) {
-            corrupt(entry_offset, place(), fmt::format("{} ({:#018x})", flaw->what, entry.word), count);
+            const auto what = [&] { return fmt::format("{} ({:#018x})", flaw->what, entry.word); };
+            corrupt(entry_offset, place, what, count);
             if (flaw->unreadable) return {};
         }
         if (entry.compressed()) {
@@ -394,12 +417,13 @@ private:
         }
         if (core_.rules.external_data) {
             // Nobody shares the data file's clusters.
-            if (!entry.copied()) corrupt(entry_offset, place(), "not marked COPIED", count);
+            if (!entry.copied()) corrupt(entry_offset, place, "not marked COPIED", count);
             if (entry.cluster().value != guest.value) {
-                corrupt(entry_offset, place(),
-                        fmt::format("host offset {:#x} in the external data file is not the guest's",
-                                    entry.cluster().value),
-                        count);
+                const auto what = [&] {
+                    return fmt::format("host offset {:#x} in the external data file is not the guest's",
+                                       entry.cluster().value);
+                };
+                corrupt(entry_offset, place, what, count);
             }
             return {};
         }
@@ -409,10 +433,11 @@ private:
         const std::uint64_t first = entry.cluster().value >> geometry_.cluster_bits;
         const std::uint64_t inside = first >= end ? 0 : std::min(count, end - first);
         if (inside < count) {
-            corrupt(entry_offset, place(),
-                    fmt::format("the cluster at host offset {:#x} lies past the end of the file ({} bytes)",
-                                (first + inside) << geometry_.cluster_bits, file_size_),
-                    count - inside);
+            const auto what = [&] {
+                return fmt::format("the cluster at host offset {:#x} lies past the end of the file ({} bytes)",
+                                   (first + inside) << geometry_.cluster_bits, file_size_);
+            };
+            corrupt(entry_offset, place, what, count - inside);
         }
         const auto copied = !reference.active ? 0 : entry.copied() ? References::copied : References::not_copied;
         return references_.add(first, inside, reference.count, References::data | copied);
@@ -421,19 +446,22 @@ private:
     template <class Place>
     Result<void> add_compressed(Place place, const format::CompressedRange& range, std::uint64_t count) {
         if (range.offset.value >= file_size_) {
-            corrupt(range.offset.value, place(),
-                    fmt::format("the compressed cluster at host offset {:#x} lies past the end of the file ({} bytes)",
-                                range.offset.value, file_size_));
+            corrupt(range.offset.value, place, [&] {
+                return fmt::format(
+                    "the compressed cluster at host offset {:#x} lies past the end of the file ({} bytes)",
+                    range.offset.value, file_size_);
+            });
             return {};
         }
         // Its last sectors may reach past the end of the file, within the file's last cluster.
         const std::uint64_t first = range.offset.value >> geometry_.cluster_bits;
         const std::uint64_t last = (range.offset.value + range.length - 1) >> geometry_.cluster_bits;
         if (last >= file_clusters_) {
-            corrupt(
-                range.offset.value, place(),
-                fmt::format("the compressed cluster at host offset {:#x} reaches past the end of the file ({} bytes)",
-                            range.offset.value, file_size_));
+            corrupt(range.offset.value, place, [&] {
+                return fmt::format(
+                    "the compressed cluster at host offset {:#x} reaches past the end of the file ({} bytes)",
+                    range.offset.value, file_size_);
+            });
         }
         return references_.add(first, std::min(last, file_clusters_ - 1) - first + 1, count, References::compressed);
     }
@@ -544,28 +572,32 @@ private:
 
     void report(std::uint64_t cluster, std::uint64_t refcount, References references) {
         const std::uint64_t at = cluster << geometry_.cluster_bits;
-        const auto place = fmt::format("host cluster at {:#x}", at);
+        const auto place = [&] { return fmt::format("host cluster at {:#x}", at); };
         const std::uint64_t counted = references.count();
         const auto uses = references.word & References::uses;
         if (std::popcount(uses) > 1 || ((uses & References::metadata) != 0 && counted > 1)) {
-            corrupt(at, place, fmt::format("overlap: it is used as {}, {} times in all", use_names(uses), counted));
+            corrupt(at, place, [&] {
+                return fmt::format("overlap: it is used as {}, {} times in all", use_names(uses), counted);
+            });
         }
         if (refcount < counted) {
-            corrupt(at, place,
-                    fmt::format("refcount {} is less than its {} references ({})", refcount, counted, use_names(uses)));
+            corrupt(at, place, [&] {
+                return fmt::format("refcount {} is less than its {} references ({})", refcount, counted,
+                                   use_names(uses));
+            });
         } else if (refcount > counted) {
             findings_.add(Severity::leak, at, place,
-                          fmt::format("leaked: refcount {}, but {} references", refcount, counted));
+                          [&] { return fmt::format("leaked: refcount {}, but {} references", refcount, counted); });
         }
+        const auto* const table = uses == References::l2_table ? "L1" : "L2";
         if (refcount != 1 && (references.word & References::copied) != 0) {
-            corrupt(at, place,
-                    fmt::format("its {} entry is marked COPIED, but its refcount is {}",
-                                uses == References::l2_table ? "L1" : "L2", refcount));
+            corrupt(at, place, [&] {
+                return fmt::format("its {} entry is marked COPIED, but its refcount is {}", table, refcount);
+            });
         }
         if (refcount == 1 && (references.word & References::not_copied) != 0) {
             corrupt(at, place,
-                    fmt::format("its {} entry is not marked COPIED, but its refcount is 1",
-                                uses == References::l2_table ? "L1" : "L2"));
+                    [&] { return fmt::format("its {} entry is not marked COPIED, but its refcount is 1", table); });
         }
     }
 

@@ -5,15 +5,19 @@
 
 namespace qcow::qcow2 {
 
-void Findings::add(CheckFinding::Severity severity, std::uint64_t order, std::string place, std::string what,
-                   std::uint64_t count) {
+bool Findings::count_one(CheckFinding::Severity severity, std::uint64_t count) {
     const std::lock_guard lock(mutex_);
     switch (severity) {
         case CheckFinding::Severity::leak: leaks_ += count; break;
         case CheckFinding::Severity::corruption: corruptions_ += count; break;
         case CheckFinding::Severity::error: errors_ += count; break;
     }
-    if (kept_.size() < max_kept_) kept_.push_back({order, {severity, std::move(place), std::move(what)}});
+    return kept_.size() < max_kept_;
+}
+
+void Findings::keep(Kept finding) {
+    const std::lock_guard lock(mutex_);
+    if (kept_.size() < max_kept_) kept_.push_back(std::move(finding));
 }
 
 void Findings::move_to(CheckReport& report) {

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <mutex>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "qcow/check.h"
@@ -14,9 +15,13 @@ class Findings {
 public:
     explicit Findings(std::size_t max_kept) : max_kept_(max_kept) {}
 
-    /// `order`: the host offset that it is about. `count`: how many clusters or faults this one stands for.
-    void add(CheckFinding::Severity severity, std::uint64_t order, std::string place, std::string what,
-             std::uint64_t count = 1);
+    /// `order`: the host offset that it is about. `count`: how many clusters or faults this one stands for. `place` and
+    /// `what` are texts, or functions that make them, which are called only for what is kept: there may be millions.
+    template <class Place, class What>
+    void add(CheckFinding::Severity severity, std::uint64_t order, const Place& place, const What& what,
+             std::uint64_t count = 1) {
+        if (count_one(severity, count)) keep({order, {severity, text_of(place), text_of(what)}});
+    }
 
     void move_to(CheckReport& report);
 
@@ -25,6 +30,20 @@ private:
         std::uint64_t order;
         CheckFinding finding;
     };
+
+    template <class Text>
+    static std::string text_of(const Text& text) {
+        if constexpr (std::is_invocable_v<const Text&>) {
+            return text();
+        } else {
+            return std::string(text);
+        }
+    }
+
+    /// Whether it is to be kept.
+    bool count_one(CheckFinding::Severity severity, std::uint64_t count);
+    void keep(Kept finding);
+
     std::mutex mutex_;
     std::size_t max_kept_;
     std::vector<Kept> kept_;

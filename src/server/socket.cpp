@@ -20,6 +20,21 @@ constexpr int backlog = 128;
 /// Room for some large pieces, so that the next is read from the disk while the peer takes the last.
 constexpr int send_buffer = 1 << 20;
 
+/// Without a sign of life from the peer's system for a minute it is asked for one, six times in another minute.
+constexpr int silence_seconds = 60;
+constexpr int probe_seconds = 10;
+constexpr int probes = 6;
+
+/// Without effect on a Unix socket, whose peer cannot vanish. Where data are under way the system's own limit holds,
+/// about a quarter of an hour: a shorter one would also end those who are stopped for a while and take no replies.
+void notice_who_vanishes(int fd) {
+    const auto set = [fd](int level, int option, int value) { setsockopt(fd, level, option, &value, sizeof value); };
+    set(SOL_SOCKET, SO_KEEPALIVE, 1);
+    set(IPPROTO_TCP, TCP_KEEPIDLE, silence_seconds);
+    set(IPPROTO_TCP, TCP_KEEPINTVL, probe_seconds);
+    set(IPPROTO_TCP, TCP_KEEPCNT, probes);
+}
+
 FileDescriptor make_socket(int family) { return FileDescriptor(socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0)); }
 
 Result<sockaddr_un> unix_address(const std::string& path) {
@@ -129,6 +144,7 @@ SocketStream::SocketStream(FileDescriptor fd, std::chrono::seconds patience)
     const int yes = 1;
     setsockopt(fd_.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);  // without effect on a Unix socket
     setsockopt(fd_.get(), SOL_SOCKET, SO_SNDBUF, &send_buffer, sizeof send_buffer);
+    notice_who_vanishes(fd_.get());
 }
 
 void SocketStream::wait_forever() {

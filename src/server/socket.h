@@ -37,8 +37,9 @@ struct TcpListeners {
 };
 Result<TcpListeners> listen_tcp(const std::string& host, std::uint16_t port);
 
-/// A connected socket. When wait_forever has not been called within `patience`, the peer has gone.
-class SocketStream final : public nbd::Stream {
+/// A connected socket. When wait_forever has not been called within `patience`, the peer has gone; one whose machine
+/// has vanished from the network is gone after two minutes, or a quarter of an hour if it was being answered.
+class SocketStream : public nbd::Stream {
 public:
     SocketStream(FileDescriptor fd, std::chrono::seconds patience);
 

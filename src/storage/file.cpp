@@ -301,6 +301,10 @@ std::unexpected<Error> open_error(const std::string& path, int error, int flags)
 }
 
 Result<std::shared_ptr<Storage>> open_file(const std::string& path, const FileOptions& options) {
+    if (options.force_share && options.writable) {
+        return fail(Errc::invalid_argument, path,
+                    "what is written to cannot be shared by force; open it for reading only, or with locks");
+    }
     // To open a device may have effects already: tapes are rewound, watchdogs begin to bark. So it is looked at before;
     // and again when it is open, as it may have changed.
     struct stat there = {};

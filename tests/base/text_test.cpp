@@ -41,6 +41,24 @@ TEST(Printable, EscapesC1ControlsThoughTheyAreValidUtf8) {
     EXPECT_EQ(printable("\xc2\x9f"), "\\xc2\\x9f");
 }
 
+TEST(Printable, EscapesWhatChangesTheDirectionOfWriting) {
+    EXPECT_EQ(printable("a\u202egpj.exe"), "a\\xe2\\x80\\xaegpj.exe");
+    EXPECT_EQ(printable("\u202a"), "\\xe2\\x80\\xaa");
+    EXPECT_EQ(printable("\u2066\u2069"), "\\xe2\\x81\\xa6\\xe2\\x81\\xa9");
+    EXPECT_EQ(printable("\u2029\u202f\u2065\u206a"), "\u2029\u202f\u2065\u206a");  // their neighbours
+    EXPECT_EQ(printable("\u05d0\u0627"), "\u05d0\u0627");  // letters that are written from the right
+}
+
+TEST(Printable, LeavesOutTheEndOfWhatIsTooLong) {
+    EXPECT_EQ(printable("abcd", 4), "abcd");
+    EXPECT_EQ(printable("abcde", 4), "abcd...");
+    EXPECT_EQ(printable("", 0), "");
+    EXPECT_EQ(printable("a", 0), "...");
+    // Neither a character nor an escape is cut.
+    EXPECT_EQ(printable("abc\xc3\xa9", 4), "abc...");
+    EXPECT_EQ(printable("\x01\x02", 7), "\\x01...");
+}
+
 TEST(Printable, EscapesBytesThatBeginNoSequence) {
     EXPECT_EQ(printable("\x80"), "\\x80");
     EXPECT_EQ(printable("\xff\xfe"), "\\xff\\xfe");

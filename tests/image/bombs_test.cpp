@@ -38,6 +38,9 @@ const std::vector<std::string> info = {"info", "IMAGE"};
 const std::vector<std::string> check = {"check", "IMAGE"};
 const std::vector<std::string> convert = {"convert", "IMAGE", "copy"};
 
+/// Bytes that a command prints, at most: what its lines take, and not more because some are long.
+constexpr std::size_t max_output = 16 * MiB;
+
 constexpr int failed = 1;
 constexpr int corrupt = 2;
 
@@ -182,6 +185,25 @@ void l2_table_in_the_header(const BombFiles& files) {
     files.write_image(image);
 }
 
+/// One with the longest name that there is, and thousands without one.
+void one_long_name(const BombFiles& files) {
+    HostileImage image;
+    image.version = 2;  // whose entries need no more than a head
+    image.snapshots = 20'000;
+    image.snapshot_table = 4;
+    Bytes table = snapshot_head(0);
+    store_be<std::uint16_t>(table, 14, 0xffff);
+    append(table, "1" + std::string(0xffff, 'n'));
+    const auto other = snapshot_head(0);
+    for (std::uint32_t i = 1; i < image.snapshots; ++i) {
+        table.resize((table.size() + 7) / 8 * 8);
+        table.insert(table.end(), other.begin(), other.end());
+        append(table, "1n");
+    }
+    image.file.write(image.cluster(4), table);
+    files.write_image(image, 64);
+}
+
 void bitmaps(const BombFiles& files, std::uint32_t count) {
     HostileImage image(9);
     image.size = 4096;
@@ -239,6 +261,12 @@ std::vector<Bomb> all_bombs() {
           {snapshots, 0, "", 4},
           {check, corrupt, "L1 table of snapshot \"\" at host offset 0x0: 0 entries, but a virtual size of 1048576"},
           {convert}}},
+        {"OneLongName",
+         one_long_name,
+         {{info, 0, "nnnn"},
+          {snapshots, 0, "nnnn"},
+          {check, corrupt, "L1 table of snapshot \"n\" at host offset 0x0: 0 entries"},
+          {convert}}},
         {"LoopThroughLinks",
          loop_through_links,
          {{info}, {check, failed, "one/two/link: the backing chain is a loop"}, {convert, failed, "loop"}}},
@@ -289,6 +317,7 @@ TEST_P(Bombs, AreHandledWithinBounds) {
                                  said, measured.finished.status, measured.processor_seconds,
                                  measured.peak_bytes / MiB));
         EXPECT_EQ(measured.finished.status, expected.status);
+        EXPECT_LT(said.size(), max_output);
         EXPECT_TRUE(said.find(expected.says) != std::string::npos) << "not said: " << expected.says;
         EXPECT_LT(measured.processor_seconds, expected.seconds * slowness);
         // Sanitizers keep what was freed, and shadows of everything.

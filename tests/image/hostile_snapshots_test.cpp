@@ -129,6 +129,37 @@ TEST_F(Hostile, SnapshotsThatShareOneL1Table) {
     }
 }
 
+/// A snapshot with the longest name, none of which can be shown as it is, and an L1 table of `entry` alone.
+HostileImage named_at_length(std::uint64_t entry) {
+    HostileImage image;
+    image.write_refcounts(4);
+    image.snapshots = 1;
+    image.snapshot_table = 4;
+    image.fill(image.cluster(8), bit(22), entry);
+    auto snapshot = snapshot_entry(image.cluster(8), bit(22), 0);
+    snapshot.resize(36 + 4 + 16 + 1);  // up to the name
+    store_be<std::uint16_t>(snapshot, 14, 0xffff);
+    snapshot.resize(snapshot.size() + 0xffff, std::byte{1});
+    snapshot.resize((snapshot.size() + 7) / 8 * 8);
+    image.file.write(image.cluster(4), snapshot);
+    image.file.fixed_size = bit(28);
+    return image;
+}
+
+TEST_F(Hostile, LongNamesOfWhatIsFlawed) {
+    for (const std::uint64_t entry :
+         {std::uint64_t{0x200}, std::uint64_t{1} << 40, format::copied_bit, std::uint64_t{1}}) {
+        write("image", named_at_length(entry).finish());
+        const auto opened = open_bounded(open("image"));
+        ASSERT_TRUE(opened.has_value());
+        const auto report = check_bounded(**opened, 64 * MiB);
+        ASSERT_TRUE(report.has_value()) << report.error().message();
+        EXPECT_GE(report->corruptions, bit(22));
+        ASSERT_FALSE(report->findings.empty());
+        for (const auto& finding : report->findings) EXPECT_LT(finding.place.size(), 1000U);
+    }
+}
+
 Bytes bitmap_entry(std::uint64_t table, std::uint32_t entries, bool enabled = false, unsigned granularity_bits = 16) {
     Bytes entry;
     append(entry, table, 8);
@@ -150,6 +181,31 @@ Extension bitmaps_extension(std::uint32_t count, std::uint64_t bytes, std::uint6
     append(extension.data, bytes, 8);
     append(extension.data, at, 8);
     return extension;
+}
+
+/// A name of 1023 bytes, and a table of eight million entries that are sound or not.
+TEST_F(Hostile, LongNamesOfBitmaps) {
+    for (const std::uint64_t entry : {std::uint64_t{8} << 16, std::uint64_t{0x200}}) {
+        HostileImage image;
+        image.autoclear = 1;
+        image.write_refcounts(4);
+        constexpr std::uint32_t entries = bit(23);
+        image.fill(image.cluster(512), entries, entry);
+        auto directory = bitmap_entry(image.cluster(512), entries);
+        directory.resize(24);
+        store_be<std::uint16_t>(directory, 18, 1023);
+        directory.resize(24 + 1023, std::byte{1});
+        directory.resize((directory.size() + 7) / 8 * 8);
+        image.extensions.push_back(bitmaps_extension(1, directory.size(), image.cluster(4)));
+        image.file.write(image.cluster(4), directory);
+        image.file.fixed_size = bit(28);
+        write("image", image.finish());
+        const auto opened = open_bounded(open("image"));
+        ASSERT_TRUE(opened.has_value());
+        const auto report = check_bounded(**opened, 64 * MiB);
+        ASSERT_TRUE(report.has_value()) << report.error().message();
+        EXPECT_GT(report->corruptions, 0U);
+    }
 }
 
 TEST_F(Hostile, BitmapsThatShareOneTable) {

@@ -1,10 +1,13 @@
 // The server and its clients: how many, how much, how long.
 
 #include <gmock/gmock.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 
 #include <filesystem>
 
 #include "server/running_server.h"
+#include "storage/file.h"
 
 namespace qcow::test {
 namespace {
@@ -124,6 +127,8 @@ TEST_F(Server, MoreClientsThanAreWelcomeWait) {
     NbdClient second(server.socket());
     first->go(Style::simple);
     second.go(Style::simple);
+    // Who gets an answer has its place.
+    for (auto* client : {first.get(), &second}) EXPECT_EQ(client->command(Command::flush, 0, 0), 0U);
     NbdClient third(server.socket());
     std::atomic<bool> served = false;
     std::thread waiting([&] {
@@ -136,6 +141,60 @@ TEST_F(Server, MoreClientsThanAreWelcomeWait) {
     waiting.join();
     EXPECT_TRUE(served);
     EXPECT_EQ(second.command(Command::flush, 0, 0), 0U);
+}
+
+/// Who has only connected takes nobody's place, however often and for how long.
+TEST_F(Server, TheSilentKeepNobodyOut) {
+    const auto threads = entries_of("/proc/self/task");
+    NbdOptions options;
+    options.limits.connections = 2;
+    RunningServer server(exports_, options);
+    NbdClient early(server.socket());
+    early.go(Style::simple);
+    std::vector<std::unique_ptr<NbdClient>> silent;
+    for (const std::size_t count : {2U, 66U, 200U}) {
+        SCOPED_TRACE(count);
+        while (silent.size() < count) silent.push_back(std::make_unique<NbdClient>(server.socket()));
+        const auto begin = steady_clock::now();
+        NbdClient proper(server.socket());
+        proper.go(Style::simple);
+        EXPECT_EQ(proper.read(0, 4096).error, 0U);
+        EXPECT_LT(steady_clock::now() - begin, std::chrono::seconds(1));
+    }
+    // The server's own, and one for each socket.
+    EXPECT_LE(entries_of("/proc/self/task"), threads + 1 + 2 + 64);
+    // Who came first has made way, who came last is welcome still.
+    EXPECT_TRUE(silent.front()->is_closed());
+    silent.back()->go(Style::simple);
+    EXPECT_EQ(early.command(Command::flush, 0, 0), 0U);
+    EXPECT_TRUE(must_stop(server));
+}
+
+/// Several choose an export while there is one place: the others are served when it is free again, or see the end.
+TEST_F(Server, WhoHasNoPlaceYetWaits) {
+    NbdOptions options;
+    options.limits.connections = 1;
+    RunningServer server(exports_, options);
+    NbdClient second(server.socket());
+    NbdClient third(server.socket());
+    auto first = std::make_unique<NbdClient>(server.socket());
+    second.greet();
+    third.greet();
+    first->go(Style::simple);
+    EXPECT_EQ(first->command(Command::flush, 0, 0), 0U);  // so it has the place
+    second.negotiate(Style::simple);
+    std::atomic<bool> served = false;
+    std::thread waiting([&] {
+        EXPECT_EQ(second.command(Command::flush, 0, 0), 0U);
+        served = true;
+    });
+    std::this_thread::sleep_for(milliseconds(200));
+    EXPECT_FALSE(served);
+    first.reset();
+    waiting.join();
+    third.negotiate(Style::simple);
+    EXPECT_TRUE(must_stop(server));
+    EXPECT_TRUE(third.is_closed());
 }
 
 TEST_F(Server, EndsWithItsLastClient) {
@@ -189,6 +248,48 @@ TEST_F(Server, WithoutThreadsForAConnectionItServesAllTheSame) {
     for (int i = 0; i < 50; ++i) ASSERT_EQ(client.write(0, Bytes(512)), 0U);
     ASSERT_EQ(client.read(0, 3 * MiB).error, 0U);
     EXPECT_EQ(disk_->most_inside, 1U);
+}
+
+/// The sockets of this process that are connected by TCP from `port`.
+std::vector<int> accepted_from(std::uint16_t port) {
+    std::vector<int> found;
+    for (int fd = 0; fd < 1024; ++fd) {
+        sockaddr_in own = {};
+        sockaddr_in peer = {};
+        socklen_t own_length = sizeof own;
+        socklen_t peer_length = sizeof peer;
+        if (getsockname(fd, reinterpret_cast<sockaddr*>(&own), &own_length) == 0 && own.sin_family == AF_INET &&
+            ntohs(own.sin_port) == port && getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &peer_length) == 0)
+            found.push_back(fd);
+    }
+    return found;
+}
+
+TEST_F(Server, NoticesMachinesThatVanish) {
+    const auto server = must(NbdServer::make(exports_));
+    const auto port = must(server->listen_tcp("127.0.0.1", 0));
+    std::thread running([&] { must(server->run()); });
+    const FileDescriptor client(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_in address = {};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    EXPECT_EQ(connect(client.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
+    char hello = 0;
+    EXPECT_EQ(recv(client.get(), &hello, 1, 0), 1);
+    const auto accepted = accepted_from(port);
+    EXPECT_EQ(accepted.size(), 1U);
+    const auto option = [&](int level, int name) {
+        int value = -1;
+        socklen_t length = sizeof value;
+        return accepted.empty() || getsockopt(accepted[0], level, name, &value, &length) != 0 ? -1 : value;
+    };
+    EXPECT_EQ(option(SOL_SOCKET, SO_KEEPALIVE), 1);
+    EXPECT_EQ(option(IPPROTO_TCP, TCP_KEEPIDLE), 60);
+    EXPECT_EQ(option(IPPROTO_TCP, TCP_KEEPINTVL), 10);
+    EXPECT_EQ(option(IPPROTO_TCP, TCP_KEEPCNT), 6);
+    server->stop();
+    running.join();
 }
 
 TEST_F(Server, Tcp) {

@@ -136,6 +136,10 @@ TEST_F(FileLock, AWriterAlsoWritesAndResizes) {
     EXPECT_TRUE(is_locked(203));
 }
 
+TEST_F(FileLock, NobodyWritesWithoutLocks) {
+    EXPECT_TRUE(fails(open({.writable = true, .force_share = true}), Errc::invalid_argument, {path_, "for reading"}));
+}
+
 TEST_F(FileLock, AForcedReaderTakesNone) {
     const auto forced = must(open(forced_reading));
     EXPECT_FALSE(is_locked(100));

@@ -8,6 +8,8 @@
 #include <gtest/gtest.h>
 #include <linux/io_uring.h>
 #include <linux/openat2.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/eventfd.h>
@@ -119,6 +121,7 @@ protected:
 
 TEST_F(SandboxTest, WhatServingTakesWorks) {
     const int event = eventfd(0, EFD_CLOEXEC);
+    const int by_network = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     const int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     sockaddr_un address = {};
     address.sun_family = AF_UNIX;
@@ -132,6 +135,12 @@ TEST_F(SandboxTest, WhatServingTakesWorks) {
         fcntl(clients.back(), F_SETFL, O_NONBLOCK);
         connect(clients.back(), reinterpret_cast<const sockaddr*>(&address), sizeof address);
     }
+    const auto set_tcp_options = [&] {
+        const int seconds = 60;
+        for (const int option : {TCP_NODELAY, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT})
+            if (setsockopt(by_network, IPPROTO_TCP, option, &seconds, sizeof seconds) != 0) return -1L;
+        return 0L;
+    };
     char buffer[16] = {};
     expect_outcomes(sandbox_,
                     {
@@ -159,10 +168,13 @@ TEST_F(SandboxTest, WhatServingTakesWorks) {
                          [&] {
                              const int client = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
                              const timeval patience = {1, 0};
-                             if (setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) != 0)
+                             const int yes = 1;
+                             if (setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience) != 0 ||
+                                 setsockopt(client, SOL_SOCKET, SO_KEEPALIVE, &yes, sizeof yes) != 0)
                                  return ssize_t{-1};
                              return send(client, "x", 1, MSG_NOSIGNAL);
                          }},
+                        {"notice when a client vanishes", works, set_tcp_options},
                         {"have threads, with memory of their own", works,
                          [] {
                              std::vector<std::thread> threads;
@@ -185,6 +197,7 @@ TEST_F(SandboxTest, WhatServingTakesWorks) {
     for (const int fd : clients) close(fd);
     close(listener);
     close(event);
+    close(by_network);
 }
 
 TEST_F(SandboxTest, WhatItDiesOf) {
@@ -195,6 +208,9 @@ TEST_F(SandboxTest, WhatItDiesOf) {
     char byte = 0;
     const iovec local = {&byte, 1};
     open_how how = {};
+    sockaddr_in local_address = {};
+    local_address.sin_family = AF_INET;
+    const auto* anywhere = reinterpret_cast<const sockaddr*>(&local_address);
     io_uring_params parameters = {};
     expect_outcomes(
         sandbox_,
@@ -222,6 +238,10 @@ TEST_F(SandboxTest, WhatItDiesOf) {
                  return socketpair(AF_UNIX, SOCK_STREAM, 0, pair);
              }},
             {"connect", killed, [&] { return connect(file_, nullptr, 0); }},
+            {"send to an address", killed, [&] { return sendto(file_, "x", 1, 0, anywhere, sizeof(sockaddr_in)); }},
+            {"connect with the first data", killed,
+             [&] { return sendto(file_, "x", 1, MSG_FASTOPEN, anywhere, sizeof(sockaddr_in)); }},
+            {"the same to nobody", killed, [&] { return send(file_, "x", 1, MSG_FASTOPEN); }},
             {"execve", killed, [&] { return execve("/bin/true", arguments, nullptr); }},
             {"fork", killed, [] { return fork(); }},
             {"kill", killed, [&] { return kill(parent, 0); }},
@@ -239,6 +259,8 @@ TEST_F(SandboxTest, WhatItDiesOf) {
 
 TEST_F(SandboxTest, WhatFails) {
     const pid_t parent = getpid();
+    const int number = 1;
+    msghdr message = {};
     const auto page = [](int protection) {
         return mmap(nullptr, 4096, protection, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     };
@@ -254,12 +276,31 @@ TEST_F(SandboxTest, WhatFails) {
         {"signal another process", ENOSYS, [&] { return syscall(SYS_tgkill, parent, parent, 0); }},
         {"talk to a device", ENOSYS, [&] { return ioctl(file_, 0x1234, 0); }},
         {"go elsewhere", ENOSYS, [] { return chdir("/"); }},
+        {"send a message", ENOSYS, [&] { return sendmsg(file_, &message, 0); }},
+        {"receive a message", ENOSYS, [&] { return recvmsg(file_, &message, 0); }},
+        {"send messages", ENOSYS, [&] { return syscall(SYS_sendmmsg, file_, nullptr, 0, 0); }},
+        {"change a socket's mark", ENOSYS,
+         [&] { return setsockopt(file_, SOL_SOCKET, SO_MARK, &number, sizeof number); }},
+        {"replace the packet filter", ENOSYS,
+         [&] { return setsockopt(file_, IPPROTO_IP, 64, &number, sizeof number); }},
+        {"put TCP under another protocol", ENOSYS,
+         [&] { return setsockopt(file_, IPPROTO_TCP, TCP_ULP, "tls", sizeof "tls"); }},
     };
     expect_outcomes(sandbox_, actions);
     // This is Landlock's.
     expect_outcomes(sandbox_, {{"remove another's file", EACCES, [&] { return unlink((other_ / "file").c_str()); }}});
     // A limit that is known: not only its own file, but those beside it.
     expect_outcomes(sandbox_, {{"remove a neighbour", works, [&] { return unlink((home_ / "neighbour").c_str()); }}});
+    const auto below = home_ / "below";
+    std::filesystem::create_directory(below);
+    put_file(below + "/file", "");
+    expect_outcomes(sandbox_,
+                    {{"remove a file further down", works, [&] { return unlink((below + "/file").c_str()); }}});
+    // Another one: the C library's fstat may be this call, whose path the filter cannot see.
+    expect_outcomes(sandbox_, {{"look at a file in other words", works, [] {
+                                    struct stat status = {};
+                                    return fstatat(AT_FDCWD, "/etc/passwd", &status, AT_EMPTY_PATH);
+                                }}});
     // Who has nothing to remove cannot.
     expect_outcomes({"on", "", {}, {}},
                     {{"remove a file", ENOSYS, [&] { return unlink((home_ / "socket").c_str()); }}});

@@ -148,6 +148,43 @@ TEST_F(ServeTest, WithoutASandbox) {
     EXPECT_THAT(stop(*server).err, HasSubstr("sandbox: off"));
 }
 
+TEST_F(ServeTest, ItsWarningIsPrintable) {
+    std::filesystem::rename(directory_ / "new.raw", directory_ / "new\x1b[2J.raw");
+    auto server = serve({"new\x1b[2J.raw"});
+    EXPECT_THAT(stop(*server).err, HasSubstr(R"(warning: new\x1b[2J.raw: that it is raw was only guessed)"));
+}
+
+#ifdef QCOW_HAS_TLS
+TEST_F(ServeTest, OverTlsInTheSandbox) {
+    put_file(directory_ / "keys", "alice:000102030405060708090a0b0c0d0e0f\n");
+    std::filesystem::permissions(directory_ / "keys", std::filesystem::perms(0600));
+    put_file(directory_ / "sample.raw", sample_disk());
+    auto server = serve({"--tls-psk", "keys", "disk.qcow2"});
+    const std::string secure = "nbds+unix://alice@/?socket=socket&tls-psk-file=" + (directory_ / "keys");
+    must({"nbdcopy", "sample.raw", secure});
+    must({"nbdcopy", secure, "copy.raw"});
+    EXPECT_TRUE(file_bytes(directory_ / "copy.raw") == sample_disk());
+    stop(*server);
+}
+#endif
+
+TEST_F(ServeTest, OnlyWhoReadsSharesByForce) {
+    auto writer = serve({"disk.qcow2"});
+    const auto second = [&](const Arguments& more) {
+        Arguments arguments = {QCOW_TOOL, "serve", "--socket", "second", "--force-share", "disk.qcow2"};
+        arguments.insert(arguments.end(), more.begin(), more.end());
+        return arguments;
+    };
+    const auto refused = run(second({}), directory_.path());
+    EXPECT_EQ(refused.status, 1) << refused.text();
+    EXPECT_THAT(refused.err, AllOf(HasSubstr("--force-share"), HasSubstr("add --read-only or --snapshot")));
+    EXPECT_FALSE(std::filesystem::exists(directory_ / "second"));
+    Subprocess reader(second({"--read-only", "--persistent"}), directory_.path());
+    reader.wait_for("sandbox: ");
+    stop(reader);
+    stop(*writer);
+}
+
 /// The socket comes from the client, which ends the server by leaving.
 TEST_F(ServeTest, StartedByItsClient) {
     put_file(directory_ / "sample.raw", sample_disk());

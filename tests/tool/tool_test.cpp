@@ -54,6 +54,26 @@ TEST_F(ToolTest, InfoOfRaw) {
     EXPECT_EQ(info["virtual-size"], 1000);
 }
 
+TEST_F(ToolTest, JsonIsPrintable) {
+    // DEL, a control sequence in C1, an override of the direction, and what is not UTF-8.
+    const std::string name =
+        "x\xc2\x9b"
+        "2Jy\x7f\u202e\xff";
+    must_qemu_img({"snapshot", "-c", name, "base.qcow2"}, directory_.path());
+    for (const auto& command : {Arguments{"info", "--json"}, Arguments{"snapshot", "--list", "--json"}}) {
+        auto arguments = command;
+        arguments.push_back("base.qcow2");
+        const auto out = must_tool(arguments).out;
+        EXPECT_TRUE(std::ranges::all_of(out, [](char c) { return (c >= 0x20 && c <= 0x7e) || c == '\n'; })) << out;
+        EXPECT_THAT(out, HasSubstr(R"("x\u009b2Jy\u007f\u202e\ufffd")"));
+    }
+}
+
+TEST_F(ToolTest, PathsAreMadePrintable) {
+    const auto said = must_tool({"create", "new\x1b[2J.qcow2", "1M"}).out;
+    EXPECT_THAT(said, StartsWith(R"(new\x1b[2J.qcow2: qcow2, 1 MiB)"));
+}
+
 TEST_F(ToolTest, InfoWithHostileNames) {
     must_qemu_img(
         {"create", "-q", "-u", "-f", "qcow2", "-b", "evil\x1b[31m\xff\nname", "-F", "qcow2", "evil.qcow2", "1M"},

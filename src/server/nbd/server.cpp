@@ -5,10 +5,13 @@
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
+#include <condition_variable>
 #include <list>
+#include <mutex>
 #include <set>
 #include <thread>
 
@@ -28,6 +31,9 @@ constexpr auto grace = std::chrono::seconds(5);
 /// Between two attempts, when there is not enough of something for one more client.
 constexpr auto pause = std::chrono::milliseconds(100);
 
+/// Sockets beyond NbdLimits::connections, for clients that have not chosen an export yet, or never will.
+constexpr std::size_t anteroom = 64;
+
 /// An event that wakes a thread that polls.
 class Wakeup {
 public:
@@ -46,10 +52,78 @@ private:
     FileDescriptor fd_;
 };
 
+/// Places for clients that are past the handshake. Thread-safe.
+class Places {
+public:
+    explicit Places(std::size_t count) : free_(count) {}
+
+    [[nodiscard]] bool any_free() const {
+        const std::lock_guard lock(mutex_);
+        return free_ > 0;
+    }
+
+    /// Waits until there is one. False: nobody gets one any more.
+    bool take() {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] { return free_ > 0 || closed_; });
+        if (free_ == 0) return false;
+        --free_;
+        return true;
+    }
+
+    void give_back() {
+        const std::lock_guard lock(mutex_);
+        ++free_;
+        changed_.notify_one();
+    }
+
+    /// Those who wait go without: it is over.
+    void close() {
+        const std::lock_guard lock(mutex_);
+        closed_ = true;
+        changed_.notify_all();
+    }
+
+private:
+    mutable std::mutex mutex_;
+    std::condition_variable changed_;
+    std::size_t free_;
+    bool closed_ = false;
+};
+
+/// A client's socket, and the place that it takes when it has chosen an export.
+class ClientStream final : public SocketStream {
+public:
+    ClientStream(FileDescriptor fd, std::chrono::seconds patience, Places& places)
+        : SocketStream(std::move(fd), patience), places_(places) {}
+
+    void wait_forever() override {
+        negotiated_ = true;
+        has_place_ = places_.take();
+        SocketStream::wait_forever();
+    }
+
+    /// For the thread that has served the client.
+    void leave() {
+        if (has_place_) places_.give_back();
+        has_place_ = false;
+    }
+
+    [[nodiscard]] bool negotiated() const { return negotiated_; }
+
+private:
+    Places& places_;
+    std::atomic<bool> negotiated_ = false;
+    bool has_place_ = false;
+};
+
 class Server final : public NbdServer {
 public:
     Server(std::vector<NbdExport> exports, NbdOptions options, std::unique_ptr<nbd::Tls> tls)
-        : exports_(std::move(exports)), options_(std::move(options)), tls_(std::move(tls)) {}
+        : exports_(std::move(exports)),
+          options_(std::move(options)),
+          tls_(std::move(tls)),
+          places_(options_.limits.connections) {}
 
     [[nodiscard]] bool usable() const { return wakeup_.fd() >= 0; }
 
@@ -78,12 +152,17 @@ public:
 
 private:
     struct Client {
-        Client(FileDescriptor fd, std::chrono::seconds patience) : stream(std::move(fd), patience) {}
-        SocketStream stream;
+        Client(FileDescriptor fd, std::chrono::seconds patience, Places& places)
+            : stream(std::move(fd), patience, places) {}
+        ClientStream stream;
+        bool dismissed = false;
         std::atomic<bool> gone = false;
         std::thread thread;
     };
 
+    [[nodiscard]] bool has_room() const { return clients_.size() < options_.limits.connections + anteroom; }
+    [[nodiscard]] bool takes_clients();
+    Client* longest_negotiating();
     Result<void> accept_clients();
     Result<void> accept_from(const Listener& listener);
     void part_with_those_gone();
@@ -95,7 +174,8 @@ private:
     Wakeup wakeup_;
     std::atomic<bool> stopping_ = false;
     std::vector<Listener> listeners_;
-    std::list<Client> clients_;
+    Places places_;
+    std::list<Client> clients_;  // who came first is in front
 };
 
 Result<void> Server::run() {
@@ -118,14 +198,21 @@ Result<void> Server::accept_clients() {
         part_with_those_gone();
         if (had_clients && clients_.empty() && !options_.persistent) return {};
         polled.assign(1, {wakeup_.fd(), POLLIN, 0});
-        // Whoever comes when there are enough waits in the backlog.
-        if (clients_.size() < options_.limits.connections)
+        if (takes_clients())
             for (const auto& listener : listeners_) polled.push_back({listener.fd(), POLLIN, 0});
         if (poll(polled.data(), polled.size(), -1) < 0 && errno != EINTR)
             return system_error("cannot wait for clients", "server", errno);
         wakeup_.quiet();
         for (std::size_t i = 1; i < polled.size(); ++i) {
-            if (polled[i].revents == 0 || clients_.size() >= options_.limits.connections) continue;
+            if (polled[i].revents == 0 || !takes_clients()) continue;
+            if (!has_room()) {
+                // It is accepted when this one has gone.
+                if (auto* const slow = longest_negotiating()) {
+                    slow->dismissed = true;
+                    slow->stream.shutdown();
+                }
+                continue;
+            }
             if (auto accepted = within_memory([&] { return accept_from(listeners_[i - 1]); }); !accepted) {
                 if (accepted.error().code != Errc::no_memory) return accepted;
                 std::this_thread::sleep_for(pause);
@@ -134,6 +221,20 @@ Result<void> Server::accept_clients() {
         had_clients |= !clients_.empty();
     }
     return {};
+}
+
+/// Whoever comes when all places are taken waits in the backlog. Else there is room, or soon will be: one that has not
+/// chosen an export yet makes way, so that those who never choose one keep nobody out.
+bool Server::takes_clients() {
+    if (!places_.any_free()) return false;
+    if (has_room()) return true;
+    const bool one_leaves = std::ranges::any_of(clients_, &Client::dismissed);
+    return !one_leaves && longest_negotiating() != nullptr;
+}
+
+Server::Client* Server::longest_negotiating() {
+    const auto found = std::ranges::find_if(clients_, [](const Client& client) { return !client.stream.negotiated(); });
+    return found == clients_.end() ? nullptr : &*found;
 }
 
 Result<void> Server::accept_from(const Listener& listener) {
@@ -146,10 +247,12 @@ Result<void> Server::accept_from(const Listener& listener) {
             std::this_thread::sleep_for(pause);
         return {};
     }
-    auto& client = clients_.emplace_back(std::move(fd), std::chrono::seconds(options_.limits.handshake_seconds));
+    auto& client =
+        clients_.emplace_back(std::move(fd), std::chrono::seconds(options_.limits.handshake_seconds), places_);
     try {
         client.thread = std::thread([this, &client] {
             nbd::serve_client(client.stream, exports_, options_.limits, tls_.get());
+            client.stream.leave();
             client.gone = true;
             wakeup_.ring();
         });
@@ -169,6 +272,7 @@ void Server::part_with_those_gone() {
 
 void Server::part_with_all() {
     const auto deadline = std::chrono::steady_clock::now() + grace;
+    places_.close();
     for (auto& client : clients_) client.stream.stop_receiving();
     for (;;) {
         part_with_those_gone();
