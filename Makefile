@@ -5,8 +5,9 @@ JOBS ?= $(shell nproc)
 PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 60
 TORTURE_SECONDS ?= 3600
+SOAK_SECONDS ?= 3600
 
-.PHONY: all demo test test-asan test-tsan torture bench lint format fuzz install clean
+.PHONY: all demo test test-asan test-tsan torture soak bench lint format fuzz install clean
 
 all: ## Build the tool: build/release/qcow
 	@cmake --preset release >/dev/null
@@ -34,6 +35,12 @@ torture: ## Try to make images lose something for TORTURE_SECONDS (3600), each t
 	@cmake --preset release-tests >/dev/null
 	@cmake --build --preset release-tests -j $(JOBS) --target engine_test memory_test server_test
 	@scripts/torture build/release $(TORTURE_SECONDS) $(JOBS)
+
+soak: ## Eight threads on every kind of image under the thread sanitizer, for SOAK_SECONDS (3600), from another seed each time
+	@scripts/install-dependencies build test
+	@cmake --preset tsan >/dev/null
+	@cmake --build --preset tsan -j $(JOBS) --target engine_test
+	@scripts/soak build/tsan $(SOAK_SECONDS)
 
 bench: ## Measure against qemu-img, qemu-nbd, nbdkit, pread and pwrite
 	@scripts/install-dependencies build test bench

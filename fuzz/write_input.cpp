@@ -319,7 +319,7 @@ private:
         if (size > old && image_->backing() != nullptr && change / block > max_zeroed_clusters) return;
         const auto result = image_->resize(size, shrink ? Image::Shrink::allow : Image::Shrink::refuse);
         if (!succeeded(result)) {
-            QCOW_REQUIRE(image_->size() == old);
+            QCOW_REQUIRE(image_->size() == old || (shrink && image_->size() == size));
             if (shrink || size > old) model_.assign(std::min(old, size), ~std::uint64_t{0}, {Kind::unknown});
             require_legitimate(result, old - std::min(old, block), block);
             return;

@@ -70,7 +70,7 @@ public:
     Result<void> give_back();
 
     /// Makes each refcount what the references come to. Nothing else may be in flight. Errc::corrupt where references
-    /// cannot be counted.
+    /// cannot be counted, io.
     Result<void> rebuild();
 
 private:

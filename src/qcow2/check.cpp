@@ -106,6 +106,9 @@ private:
         findings_.add(Severity::corruption, order, place, what, count);
     }
 
+    /// Whether something is wrong with the image, and not with looking at it.
+    static bool is_flaw(const Error& error) { return error.code != Errc::io && error.code != Errc::no_memory; }
+
     static auto reserved_bits(std::uint64_t word) {
         return [word] { return fmt::format("reserved bits are set ({:#x})", word); };
     }
@@ -216,6 +219,7 @@ private:
         const auto& extension = *core_.header.bitmaps;
         auto bitmaps = read_bitmaps(core_);
         if (!bitmaps) {
+            if (!is_flaw(bitmaps.error())) return std::unexpected(std::move(bitmaps).error());
             corrupt(extension.directory.value, bitmaps.error().place, bitmaps.error().what);
             return {};
         }
@@ -260,6 +264,7 @@ private:
     Result<void> add_snapshots() {
         auto table = read_snapshots(core_);
         if (!table) {
+            if (!is_flaw(table.error())) return std::unexpected(std::move(table).error());
             corrupt(core_.header.snapshot_table.value, table.error().place, table.error().what);
             return {};
         }
@@ -270,6 +275,7 @@ private:
                                    printable(snapshot.info.name, max_name), snapshot.l1_table.value);
             };
             if (auto verified = verify_snapshot_l1(core_, snapshot); !verified) {
+                if (!is_flaw(verified.error())) return verified;
                 corrupt(snapshot.l1_table.value, place, verified.error().what);
                 continue;
             }

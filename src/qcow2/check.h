@@ -13,7 +13,7 @@ namespace qcow::qcow2 {
 Result<CheckReport> check_image(const Core& core, const CheckOptions& options);
 
 /// How often each host cluster is referenced, whatever the refcounts say. Errc::corrupt where the metadata are damaged,
-/// so that this cannot be told.
+/// so that this cannot be told, io where they cannot be read.
 Result<std::unique_ptr<ReferenceMap>> count_references(const Core& core, const CheckOptions& options);
 
 }  // namespace qcow::qcow2

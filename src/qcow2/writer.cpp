@@ -57,7 +57,7 @@ Result<void> Writer::rebuild_refcounts() {
     options.max_findings = 1;
     const auto report = TRY(check_image(*core_, options));
     if (report.corruptions != 0 || report.errors != 0) {
-        return fail(report.corruptions != 0 ? Errc::corrupt : Errc::io, report.findings.front().place,
+        return fail(Errc::corrupt, report.findings.front().place,
                     report.findings.front().what + "; this is left after the refcounts of a dirty image were rebuilt");
     }
     TRY_VOID(write_back_.update_header(

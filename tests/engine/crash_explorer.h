@@ -136,8 +136,8 @@ private:
     }
 
     /// Where most is pending: every subset if that is little; else each event alone, each one missing; and metadata
-    /// torn at each of their sectors.
-    void add_nasty(std::size_t now, const std::vector<CrashStates::Pending>& pending, std::vector<Case>& plan) const {
+    /// torn at each of their sectors, or at some of very many.
+    void add_nasty(std::size_t now, const std::vector<CrashStates::Pending>& pending, std::vector<Case>& plan) {
         using Kind = Case::Kind;
         const auto n = pending.size();
         if (n <= 4) {
@@ -151,8 +151,10 @@ private:
                 plan.push_back({now, Kind::only, i});
                 plan.push_back({now, Kind::without, i});
             }
-            const auto& sectors = pending[i].sectors;
+            auto sectors = pending[i].sectors;
             if (sectors.size() < 2 || is_guest_data(history_.log.events()[pending[i].event])) continue;
+            while (sectors.size() > 8)
+                sectors.erase(sectors.begin() + static_cast<std::ptrdiff_t>(random_.between(1, sectors.size() - 2)));
             for (const auto sector : sectors) {
                 for (const auto kind : {Kind::only_sector, Kind::without_sector, Kind::up_to_sector})
                     plan.push_back({now, kind, i, sector});

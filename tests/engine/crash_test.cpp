@@ -93,14 +93,14 @@ TEST_P(CrashTest, LosesNothing) {
     unsigned qemu_checks = 0;
     for (unsigned round = 0; round < effort(); ++round) {
         auto random = Random::named(fmt::format("{}/{}", c.name, round));
+        const auto options = sanitized ? CrashOptions{.samples = 30, .most = 30} : CrashOptions{.qemu_checks = 4};
         const auto recorded = record(c, random);
-        const auto report =
-            CrashExplorer(recorded->history(recorded->log), opener(c.kind), random).explore({.qemu_checks = 4});
+        const auto report = CrashExplorer(recorded->history(recorded->log), opener(c.kind), random).explore(options);
         states += report.states;
         again += report.again;
         qemu_checks += report.qemu_checks;
         ASSERT_FALSE(report.violation) << "round " << round << ": " << *report.violation << "\n" << replay_hint();
-        ASSERT_GE(report.states, 200U);
+        ASSERT_GE(report.states, options.samples);
         expect_moved(*recorded);
         ASSERT_TRUE(c.threads == 1 || c.job != Work::Job::none || changes_during_flushes(recorded->log) >= 10);
     }

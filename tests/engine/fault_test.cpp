@@ -63,7 +63,7 @@ TEST_P(FaultTest, NothingIsLostOrCorrupt) {
         Random same(run_seed());
         run.perform(work, same);
     };
-    const auto count = fail_each(setting, operation, perform_on, 25 * effort(), random);
+    const auto count = fail_each(setting, operation, perform_on, (sanitized ? 3 : 12) * effort(), random);
     EXPECT_GT(count, 0U);
     std::cout << "covered " << count << " faults\n";
 }

@@ -74,9 +74,9 @@ inline std::vector<Work> works() {
     result.push_back({"LazySnapshot", small("lazy_snapshot"), everything});
     result.push_back({"NarrowRefcounts", small("refcounts_1"), everything});
     // 64 clusters of 1 KiB a refcount block: many blocks, and more than one cluster of table.
-    auto wide = small("refcounts_64", std::uint64_t{5} << 20);
+    auto wide = small("refcounts_64", std::uint64_t{8} << 20);
     wide.create.cluster_size = 512;
-    result.push_back({"RefcountTableGrows", wide, {.flush = 2, .longest = 1000, .sequential = true}, 30});
+    result.push_back({"RefcountTableGrows", wide, {.flush = 2, .longest = 1000, .sequential = true}, 45});
     result.push_back(
         {"L1Grows", small("v3_512", 64 << 10), {.flush = 3, .resize = 4, .resized_most = 16000, .shrink = false}, 40});
     result.push_back({"Resize", small("v3_4k"), resizes});

@@ -128,6 +128,7 @@ protected:
             std::make_unique<FaultyRun>(FaultyRun::Setting{.open = open,
                                                            .files = prepared_.files,
                                                            .sectors = kind_.create.size / sector_bytes,
+                                                           .sectors_most = sectors_most(),
                                                            .discards_read_as_zeros = kind_.discards_read_as_zeros(),
                                                            .kept = prepared_.kept});
         run->open();
@@ -140,11 +141,15 @@ protected:
                   .zero = 3,
                   .discard = 4,
                   .flush = 4,
+                  .resize = 1,
                   .read = 2,
-                  .longest = 60},
+                  .longest = 60,
+                  .resized_most = sectors_most()},
                  steps);
         run.close();
     }
+
+    [[nodiscard]] std::uint64_t sectors_most() const { return kind_.create.size / sector_bytes * 4; }
 
     ImageKind kind_ = small_kind(GetParam());
     Random random_ = Random::named(kind_.name);
@@ -201,6 +206,54 @@ TEST_P(MemoryTest, RunsOutWhileAnImageIsOpened) {
         ++failures;
     }
     EXPECT_GT(failures, allocations / 2);
+}
+
+/// Lets each allocation of the caller's thread fail in turn.
+template <class Work>
+void expect_no_memory(const Work& work) {
+    const auto run = [&](Shortage given) {
+        shortage = given;
+        auto result = work();
+        shortage.engine_works = false;
+        return result;
+    };
+    ASSERT_TRUE(run({.engine_works = true}));
+    const auto allocations = shortage.count;
+    ASSERT_GT(allocations, 0U);
+    unsigned failures = 0;
+    for (std::uint64_t i = 0; i < allocations; ++i) {
+        const auto result = run({.engine_works = true, .after = i});
+        if (result) continue;
+        ASSERT_EQ(result.error().code, Errc::no_memory) << result.error().message();
+        ++failures;
+    }
+    EXPECT_GT(failures, 0U);
+    shortage = {};
+}
+
+TEST_P(MemoryTest, RunsOutWhileAnImageIsChecked) {
+    const auto image = value_of(open_kind(kind_, prepared_.files, false));
+    expect_no_memory([&] { return image->check({.workers = 1}); });
+}
+
+TEST_P(MemoryTest, RunsOutWhileADiskIsCopied) {
+    const auto image = value_of(open_kind(kind_, prepared_.files, false));
+    const auto target =
+        value_of(open_image(memory_storage(Bytes(image->size())), {.writable = true, .format = Format::raw}));
+    expect_no_memory([&] { return copy_disk(*image, *target, {.workers = 1}); });
+}
+
+TEST(NewImageMemoryTest, RunsOutWhileAnImageIsMade) {
+    const auto file = memory_storage({}, image_name);
+    CreateOptions options;
+    options.size = std::uint64_t{1} << 20;
+    expect_no_memory([&]() -> Result<void> {
+        {
+            const Works test(false);
+            value_of(file->resize(0));
+        }
+        return create_image({file, nullptr}, options);
+    });
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, MemoryTest,

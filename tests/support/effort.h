@@ -12,4 +12,11 @@ inline unsigned effort() {
     return factor == 0 ? 1U : static_cast<unsigned>(factor);
 }
 
+/// Sanitizers, which are slow, look for other mistakes than searches do: these are shorter then.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+inline constexpr bool sanitized = true;
+#else
+inline constexpr bool sanitized = false;
+#endif
+
 }  // namespace qcow::test
