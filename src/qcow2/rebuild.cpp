@@ -45,13 +45,12 @@ Result<void> Allocator::rebuild() {
             cluster = references->next_used(cluster, counted);
             continue;
         }
-        const auto change = static_cast<std::int64_t>(wanted) - static_cast<std::int64_t>(found);
-        if (change != 0) TRY_VOID(refcounts_.add({cluster, 1}, change));
+        if (wanted != found) TRY_VOID(refcounts_.set(cluster, wanted));
         ++cluster;
     }
-    TRY_VOID(find_counted_end());
     search_from_ = 0;
     TRY_VOID(write_back_.write_refcounts());
+    TRY_VOID(find_counted_end());  // which looks for holes in the file
     return write_back_.sync();
 }
 

@@ -88,30 +88,33 @@ Result<void> Refcounts::each_span(ClusterRun run, Visit&& visit) const {
     return {};
 }
 
+std::string Refcounts::place_of(std::uint64_t cluster) const {
+    return fmt::format("{}: refcount of the cluster at host offset {:#x}", core_.file->name(),
+                       cluster << cluster_bits_);
+}
+
+std::unexpected<Error> Refcounts::too_large(std::uint64_t cluster) const {
+    return fail(Errc::limit_exceeded, place_of(cluster),
+                fmt::format("{} bits cannot count further than {}; convert to an image with larger refcount_bits",
+                            1U << order_, format::max_refcount(order_)));
+}
+
 Result<void> Refcounts::add(ClusterRun run, std::int64_t delta) {
     const std::uint64_t amount = delta < 0 ? static_cast<std::uint64_t>(-delta) : static_cast<std::uint64_t>(delta);
-    const auto place = [&](std::uint64_t cluster) {
-        return fmt::format("{}: refcount of the cluster at host offset {:#x}", core_.file->name(),
-                           cluster << cluster_bits_);
-    };
     const auto changed = [&](std::uint64_t value) { return delta < 0 ? value - amount : value + amount; };
     const auto verify = [&](std::span<std::uint64_t> words, HostOffset, std::uint64_t inner,
                             ClusterRun part) -> Result<void> {
         for (std::uint64_t i = 0; i < part.count; ++i) {
             const auto value = format::refcount_in(words[(inner + i) >> (6 - order_)], inner + i, order_);
-            if (delta < 0 && value < amount) return fail(Errc::corrupt, place(part.first + i), "it would fall below 0");
-            if (delta > 0 && amount > format::max_refcount(order_) - value) {
-                return fail(Errc::limit_exceeded, place(part.first + i),
-                            fmt::format("{} bits cannot count further than {}; convert to an image with larger "
-                                        "refcount_bits",
-                                        1U << order_, format::max_refcount(order_)));
-            }
+            if (delta < 0 && value < amount)
+                return fail(Errc::corrupt, place_of(part.first + i), "it would fall below 0");
+            if (delta > 0 && amount > format::max_refcount(order_) - value) return too_large(part.first + i);
         }
         return {};
     };
     for (std::uint64_t cluster = run.first; cluster < run.end(); cluster = (cluster / per_block_ + 1) * per_block_) {
         if (!has_block(cluster / per_block_))
-            return fail(Errc::corrupt, place(cluster), "there is no refcount block for it");
+            return fail(Errc::corrupt, place_of(cluster), "there is no refcount block for it");
     }
     TRY_VOID(each_span(run, verify));
     return each_span(run, [&](std::span<std::uint64_t> words, HostOffset at, std::uint64_t inner, ClusterRun part) {
@@ -120,6 +123,14 @@ Result<void> Refcounts::add(ClusterRun run, std::int64_t delta) {
             word =
                 format::with_refcount(word, inner + i, order_, changed(format::refcount_in(word, inner + i, order_)));
         }
+        return write_back_.store(at, words, WordCache::PageClass::refcounts);
+    });
+}
+
+Result<void> Refcounts::set(std::uint64_t cluster, std::uint64_t count) {
+    if (count > format::max_refcount(order_)) return too_large(cluster);
+    return each_span({cluster, 1}, [&](std::span<std::uint64_t> words, HostOffset at, std::uint64_t inner, ClusterRun) {
+        words[0] = format::with_refcount(words[0], inner, order_, count);
         return write_back_.store(at, words, WordCache::PageClass::refcounts);
     });
 }

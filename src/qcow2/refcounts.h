@@ -36,6 +36,9 @@ public:
     /// one would become too large, Errc::corrupt where it would fall below zero; then none is changed.
     Result<void> add(ClusterRun run, std::int64_t delta);
 
+    /// Makes the refcount of a cluster that has a block this. Errc::limit_exceeded where it is too large.
+    Result<void> set(std::uint64_t cluster, std::uint64_t count);
+
     /// The first run of clusters with refcount 0 in [from, end), `most` at most (> 0); empty: there is none.
     [[nodiscard]] Result<ClusterRun> find_free(std::uint64_t from, std::uint64_t end, std::uint64_t most) const;
 
@@ -62,6 +65,8 @@ public:
     [[nodiscard]] unsigned order() const { return order_; }
 
 private:
+    [[nodiscard]] std::string place_of(std::uint64_t cluster) const;
+    [[nodiscard]] std::unexpected<Error> too_large(std::uint64_t cluster) const;
     struct Growth;
     [[nodiscard]] Growth plan_growth(std::uint64_t first, std::uint64_t count,
                                      std::span<const std::uint64_t> clusters = {}) const;

@@ -21,7 +21,7 @@ Result<std::vector<std::byte>> read_bytes(const Storage& file, HostOffset at, st
 
 Result<SnapshotTable> read_snapshots(const Core& core) {
     SnapshotTable table;
-    const auto& header = core.header;
+    const auto header = core.current_header();
     if (header.snapshot_count == 0) return table;
     const auto file_size = TRY(core.file->size());
     // How long the table is shows only as it is parsed; nothing is longer than the file.
@@ -32,7 +32,7 @@ Result<SnapshotTable> read_snapshots(const Core& core) {
     std::vector<std::byte> buffer;
     for (std::uint32_t i = 0; i < header.snapshot_count; ++i) {
         const auto parse = [&] {
-            return format::parse_snapshot(std::span(buffer).subspan(table.bytes), header.version, header.size);
+            return format::parse_snapshot(std::span(buffer).subspan(table.bytes), core.header.version, header.size);
         };
         auto entry = parse();
         while (!entry && buffer.size() < bytes && entry.error().code == Errc::corrupt) {

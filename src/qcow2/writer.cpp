@@ -131,12 +131,13 @@ Result<void> Writer::write_mapped(GuestOffset at, std::span<const std::byte> fro
     return {};
 }
 
-/// After each change, when nothing is held any more.
-Result<void> Writer::finish_request() {
-    // What is retired is free only after a flush, and somebody may never flush.
-    const bool full = allocator_.retired_bytes() >= max_retired_bytes;
-    return full || options_.cache == CacheMode::writethrough ? flush() : Result<void>();
+/// When nothing is held any more. What is retired is free only after a flush, and somebody may never flush.
+Result<void> Writer::flush_if_full() {
+    return allocator_.retired_bytes() >= max_retired_bytes ? flush() : Result<void>();
 }
+
+/// After each change, when nothing is held any more.
+Result<void> Writer::finish_request() { return options_.cache == CacheMode::writethrough ? flush() : flush_if_full(); }
 
 Result<std::size_t> Writer::write_in_place(const Mapped& mapped, std::span<const std::byte> from) {
     TRY_VOID(verify_no_metadata(*core_->data, mapped.host, mapped.length));

@@ -57,6 +57,7 @@ private:
     Result<void> rebuild_refcounts();
     Result<void> begin_writing(GuestOffset at, std::uint64_t length);
     Result<void> begin_first();
+    Result<void> flush_if_full();
     Result<void> finish_request();
     [[nodiscard]] Result<void> verify_no_metadata(const Storage& file, HostOffset at, std::uint64_t length);
     [[nodiscard]] GuestOffset cluster_at(std::uint64_t cluster) const { return {cluster << cluster_bits_}; }

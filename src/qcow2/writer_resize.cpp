@@ -76,7 +76,7 @@ Result<void> Writer::shrink(std::uint64_t size) {
             retire(old);
         }
         first = last;
-        TRY_VOID(finish_request());
+        TRY_VOID(flush_if_full());
     }
     if (raw_data_) TRY_VOID(core_->data->resize(size));
     return flush();

@@ -36,11 +36,11 @@ Result<void> Writer::zero_request(GuestOffset at, std::uint64_t length, Zeroing 
     while (length > 0) {
         const auto part = std::min(length, piece - at.value % piece);
         TRY_VOID(zero_range(at, part, zeroing));
-        TRY_VOID(finish_request());
+        TRY_VOID(flush_if_full());
         at += part;
         length -= part;
     }
-    return {};
+    return finish_request();
 }
 
 /// Whole clusters by their entries, table by table; the last cluster of the disk counts as whole.
