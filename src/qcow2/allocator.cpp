@@ -9,9 +9,8 @@
 namespace qcow::qcow2 {
 namespace {
 
-constexpr std::uint64_t first_reservation_bytes = 1 * MiB;
-constexpr std::uint64_t max_reservation_bytes = 64 * MiB;
-constexpr std::uint64_t min_reservation_clusters = 4;
+constexpr std::uint64_t max_queue_bytes = 4 * MiB;               // for tables, or compressed streams
+constexpr std::uint64_t growth = 4;                              // from one reservation to the next
 constexpr std::uint64_t search_window = std::uint64_t{1} << 18;  // clusters whose refcounts are looked at in one go
 constexpr std::size_t max_runs = 256;  // in one reservation, where free clusters lie scattered
 
@@ -19,9 +18,11 @@ constexpr std::size_t max_runs = 256;  // in one reservation, where free cluster
 
 Result<void> Allocator::load() {
     const std::lock_guard lock(mutex_);
-    next_reservation_ = std::max(first_reservation_bytes >> cluster_bits_, min_reservation_clusters);
     TRY_VOID(refcounts_.load());
-    return find_counted_end();
+    TRY_VOID(find_counted_end());
+    const std::uint64_t end = divide_up(TRY(core_.file->size()), bit(cluster_bits_));
+    least_end_ = end != 0 && TRY(refcounts_.get(end - 1)) == 0 ? end : 0;
+    return {};
 }
 
 Result<void> Allocator::find_counted_end() {
@@ -67,8 +68,8 @@ Result<std::vector<ClusterRun>> Allocator::find_runs(std::uint64_t wanted) {
     return runs;
 }
 
-/// Counts the runs, makes them zeros, and makes that durable.
-Result<void> Allocator::commit_reservation(std::vector<ClusterRun> runs) {
+/// Counts the runs, makes them zeros, and makes that durable: all of them, or none if it fails.
+Result<void> Allocator::count_and_zero(std::span<const ClusterRun> runs) {
     std::size_t counted = 0;
     const auto attempt = [&]() -> Result<void> {
         TRY_VOID(refcounts_.write_table());
@@ -89,10 +90,7 @@ Result<void> Allocator::commit_reservation(std::vector<ClusterRun> runs) {
         return write_back_.sync();
     };
     auto done = attempt();
-    if (done) {
-        reserved_.insert(reserved_.end(), runs.begin(), runs.end());
-        return done;
-    }
+    if (done) return done;
     for (std::size_t i = 0; i < runs.size(); ++i) {
         search_from_ = std::min(search_from_, runs[i].first);
         // If even that fails, they are leaked.
@@ -101,68 +99,111 @@ Result<void> Allocator::commit_reservation(std::vector<ClusterRun> runs) {
     return done;
 }
 
-Result<void> Allocator::reserve() {
-    auto done = [&]() -> Result<void> { return commit_reservation(TRY(find_runs(next_reservation_))); }();
-    if (!done && done.error().code == Errc::no_space) {
-        // The last of the space, cluster by cluster.
-        next_reservation_ = 1;
-        return commit_reservation(TRY(find_runs(next_reservation_)));
-    }
-    // A crash leaks what is reserved: not much more than the disk is worth.
-    const std::uint64_t worth =
-        std::clamp(core_.current_header().size / 16, first_reservation_bytes, max_reservation_bytes);
-    const std::uint64_t most = std::max(worth >> cluster_bits_, 4 * min_reservation_clusters);
-    if (done) next_reservation_ = std::min(next_reservation_ * 2, most);
-    return done;
+/// Whether nothing is wrong but that there is no space. (A flush that fails for want of it has lost something.)
+bool Allocator::lacks_space(const Error& error) const {
+    return error.code == Errc::no_space && write_back_.verify_writable();
 }
 
-Result<ClusterRun> Allocator::take(std::uint64_t wanted) {
+/// `wanted` clusters, or fewer where they lie scattered or there is no space for all of them.
+Result<std::vector<ClusterRun>> Allocator::reserve(std::uint64_t wanted) {
+    const auto attempt = [&](std::uint64_t count) -> Result<std::vector<ClusterRun>> {
+        auto runs = TRY(find_runs(count));
+        TRY_VOID(count_and_zero(runs));
+        return runs;
+    };
+    auto runs = attempt(wanted);
+    // The last of the space, cluster by cluster.
+    if (!runs && lacks_space(runs.error()) && wanted > 1) return attempt(1);
+    return runs;
+}
+
+/// Makes a reservation that has a place for the guest cluster, and takes it.
+Result<ClusterRun> Allocator::reserve_for(std::uint64_t guest, std::uint64_t wanted) {
+    const std::uint64_t size = core_.current_header().size;
+    auto window = data_.next_window(guest, wanted, divide_up(size, bit(cluster_bits_)));
+    std::uint64_t count = 0;
+    if (window) {
+        count = window->count;
+    } else {
+        if (const auto spare = data_.take_spare(guest, wanted)) return *spare;
+        const std::uint64_t most = std::clamp(size / 16, 1 * MiB, max_window_bytes) >> cluster_bits_;
+        count = std::max(wanted, next_spare_);
+        next_spare_ = std::min(next_spare_ * 2, std::max(most, min_reserved_clusters));
+        window = {guest, wanted};
+    }
+    const auto runs = reserve(count);
+    if (!runs) {
+        // What is left of others does as well.
+        if (!lacks_space(runs.error())) return std::unexpected(runs.error());
+        auto left = data_.take_spare(guest, 1);
+        if (!left) left = data_.take_any();
+        if (!left) return std::unexpected(runs.error());
+        return *left;
+    }
+    std::uint64_t reserved = 0;
+    for (const auto& run : *runs) reserved += run.count;
+    if (reserved < count) window = {guest, reserved};
+    data_.add(*window, *runs);
+    if (const auto taken = data_.take_for(guest, wanted)) return *taken;
+    return data_.take_spare(guest, 1).value();  // another one has taken its place in the window
+}
+
+Result<ClusterRun> Allocator::take(std::uint64_t guest, std::uint64_t wanted) {
     const std::lock_guard lock(mutex_);
-    if (reserved_.empty()) TRY_VOID(reserve());
-    auto& front = reserved_.front();
-    const ClusterRun taken{front.first, std::min(wanted, front.count)};
-    front.first += taken.count;
-    front.count -= taken.count;
-    if (front.count == 0) reserved_.pop_front();
-    return taken;
+    if (const auto taken = data_.take_for(guest, wanted)) return *taken;
+    return reserve_for(guest, wanted);
+}
+
+/// Sees to it that the queue has a cluster.
+Result<void> Allocator::refill(Queue& queue) {
+    if (!queue.runs.empty()) return {};
+    const auto runs = TRY(reserve(queue.next));
+    queue.runs.assign(runs.begin(), runs.end());
+    queue.next = std::min(queue.next * growth, std::max(max_queue_bytes >> cluster_bits_, min_reserved_clusters));
+    return {};
+}
+
+std::uint64_t Allocator::take_front(Queue& queue) {
+    auto& front = queue.runs.front();
+    const std::uint64_t cluster = front.first++;
+    if (--front.count == 0) queue.runs.pop_front();
+    return cluster;
+}
+
+Result<HostOffset> Allocator::take_table() {
+    const std::lock_guard lock(mutex_);
+    TRY_VOID(refill(tables_));
+    return HostOffset{take_front(tables_) << cluster_bits_};
 }
 
 Result<ClusterRun> Allocator::take_contiguous(std::uint64_t count) {
     const std::lock_guard lock(mutex_);
     const std::uint64_t end = TRY(tail());
     const ClusterRun run{end + TRY(refcounts_.cover(end, count)), count};
-    TRY_VOID(commit_reservation({run}));
-    reserved_.pop_back();
+    TRY_VOID(count_and_zero({&run, 1}));
     return run;
 }
 
 Result<HostOffset> Allocator::take_bytes(std::uint64_t length) {
-    const std::uint64_t cluster_size = bit(cluster_bits_);
-    {
-        const std::lock_guard lock(mutex_);
-        const std::uint64_t room = stream_end_.value == 0 ? 0 : cluster_size - stream_end_.value % cluster_size;
+    const std::lock_guard lock(mutex_);
+    const std::uint64_t used = stream_end_.value & low_bits(cluster_bits_);
+    if (used != 0) {
+        // One more in the cluster that has the end of the previous stream, and on into the next one if that is the
+        // next of the reservation.
         const std::uint64_t shared = stream_end_.value >> cluster_bits_;
-        if (stream_end_.value % cluster_size != 0) {
-            // One more in the cluster that has the end of the previous stream, and on into the next one if that is the
-            // next of the reservation.
-            const bool spills = length > room;
-            const bool goes_on = !reserved_.empty() && reserved_.front().first == shared + 1;
-            if ((!spills || goes_on) && TRY(refcounts_.get(shared)) < format::max_refcount(refcounts_.order())) {
-                TRY_VOID(refcounts_.add({shared, 1}, 1));
-                const HostOffset at = stream_end_;
-                if (spills) {
-                    auto& front = reserved_.front();
-                    ++front.first;
-                    if (--front.count == 0) reserved_.pop_front();
-                }
-                stream_end_ += length;
-                return at;
-            }
+        const bool spills = length > bit(cluster_bits_) - used;
+        if (spills) TRY_VOID(refill(streams_));
+        const bool fits = !spills || streams_.runs.front().first == shared + 1;
+        if (fits && TRY(refcounts_.get(shared)) < format::max_refcount(refcounts_.order())) {
+            TRY_VOID(refcounts_.add({shared, 1}, 1));
+            if (spills) take_front(streams_);
+            const HostOffset at = stream_end_;
+            stream_end_ += length;
+            return at;
         }
     }
-    const auto fresh = TRY(take(1));
-    const std::lock_guard lock(mutex_);
-    const HostOffset at{fresh.first << cluster_bits_};
+    TRY_VOID(refill(streams_));
+    const HostOffset at{take_front(streams_) << cluster_bits_};
     stream_end_ = at + length;
     return at;
 }
@@ -248,20 +289,31 @@ Result<void> Allocator::release(const RetiredRun& retired) {
 
 Result<void> Allocator::give_back() {
     const std::lock_guard lock(mutex_);
-    std::uint64_t end = divide_up(TRY(core_.file->size()), bit(cluster_bits_));
-    const std::uint64_t before = end;
-    std::ranges::sort(reserved_, {}, &ClusterRun::first);
-    while (!reserved_.empty()) {
-        const auto run = reserved_.back();
+    // A second call goes on where one that failed has stopped.
+    const auto left = data_.take_all();
+    left_over_.insert(left_over_.end(), left.begin(), left.end());
+    for (auto* queue : {&tables_, &streams_}) {
+        left_over_.insert(left_over_.end(), queue->runs.begin(), queue->runs.end());
+        queue->runs.clear();
+    }
+    while (!left_over_.empty()) {
+        const auto run = left_over_.back();
         TRY_VOID(refcounts_.add(run, -1));
-        reserved_.pop_back();
+        left_over_.pop_back();
         search_from_ = std::min(search_from_, run.first);
-        if (run.end() == end) end = run.first;
     }
     stream_end_ = {};
     TRY_VOID(write_back_.write_refcounts());
     TRY_VOID(write_back_.sync());
-    return end == before ? Result<void>() : core_.file->resize(end << cluster_bits_);
+    return cut_tail();
+}
+
+/// Cuts free clusters off the end of the file.
+Result<void> Allocator::cut_tail() {
+    const std::uint64_t end = divide_up(TRY(core_.file->size()), bit(cluster_bits_));
+    if (search_from_ >= end) return {};
+    const std::uint64_t used = std::max(least_end_, TRY(refcounts_.counted_end(search_from_)));
+    return used < end ? core_.file->resize(used << cluster_bits_) : Result<void>();
 }
 
 }  // namespace qcow::qcow2

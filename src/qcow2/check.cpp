@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <mutex>
+#include <optional>
 #include <set>
 #include <vector>
 
@@ -88,6 +90,14 @@ public:
         report.image_end = image_end_clusters_ * geometry_.cluster_size();
         findings_.move_to(report);
         return report;
+    }
+
+    /// Errc::corrupt where a write could destroy what something else refers to; the place is the first in the file.
+    Result<void> verify_counted() {
+        TRY_VOID(count());
+        TRY_VOID(compare_refcounts());
+        if (!undercounted_) return {};
+        return fail(Errc::corrupt, undercounted_->second.place, undercounted_->second.what);
     }
 
     /// Errc::corrupt with the first thing that was wrong, if anything was.
@@ -504,6 +514,9 @@ private:
             std::ranges::count_if(blocks_, [this](HostOffset block) { return overlaps(block); }));
         if (count == 0) return;
         const auto first = std::ranges::find_if(blocks_, [this](HostOffset block) { return overlaps(block); });
+        note_undercounted(
+            first->value, [&] { return fmt::format("refcount block at host offset {:#x}", first->value); },
+            [] { return std::string("something else lies there, too, so that its refcounts cannot be believed"); });
         corrupt(first->value, fmt::format("refcount table entry {}", first - blocks_.begin()),
                 fmt::format("overlap: the block at host offset {:#x} is in use as something else, or for another "
                             "entry, so that it was not believed; there are {} such entries",
@@ -587,24 +600,35 @@ private:
             });
         }
         if (refcount < counted) {
-            corrupt(at, place, [&] {
+            const auto what = [&] {
                 return fmt::format("refcount {} is less than its {} references ({})", refcount, counted,
                                    use_names(uses));
-            });
+            };
+            corrupt(at, place, what);
+            note_undercounted(at, place, what);
         } else if (refcount > counted) {
             findings_.add(Severity::leak, at, place,
                           [&] { return fmt::format("leaked: refcount {}, but {} references", refcount, counted); });
         }
         const auto* const table = uses == References::l2_table ? "L1" : "L2";
         if (refcount != 1 && (references.word & References::copied) != 0) {
-            corrupt(at, place, [&] {
+            const auto what = [&] {
                 return fmt::format("its {} entry is marked COPIED, but its refcount is {}", table, refcount);
-            });
+            };
+            corrupt(at, place, what);
+            if (counted > 1) note_undercounted(at, place, what);
         }
         if (refcount == 1 && (references.word & References::not_copied) != 0) {
             corrupt(at, place,
                     [&] { return fmt::format("its {} entry is not marked COPIED, but its refcount is 1", table); });
         }
+    }
+
+    template <class Place, class What>
+    void note_undercounted(std::uint64_t order, const Place& place, const What& what) {
+        const std::lock_guard lock(undercounted_mutex_);
+        if (undercounted_ && undercounted_->first <= order) return;
+        undercounted_.emplace(order, Error{Errc::corrupt, place(), what()});
     }
 
     static std::string use_names(std::uint32_t uses) {
@@ -632,6 +656,8 @@ private:
     std::vector<L2Reference> l2_references_;
     Tally tally_;
     std::uint64_t image_end_clusters_ = 0;
+    std::mutex undercounted_mutex_;
+    std::optional<std::pair<std::uint64_t, Error>> undercounted_;  // the first in the file, and where it lies
 };
 
 }  // namespace
@@ -655,6 +681,12 @@ Result<std::unique_ptr<ReferenceMap>> count_references(const Core& core, const C
     TRY_VOID(checker.count());
     TRY_VOID(checker.verify_nothing_found());
     return references;
+}
+
+Result<void> verify_counted(const Core& core, const CheckOptions& options) {
+    const auto file_size = TRY(core.file->size());
+    const auto references = TRY(empty_map(core, file_size, options));
+    return Checker(core, options, file_size, *references).verify_counted();
 }
 
 Result<CheckReport> check_image(const Core& core, const CheckOptions& options) {

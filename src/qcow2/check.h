@@ -16,4 +16,9 @@ Result<CheckReport> check_image(const Core& core, const CheckOptions& options);
 /// so that this cannot be told, io where they cannot be read.
 Result<std::unique_ptr<ReferenceMap>> count_references(const Core& core, const CheckOptions& options);
 
+/// Whether an image can be written without harm to what it holds: every cluster has as large a refcount as it has
+/// references, and none that several share is marked as one's own. Errc::corrupt names the first that is not so;
+/// limit_exceeded: it takes more memory than the options allow; io.
+Result<void> verify_counted(const Core& core, const CheckOptions& options);
+
 }  // namespace qcow::qcow2

@@ -26,6 +26,7 @@ Result<void> DirtyBitmaps::load() {
         if (words <= memory / 8 && verify_bitmap(core_, entry)) {
             bitmap.kept = true;
             bitmap.recorded = RecordedBits(words);
+            bitmap.has_place = std::vector<std::atomic<bool>>(divide_up(words, core_.header.cluster_size() / 8));
             memory -= words * 8;
         }
         enabled_.push_back(std::move(bitmap));
@@ -47,8 +48,9 @@ Result<void> DirtyBitmaps::mark_in_use() {
     return write_back_.sync();
 }
 
-void DirtyBitmaps::record(GuestOffset at, std::uint64_t length) {
-    if (length == 0) return;
+Result<void> DirtyBitmaps::record(GuestOffset at, std::uint64_t length) {
+    if (length == 0) return {};
+    const std::uint64_t cluster_words = core_.header.cluster_size() / 8;
     for (auto& bitmap : enabled_) {
         if (!bitmap.kept) continue;
         const std::uint64_t first = at.value >> bitmap.entry.granularity_bits;
@@ -58,10 +60,30 @@ void DirtyBitmaps::record(GuestOffset at, std::uint64_t length) {
             if (word == first / 64) mask <<= first % 64;
             if (word == last / 64) mask &= ~std::uint64_t{0} >> (63 - last % 64);
             // Mostly they are set, and a line that is only read can be in every core's cache.
-            if ((bitmap.recorded[word].load(std::memory_order_relaxed) & mask) != mask)
-                bitmap.recorded[word].fetch_or(mask, std::memory_order_relaxed);
+            if ((bitmap.recorded[word].load(std::memory_order_relaxed) & mask) == mask) continue;
+            if (!bitmap.has_place[word / cluster_words].load(std::memory_order_acquire))
+                TRY_VOID(make_place(bitmap, word / cluster_words));
+            bitmap.recorded[word].fetch_or(mask, std::memory_order_relaxed);
         }
     }
+    return {};
+}
+
+/// Sees to it that the bits for which there is one entry in the bitmap's table can be written without more space.
+Result<void> DirtyBitmaps::make_place(Bitmap& bitmap, std::uint64_t index) {
+    const std::lock_guard lock(place_mutex_);
+    if (bitmap.has_place[index]) return {};
+    const auto entry = bitmap_table_entry(core_, bitmap.entry, index);
+    if (!entry && entry.error().code != Errc::corrupt) return std::unexpected(entry.error());
+    if (!entry || entry->all_ones()) {
+        // There is nothing to write. What is damaged stays marked: save() tells.
+    } else if (entry->cluster().value != 0) {
+        TRY_VOID(core_.file->allocate(entry->cluster(), core_.header.cluster_size()));
+    } else {
+        TRY_VOID(add_cluster(bitmap.entry.table + index * 8));
+    }
+    bitmap.has_place[index].store(true, std::memory_order_release);
+    return {};
 }
 
 Result<void> DirtyBitmaps::save() {
@@ -84,9 +106,8 @@ Result<void> DirtyBitmaps::save_cluster(const Bitmap& bitmap, std::uint64_t inde
     if (std::ranges::all_of(recorded, [](const auto& word) { return word == 0; })) return {};
     const auto entry = TRY(bitmap_table_entry(core_, bitmap.entry, index));
     if (entry.all_ones()) return {};
-    const bool has_cluster = entry.cluster().value != 0;
     std::vector<std::byte> bits(core_.header.cluster_size());
-    if (has_cluster) TRY(core_.file->read(entry.cluster(), bits));
+    TRY(core_.file->read(entry.cluster(), bits));
     bool changes = false;
     for (std::size_t i = 0; i < recorded.size(); ++i) {
         const auto before = load_bits(bits, i);
@@ -94,22 +115,22 @@ Result<void> DirtyBitmaps::save_cluster(const Bitmap& bitmap, std::uint64_t inde
         changes |= before != after;
         store_bits(bits, i, after);
     }
-    if (!changes) return {};
     // Written over in place: nobody trusts them now.
-    return has_cluster ? core_.file->write(entry.cluster(), bits) : add_cluster(bitmap.entry.table + index * 8, bits);
+    return changes ? core_.file->write(entry.cluster(), bits) : Result<void>();
 }
 
-Result<void> DirtyBitmaps::add_cluster(HostOffset table_entry, std::span<const std::byte> bits) {
-    const auto run = TRY(allocator_.take(1));
-    const HostOffset cluster{run.first * bits.size()};
+/// Gives an entry of a bitmap's table a cluster, of zeros. Nobody trusts the bitmap now, so the order does not matter.
+Result<void> DirtyBitmaps::add_cluster(HostOffset table_entry) {
+    const HostOffset cluster = TRY(allocator_.take_table());
+    const std::uint64_t bytes = core_.header.cluster_size();
     auto added = [&]() -> Result<void> {
-        TRY_VOID(core_.file->write(cluster, bits));
-        TRY_VOID(metadata_.add(cluster, bits.size(), MetadataMap::Kind::bitmaps));
+        TRY_VOID(core_.file->allocate(cluster, bytes));
+        TRY_VOID(metadata_.add(cluster, bytes, MetadataMap::Kind::bitmaps));
         auto stored = write_back_.store(table_entry, {&cluster.value, 1}, WordCache::PageClass::mapping);
-        if (!stored) metadata_.remove(cluster, bits.size());
+        if (!stored) metadata_.remove(cluster, bytes);
         return stored;
     }();
-    if (!added) allocator_.retire(run);
+    if (!added) allocator_.retire({cluster.value / bytes, 1});
     return added;
 }
 

@@ -2,6 +2,7 @@
 // The persistent bitmaps of an image that is being written.
 
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 #include "qcow2/allocator.h"
@@ -13,7 +14,8 @@ namespace qcow::qcow2 {
 ///
 /// Before the first change each one is marked in_use on disk. From then on what changes is recorded in memory; save()
 /// adds it to the bits in the file, and once that is durable clear_in_use() says so. Whenever power is lost, a bitmap
-/// is marked or covers all changes.
+/// is marked or covers all changes. The bits get their place in the file when the first of them is recorded, so that
+/// save() needs no space.
 ///
 /// Enabled bitmaps that cannot be kept are marked and stay so: what is damaged or not understood, and what does not fit
 /// into memory. For all bits there is a quarter of the image's share of the cache budget, on top of it, and at least
@@ -32,8 +34,9 @@ public:
     /// To be called before the first change, and before the first one after clear_in_use(). Durable.
     Result<void> mark_in_use();
 
-    /// These guest bytes change. Thread-safe, without a lock.
-    void record(GuestOffset at, std::uint64_t length);
+    /// These guest bytes are going to change. Thread-safe; takes a lock only where bits get their place in the file.
+    /// Errc::no_space, io: they must not change.
+    Result<void> record(GuestOffset at, std::uint64_t length);
 
     /// Adds what was recorded to the bits in the file. Not durable before the next flush. No request may be in flight.
     Result<void> save();
@@ -54,13 +57,15 @@ private:
         HostOffset flags_at;
         bool kept = false;
         RecordedBits recorded = {};
+        std::vector<std::atomic<bool>> has_place = {};  // by entries of the bitmap's table
     };
 
     [[nodiscard]] const Bitmap* find(std::size_t index) const;
     Result<void> write_flags(const Bitmap& bitmap, std::uint32_t flags);
     Result<void> save_cluster(const Bitmap& bitmap, std::uint64_t index,
                               std::span<const std::atomic<std::uint64_t>> recorded);
-    Result<void> add_cluster(HostOffset table_entry, std::span<const std::byte> bits);
+    Result<void> make_place(Bitmap& bitmap, std::uint64_t index);
+    Result<void> add_cluster(HostOffset table_entry);
 
     Core& core_;
     WriteBack& write_back_;
@@ -68,6 +73,7 @@ private:
     Allocator& allocator_;
     std::vector<Bitmap> enabled_;  // that were not in use when the image was opened, by their indices
     bool marked_ = false;
+    std::mutex place_mutex_;
     std::atomic<bool> ever_marked_ = false;
 };
 

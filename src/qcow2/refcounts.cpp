@@ -102,8 +102,9 @@ std::unexpected<Error> Refcounts::too_large(std::uint64_t cluster) const {
 Result<void> Refcounts::add(ClusterRun run, std::int64_t delta) {
     const std::uint64_t amount = delta < 0 ? static_cast<std::uint64_t>(-delta) : static_cast<std::uint64_t>(delta);
     const auto changed = [&](std::uint64_t value) { return delta < 0 ? value - amount : value + amount; };
-    const auto verify = [&](std::span<std::uint64_t> words, HostOffset, std::uint64_t inner,
+    const auto verify = [&](std::span<std::uint64_t> words, HostOffset at, std::uint64_t inner,
                             ClusterRun part) -> Result<void> {
+        TRY_VOID(core_.words.reserve_space(at));
         for (std::uint64_t i = 0; i < part.count; ++i) {
             const auto value = format::refcount_in(words[(inner + i) >> (6 - order_)], inner + i, order_);
             if (delta < 0 && value < amount)
@@ -275,14 +276,29 @@ Result<void> Refcounts::grow(const Growth& growth) {
                                            fmt::format("{} lies in clusters with refcount 0", used));
     }
     const std::uint64_t old_entries = table_.size();
+    const HostOffset old_table = core_.current_header().refcount_table;
     TRY_VOID(make_zeros(*core_.file, at, bytes));
     core_.words.forget(at, bytes);
+    // What is going to be written has space in the file before anything depends on it.
+    TRY_VOID(core_.file->allocate(at, bytes));
+    if (growth.table_clusters == 0) {
+        const std::uint64_t first = growth.blocks.front();
+        TRY_VOID(core_.file->allocate(old_table + first * 8, (growth.blocks.back() - first + 1) * 8));
+    } else {
+        // The old table is going to be counted down.
+        const ClusterRun table{old_table.value >> cluster_bits_, core_.current_header().refcount_table_clusters};
+        TRY_VOID(each_span(
+            table, [&](std::span<std::uint64_t>, HostOffset page, std::uint64_t,
+                       ClusterRun) { return core_.words.reserve_space(page); }));
+    }
     if (growth.table_clusters != 0) table_.resize((growth.table_clusters << cluster_bits_) / 8);
     for (std::size_t i = 0; i < growth.blocks.size(); ++i) table_[growth.blocks[i]] = at.value + (i << cluster_bits_);
 
     const HostOffset table_at = at + (growth.blocks.size() << cluster_bits_);
+    bool counted = false;
     const auto attempt = [&]() -> Result<void> {
         TRY_VOID(add(growth.run(), 1));
+        counted = true;
         TRY_VOID(write_back_.write_refcounts());
         if (growth.table_clusters != 0) TRY_VOID(core_.file->write(table_at, encode_table(0, table_.size())));
         return write_back_.sync();  // before anything names them
@@ -291,6 +307,10 @@ Result<void> Refcounts::grow(const Growth& growth) {
         for (const auto index : growth.blocks) table_[index] = 0;
         table_.resize(old_entries);
         core_.words.forget(at, bytes);
+        for (std::uint64_t cluster = growth.first; counted && cluster < growth.run().end(); ++cluster) {
+            // Older blocks count them, too. If even that fails, they are leaked.
+            if (is_covered(cluster)) static_cast<void>(add({cluster, 1}, -1));
+        }
         return done;
     }
     TRY_VOID(metadata_.add(at, growth.blocks.size() << cluster_bits_, MetadataMap::Kind::refcount_block));

@@ -33,7 +33,8 @@ public:
     [[nodiscard]] Result<std::uint64_t> get(std::uint64_t cluster) const;
 
     /// Adds `delta` to the refcount of each cluster of the run, all of which have blocks. Errc::limit_exceeded where
-    /// one would become too large, Errc::corrupt where it would fall below zero; then none is changed.
+    /// one would become too large, Errc::corrupt where it would fall below zero, Errc::no_space where a block has none
+    /// in the file; then none is changed.
     Result<void> add(ClusterRun run, std::int64_t delta);
 
     /// Makes the refcount of a cluster that has a block this. Errc::limit_exceeded where it is too large.

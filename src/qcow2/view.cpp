@@ -27,10 +27,16 @@ Result<void> View::verify_readable() const {
     return {};
 }
 
+Result<Mapped> View::lookup(GuestOffset at, std::uint64_t limit) const {
+    auto mapped = mapping_.lookup(at, limit);
+    if (!mapped && mapped.error().code == Errc::corrupt && on_damage_) return on_damage_(std::move(mapped).error());
+    return mapped;
+}
+
 Result<void> View::read(GuestOffset at, std::span<std::byte> to) const {
     TRY_VOID(verify_readable());
     while (!to.empty()) {
-        const auto mapped = TRY(mapping_.lookup(at, to.size()));
+        const auto mapped = TRY(lookup(at, to.size()));
         std::size_t piece = mapped.length;
         if (mapped.kind == ClusterKind::compressed) {
             const auto& geometry = core_->rules.geometry;
@@ -74,7 +80,7 @@ Result<void> View::read_one_compressed(const Mapped& mapped, GuestOffset at, std
 }
 
 Result<Extent> View::extent(GuestOffset at, std::uint64_t limit) const {
-    const auto mapped = TRY(mapping_.lookup(at, limit));
+    const auto mapped = TRY(lookup(at, limit));
     if (mapped.kind == ClusterKind::unallocated) return core_->below.extent(at, mapped.length);
     Extent extent;
     extent.start = at;

@@ -1,6 +1,7 @@
 #pragma once
 // The guest's view of an image: its active state, or one of its snapshots.
 
+#include <functional>
 #include <memory>
 #include <span>
 
@@ -14,11 +15,18 @@ class View {
 public:
     View(std::shared_ptr<const Core> core, HostOffset l1_table) : core_(std::move(core)), mapping_(*core_, l1_table) {}
 
+    /// What the guest bytes from `at` on are: see Mapping::lookup.
+    [[nodiscard]] Result<Mapped> lookup(GuestOffset at, std::uint64_t limit) const;
+
     [[nodiscard]] Result<void> read(GuestOffset at, std::span<std::byte> to) const;
     [[nodiscard]] Result<Extent> extent(GuestOffset at, std::uint64_t limit) const;
 
     /// Errc::encrypted or not_found where the guest's bytes are out of reach.
     [[nodiscard]] Result<void> verify_readable() const;
+
+    /// What becomes of an Errc::corrupt that a lookup met; nothing: it is passed on. Not while requests are in flight.
+    using OnDamage = std::function<std::unexpected<Error>(Error)>;
+    void on_damage(OnDamage handler) { on_damage_ = std::move(handler); }
 
     [[nodiscard]] const Mapping& mapping() const { return mapping_; }
     [[nodiscard]] Mapping& mapping() { return mapping_; }
@@ -29,6 +37,7 @@ private:
 
     std::shared_ptr<const Core> core_;
     Mapping mapping_;
+    OnDamage on_damage_;
 };
 
 }  // namespace qcow::qcow2

@@ -114,13 +114,19 @@ Result<void> WriteBack::update_header(const std::function<void(format::HeaderSta
 }
 
 std::unexpected<Error> WriteBack::declare_corrupt(const std::string& place, const std::string& what) {
-    Error error{Errc::corrupt, core_.file->name() + ": " + place, what + "; the image is marked as corrupt: check it"};
+    return declare_corrupt(Error{Errc::corrupt, core_.file->name() + ": " + place, what});
+}
+
+std::unexpected<Error> WriteBack::declare_corrupt(Error damage, std::string_view remedy) {
+    // Version 2 has no such mark.
+    damage.what += core_.header.version >= 3 ? "; the image is marked as corrupt: " : "; it is not written any more: ";
+    damage.what += remedy;
     if (core_.header.version >= 3 && !stopped_) {
         // If this fails, too, the image is at least not written any more.
         if (update_header([](format::HeaderState& header) { header.incompatible |= format::incompatible::corrupt; }))
             static_cast<void>(sync());
     }
-    return stop(std::move(error));
+    return stop(std::move(damage));
 }
 
 }  // namespace qcow::qcow2

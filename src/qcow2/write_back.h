@@ -60,7 +60,9 @@ public:
     /// Refuses all changes from now on, because of this error: what the file holds can no longer be told.
     std::unexpected<Error> stop(Error why);
 
-    /// Marks the image as corrupt on disk, and stops all writing. Gives the error to report.
+    /// Marks the image as corrupt on disk, and stops all writing. Gives the error to report. `damage` says what is
+    /// wrong, with the file's name in front of its place; `place` is within the file.
+    std::unexpected<Error> declare_corrupt(Error damage, std::string_view remedy = "check it");
     std::unexpected<Error> declare_corrupt(const std::string& place, const std::string& what);
 
 private:

@@ -18,7 +18,8 @@ using format::L2Entry;
 constexpr std::uint64_t max_batch_bytes = 16 * MiB;  // that one change of entries is about
 constexpr std::uint64_t max_retired_bytes = 256 * MiB;
 constexpr std::size_t page_entries = 512;
-constexpr unsigned flushes_at_once = 4;  // file systems make one commit of them
+constexpr std::uint64_t small_file_bytes = 256 * MiB;  // not worth more than one thread to check
+constexpr unsigned flushes_at_once = 4;                // file systems make one commit of them
 
 }  // namespace
 
@@ -34,7 +35,11 @@ Writer::Writer(std::shared_ptr<Core> core, View& active, const WriteOptions& opt
       raw_data_(rules_.external_data && (core_->header.autoclear & format::autoclear::raw_external_data) != 0),
       allocator_(*core_, write_back_, metadata_, epochs_, options.discard),
       bitmaps_(*core_, write_back_, metadata_, allocator_),
-      group_(flushes_at_once) {}
+      group_(flushes_at_once) {
+    active_.on_damage([this](Error damage) { return write_back_.declare_corrupt(std::move(damage)); });
+}
+
+Writer::~Writer() { active_.on_damage({}); }
 
 Result<void> Writer::open() {
     TRY_VOID(active_.verify_readable());
@@ -46,7 +51,22 @@ Result<void> Writer::open() {
     TRY_VOID(metadata_.load(*core_));
     TRY_VOID(bitmaps_.load());
     TRY_VOID(allocator_.load());
-    return header.has(format::incompatible::dirty) ? rebuild_refcounts() : Result<void>();
+    return header.has(format::incompatible::dirty) ? rebuild_refcounts() : verify_refcounts();
+}
+
+/// Refcounts that are too low would have clusters handed out that something refers to.
+Result<void> Writer::verify_refcounts() {
+    if (!options_.verify_refcounts) return {};
+    CheckOptions check;
+    check.workers = TRY(core_->file->size()) < small_file_bytes ? 1 : 0;
+    auto verified = verify_counted(*core_, check);
+    if (verified || verified.error().code == Errc::limit_exceeded) return {};
+    if (verified.error().code != Errc::corrupt) return verified;
+    auto error = std::move(verified).error();
+    error.what += ", so that a write could destroy data";
+    return write_back_.declare_corrupt(std::move(error),
+                                       "it can still be read, so copy its contents with qcow convert, or have its "
+                                       "refcounts counted anew with qemu-img check -r all");
 }
 
 /// Of an image whose last writer kept them in memory, and did not close it.
@@ -69,8 +89,7 @@ Result<void> Writer::rebuild_refcounts() {
 Result<void> Writer::begin_writing(GuestOffset at, std::uint64_t length) {
     TRY_VOID(write_back_.verify_writable());
     if (!begun_.load(std::memory_order_acquire)) TRY_VOID(begin_first());
-    bitmaps_.record(at, length);
-    return {};
+    return bitmaps_.record(at, length);
 }
 
 /// What has to be on disk before the first change is.
@@ -122,7 +141,7 @@ Result<void> Writer::write(GuestOffset at, std::span<const std::byte> from) {
 Result<void> Writer::write_mapped(GuestOffset at, std::span<const std::byte> from) {
     const Epochs::Guard guard(epochs_);
     while (!from.empty()) {
-        const auto mapped = TRY(active_.mapping().lookup(at, from.size()));
+        const auto mapped = TRY(active_.lookup(at, from.size()));
         const bool in_place = mapped.kind == ClusterKind::data && mapped.copied;
         const std::size_t done = TRY(in_place ? write_in_place(mapped, from) : write_and_map(at, from));
         at += done;
@@ -156,7 +175,7 @@ Result<std::size_t> Writer::write_and_map(GuestOffset at, std::span<const std::b
     const std::uint64_t end = std::min({page_end(at), first + most, rules_.geometry.clusters(at.value + from.size())});
     const RangeLocks::Guard guard(clusters_, first, end);
 
-    const auto mapped = TRY(active_.mapping().lookup(at, from.size()));
+    const auto mapped = TRY(active_.lookup(at, from.size()));
     if (mapped.kind == ClusterKind::data && mapped.copied) return write_in_place(mapped, from);  // meanwhile
     const auto old = TRY(load_entries({first, end}));
     if (!needs_new_cluster(old.front())) return write_into_own(at, from.first(mapped.length), old.front());
@@ -171,7 +190,7 @@ Result<std::size_t> Writer::write_into_new(GuestOffset at, std::span<const std::
                                            std::span<const L2Entry> old) {
     const std::uint64_t first = at.value >> cluster_bits_;
     ClusterRun run{first, old.size()};  // the data of an external file lie where the guest sees them
-    if (!rules_.external_data) run = TRY(allocator_.take(old.size()));
+    if (!rules_.external_data) run = TRY(allocator_.take(first, old.size()));
     old = old.first(run.count);
     from = from.first(std::min<std::uint64_t>(from.size(), cluster_at(first + run.count).value - at.value));
     const GuestOffset write_end = at + from.size();
@@ -291,10 +310,16 @@ Result<bool> Writer::reads_as_zeros(GuestOffset at, std::uint64_t length) {
 
 // --- entries ---------------------------------------------------------------------------------------------------------
 
+Result<format::L1Entry> Writer::l1_entry(GuestOffset at) {
+    auto entry = active_.mapping().l1_entry(at);
+    if (!entry && entry.error().code == Errc::corrupt) return write_back_.declare_corrupt(std::move(entry).error());
+    return entry;
+}
+
 Result<std::vector<L2Entry>> Writer::load_entries(Clusters clusters) {
     std::vector<L2Entry> entries(clusters.end - clusters.first);
     const GuestOffset at = cluster_at(clusters.first);
-    const auto l1 = TRY(active_.mapping().l1_entry(at));
+    const auto l1 = TRY(l1_entry(at));
     if (!l1.allocated()) return entries;
     const unsigned entry_words = rules_.geometry.entry_words();
     HostOffset host = l1.l2_table() + rules_.geometry.l2_index(at) * entry_words * 8;
@@ -309,10 +334,9 @@ Result<std::vector<L2Entry>> Writer::load_entries(Clusters clusters) {
     }
     for (std::size_t i = 0; i < entries.size(); ++i) {
         if (const auto flaw = rules_.flaw(entries[i]); flaw && flaw->unreadable) {
-            return fail(Errc::corrupt,
-                        fmt::format("{}: L2 entry of guest offset {:#x}", core_->file->name(),
-                                    cluster_at(clusters.first + i).value),
-                        std::string(flaw->what));
+            return write_back_.declare_corrupt(
+                fmt::format("L2 entry of guest offset {:#x}", cluster_at(clusters.first + i).value),
+                std::string(flaw->what));
         }
     }
     return entries;
@@ -337,10 +361,9 @@ Result<void> Writer::store_entries(std::uint64_t first, std::span<const L2Entry>
 /// The L2 table that maps `at`, ours alone: made, or copied from one that a snapshot shares, if need be. Under its
 /// lock.
 Result<HostOffset> Writer::l2_table_for(GuestOffset at) {
-    const auto l1 = TRY(active_.mapping().l1_entry(at));
+    const auto l1 = TRY(l1_entry(at));
     if (l1.allocated() && l1.copied()) return l1.l2_table();
-    const auto run = TRY(allocator_.take(1));
-    const HostOffset table{run.first << cluster_bits_};
+    const HostOffset table = TRY(allocator_.take_table());
     const std::uint64_t bytes = bit(cluster_bits_);
     core_->words.forget(table, bytes);
     auto made = [&]() -> Result<void> {
@@ -361,7 +384,7 @@ Result<HostOffset> Writer::l2_table_for(GuestOffset at) {
         return stored;
     }();
     if (!made) {
-        allocator_.retire(run);
+        allocator_.retire({table.value >> cluster_bits_, 1});
         return std::unexpected(std::move(made).error());
     }
     if (l1.allocated()) allocator_.retire_table(l1.l2_table(), bytes);

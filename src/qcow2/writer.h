@@ -23,7 +23,11 @@ namespace qcow::qcow2 {
 /// changes the entries, for which alone the L2 table is locked.
 class Writer {
 public:
+    /// `active` outlives it. Damage that requests meet there, also those that only read, marks the image as corrupt.
     Writer(std::shared_ptr<Core> core, View& active, const WriteOptions& options);
+    Writer(const Writer&) = delete;
+    Writer& operator=(const Writer&) = delete;
+    ~Writer();
 
     /// Reads what writing needs. Errc::corrupt, unsupported, encrypted: why the image cannot be written.
     Result<void> open();
@@ -55,6 +59,7 @@ private:
     };
 
     Result<void> rebuild_refcounts();
+    Result<void> verify_refcounts();
     Result<void> begin_writing(GuestOffset at, std::uint64_t length);
     Result<void> begin_first();
     Result<void> flush_if_full();
@@ -75,6 +80,7 @@ private:
     Result<bool> reads_as_zeros(GuestOffset at, std::uint64_t length);
     [[nodiscard]] bool needs_new_cluster(L2Entry entry) const;
 
+    Result<format::L1Entry> l1_entry(GuestOffset at);
     Result<std::vector<L2Entry>> load_entries(Clusters clusters);
     Result<void> store_entries(std::uint64_t first, std::span<const L2Entry> entries, bool barrier);
     Result<HostOffset> l2_table_for(GuestOffset at);

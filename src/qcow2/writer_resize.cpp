@@ -68,7 +68,7 @@ Result<void> Writer::shrink(std::uint64_t size) {
     const std::uint64_t end = rules_.geometry.clusters(old_size);
     for (std::uint64_t first = rules_.geometry.clusters(size); first < end;) {
         std::uint64_t last = std::min(end, l2_end(cluster_at(first)));
-        if (TRY(active_.mapping().l1_entry(cluster_at(first))).allocated()) {
+        if (TRY(l1_entry(cluster_at(first))).allocated()) {
             last = std::min(last, page_end(cluster_at(first)));
             const RangeLocks::Guard guard(clusters_, first, last);
             const auto old = TRY(load_entries({first, last}));

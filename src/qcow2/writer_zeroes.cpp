@@ -144,8 +144,7 @@ Result<std::optional<L2Entry>> Writer::zeroed(std::uint64_t cluster, L2Entry old
 Result<std::uint64_t> Writer::zero_clusters(Clusters clusters, Zeroing zeroing) {
     const GuestOffset begin = cluster_at(clusters.first);
     // A disk is mostly holes: a table that is not there need not be made to say so.
-    if (!TRY(active_.mapping().l1_entry(begin)).allocated() &&
-        TRY(reads_as_zeros(begin, cluster_at(clusters.end) - begin))) {
+    if (!TRY(l1_entry(begin)).allocated() && TRY(reads_as_zeros(begin, cluster_at(clusters.end) - begin))) {
         return clusters.end - clusters.first;
     }
     clusters.end = std::min(clusters.end, page_end(begin));

@@ -102,7 +102,8 @@ public:
         const auto offset = static_cast<off_t>(at.value);
         if (fallocate(fd_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(length)) == 0)
             return {};
-        if (errno != EOPNOTSUPP && errno != ENODEV)
+        // A full file system may have no room for the record of a hole; blocks that are there take zeros all the same.
+        if (errno != EOPNOTSUPP && errno != ENODEV && errno != ENOSPC && errno != EDQUOT)
             return system_error(fmt::format("cannot zero {} bytes at {:#x}", length, at.value), path_, errno);
         return write_zero_bytes(at, length);
     }

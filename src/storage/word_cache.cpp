@@ -24,7 +24,7 @@ constexpr std::size_t max_sets = std::size_t{1} << 20;
 
 void WordCache::Free::operator()(void* memory) const { std::free(memory); }
 
-WordCache::WordCache(std::shared_ptr<const Storage> storage, std::size_t page_bytes, std::size_t budget_bytes)
+WordCache::WordCache(std::shared_ptr<Storage> storage, std::size_t page_bytes, std::size_t budget_bytes)
     : storage_(std::move(storage)),
       page_words_(page_bytes / 8),
       set_count_(std::bit_floor(std::clamp<std::size_t>(budget_bytes / (page_bytes * ways), 1, max_sets))),
@@ -98,9 +98,27 @@ Result<std::size_t> WordCache::fill(std::size_t set, std::uint64_t page) {
         const auto page_words = std::span(words).first(page_words_);
         TRY_VOID(read_page(page, page_words));
         change(set, way, page + 1, 0, page_words);
+        state.slots[way].has_space = false;
         return way;
     }
     return ways;
+}
+
+/// Under the set's lock.
+Result<void> WordCache::reserve_space(std::uint64_t page, Slot& slot) {
+    if (slot.has_space) return {};
+    TRY_VOID(storage_->allocate({page * page_bytes()}, page_bytes()));
+    slot.has_space = true;
+    return {};
+}
+
+Result<void> WordCache::reserve_space(HostOffset at) {
+    const std::uint64_t page = at.value / page_bytes();
+    const std::size_t set = set_of(page);
+    const std::lock_guard guard(states_[set].mutex);
+    const std::size_t way = TRY(fill(set, page));
+    if (way < ways) return reserve_space(page, states_[set].slots[way]);
+    return storage_->allocate({page * page_bytes()}, page_bytes());
 }
 
 Result<std::size_t> WordCache::load(HostOffset at, std::span<std::uint64_t> to) {
@@ -129,8 +147,9 @@ Result<bool> WordCache::store(HostOffset at, std::span<const std::uint64_t> word
     const std::lock_guard guard(states_[set].mutex);
     const std::size_t way = TRY(fill(set, page));
     if (way == ways) return false;
-    change(set, way, page + 1, first, words);
     auto& slot = states_[set].slots[way];
+    TRY_VOID(reserve_space(page, slot));
+    change(set, way, page + 1, first, words);
     slot.barrier |= barrier;
     slot.page_class = page_class;
     if (!std::exchange(slot.changed, true)) {
@@ -205,7 +224,7 @@ void WordCache::forget(HostOffset begin, std::uint64_t length) {
         if (way == ways) continue;
         change(set, way, 0, 0, {});
         auto& slot = states_[set].slots[way];
-        slot.changed = slot.barrier = false;
+        slot.changed = slot.barrier = slot.has_space = false;
     }
 }
 

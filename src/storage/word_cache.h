@@ -26,7 +26,7 @@ namespace qcow {
 class WordCache {
 public:
     /// `page_bytes`: a power of two from 512 to 4096, not larger than a cluster, so that no page mixes clusters.
-    WordCache(std::shared_ptr<const Storage> storage, std::size_t page_bytes, std::size_t budget_bytes);
+    WordCache(std::shared_ptr<Storage> storage, std::size_t page_bytes, std::size_t budget_bytes);
 
     /// Copies the words from host offset `at` on (a multiple of 8 below 2^56) into `to`, in host byte order, as many as
     /// the page of `at` has from there on but no more than `to` takes. Gives how many: at least one. Words past the end
@@ -43,11 +43,16 @@ public:
     /// Changed pages are written in two classes, because what may be on disk before what depends on it.
     enum class PageClass : std::uint8_t { refcounts, mapping };
 
-    /// Changes words that lie in one page, all at once for every reader. `barrier`: the page may be written only after
-    /// a flush that begins from now on. False, and nothing changed, where there is no room for the page because all
-    /// that it could replace are changed: take some, write them, and try again. Callers see to it that no two stores
-    /// to the same word run at once. Errc::io.
+    /// Changes words that lie in one page, all at once for every reader. The page has space in the file before it
+    /// changes, so that writing it later needs none. `barrier`: the page may be written only after a flush that begins
+    /// from now on. False, and nothing changed, where there is no room in the cache because all pages that this one
+    /// could replace are changed: take some, write them, and try again. Callers see to it that no two stores to the
+    /// same word run at once. Errc::io, no_space.
     Result<bool> store(HostOffset at, std::span<const std::uint64_t> words, PageClass page_class, bool barrier = false);
+
+    /// Gives the page of `at` space in the file ahead of a store, which then cannot fail for want of it.
+    /// Errc::no_space.
+    Result<void> reserve_space(HostOffset at);
 
     /// A changed page as it was when it was taken.
     struct Changed {
@@ -83,6 +88,7 @@ private:
         bool changed = false;
         bool barrier = false;
         bool being_written = false;
+        bool has_space = false;  // in the file; known only of pages that were stored to
         PageClass page_class = PageClass::refcounts;
         [[nodiscard]] bool replaceable() const { return !changed && !being_written; }
     };
@@ -103,6 +109,7 @@ private:
     [[nodiscard]] std::size_t find(std::size_t set, std::uint64_t page) const;
     bool load_cached(std::uint64_t page, std::size_t first, std::span<std::uint64_t> to) const;
     Result<std::size_t> fill(std::size_t set, std::uint64_t page);
+    Result<void> reserve_space(std::uint64_t page, Slot& slot);
     Result<void> read_page(std::uint64_t page, std::span<std::uint64_t> to) const;
     void change(std::size_t set, std::size_t way, std::uint64_t tag, std::size_t first,
                 std::span<const std::uint64_t> words);
@@ -112,7 +119,7 @@ private:
         void operator()(void* memory) const;
     };
 
-    std::shared_ptr<const Storage> storage_;
+    std::shared_ptr<Storage> storage_;
     std::size_t page_words_;
     std::size_t set_count_;  // a power of two
     std::unique_ptr<Set[]> sets_;

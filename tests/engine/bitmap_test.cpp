@@ -563,8 +563,9 @@ TEST(BitmapFaultTest, ABitmapIsRightOrInUse) {
     std::cout << "covered " << faults << " faults\n";
 }
 
-/// There is no room for new bits: what was written stays, and the bitmap is given up.
-TEST(BitmapFaultTest, WithoutSpaceForBitsTheyStayInUse) {
+/// Bits have space in the file before what they are about changes. So a full file system cannot keep them from being
+/// saved.
+TEST(BitmapFaultTest, SavingNeedsNoSpace) {
     const auto kind = small_kind(20 * MiB, 512);
     auto random = Random::named("bitmap space");
     auto files = prepare(kind, random).files;
@@ -572,16 +573,19 @@ TEST(BitmapFaultTest, WithoutSpaceForBitsTheyStayInUse) {
     const auto faults = std::make_shared<Faults>();
     const auto file = std::make_shared<FaultyStorage>(files.at(image_name), faults);
     const auto image = value_of(open_kind(kind, {{image_name, file}}, true));
-    value_of(image->write_zeroes({0}, image->size()));
+    value_of(image->write_zeroes({0}, image->size() / 2));
     faults->set_room(value_of(file->size()));
-    EXPECT_TRUE(fails(image->check({}), Errc::no_space));
-    EXPECT_TRUE(bitmap_info(*image, "fine").in_use);
+    EXPECT_TRUE(fails(image->write_zeroes({0}, image->size()), Errc::no_space));
+    expect_clean(*image);
+    EXPECT_FALSE(bitmap_info(*image, "fine").in_use);
+    const auto bits = bits_of(*image, {"fine", 512}, 0, image->size() / 2);
+    EXPECT_EQ(static_cast<std::uint64_t>(std::ranges::count(bits, true)), image->size() / 2 / 512);
     faults->set_room({});
+    value_of(image->write_zeroes({0}, image->size()));
     expect_clean(*image);
     BitmapModel all({"fine", 512}, image->size());
     all.set(0, image->size());
     EXPECT_FALSE(all.difference(bits_of(*image, all.spec)));
-    EXPECT_FALSE(bitmap_info(*image, "fine").in_use);
 }
 
 }  // namespace

@@ -22,8 +22,10 @@ protected:
         value_of(image->close());
     }
 
+    /// Believes the refcounts: what is tested here are the guards behind them.
     Result<std::shared_ptr<Image>> open(bool writable) {
-        return open_image(storage_, {.writable = writable, .format = Format::qcow2});
+        return open_image(storage_,
+                          {.writable = writable, .write = {.verify_refcounts = false}, .format = Format::qcow2});
     }
 
     std::uint64_t word_at(std::uint64_t at) {
@@ -131,6 +133,122 @@ TEST_F(CorruptTest, MetadataInFreeClustersAreNotHandedOut) {
     const auto image = value_of(open(true));
     expect_refused(image->write({1 * MiB}, block_));
     expect_only_the_mark(before);
+}
+
+/// A damaged entry that a request meets, also one that only reads, is seen to before more is written.
+TEST_F(CorruptTest, DamagedEntriesStopWriting) {
+    const auto l2 = l2_table();
+    const auto sound = contents();
+    const auto read = [&](Image& image) {
+        Bytes to(512);
+        return image.read({0}, to);
+    };
+    const auto write = [&](Image& image) { return image.write({512}, std::span(block_).first(512)); };
+    const auto zero = [&](Image& image) { return image.write_zeroes({0}, 64 * KiB); };
+    const auto discard = [&](Image& image) { return image.discard({0}, 64 * KiB); };
+    const auto extent = [&](Image& image) -> Result<void> {
+        if (auto result = image.extent({0}, 512); !result) return std::unexpected(result.error());
+        return {};
+    };
+    const auto compress = [&](Image& image) { return image.write_compressed({0}, block_); };
+    for (const auto& request :
+         std::initializer_list<std::function<Result<void>(Image&)>>{read, write, zero, discard, extent, compress}) {
+        value_of(storage_->write({0}, sound));
+        put_word(l2, word_at(l2) | 0x200);  // not a multiple of the cluster size
+        const auto before = contents();
+        const auto image = value_of(open(true));
+        expect_refused(request(*image));
+        expect_refused(image->write({1 * MiB}, block_));
+        expect_only_the_mark(before);
+    }
+}
+
+/// Damage below is not the image's own.
+TEST_F(CorruptTest, DamageOfABackingFileIsNotMarkedAbove) {
+    const auto top = memory_storage();
+    CreateOptions options;
+    options.size = 16 * MiB;
+    options.backing_name = "base";
+    options.backing_format = "qcow2";
+    value_of(create_image({top, nullptr}, options));
+    put_word(l2_table(), 0x200);
+    OpenOptions writable = {.writable = true, .format = Format::qcow2};
+    writable.gate = [&](const FileReference&) -> Result<std::shared_ptr<Storage>> { return storage_; };
+    const auto image = value_of(open_image(top, writable));
+    Bytes to(512);
+    expect_refused(image->read({0}, to));
+    expect_refused(image->write({512}, std::span(block_).first(512)));
+    value_of(image->write({1 * MiB}, block_));
+    EXPECT_FALSE(value_of(image->info()).corrupt);
+}
+
+/// Refcounts that are too low: what clusters hold is safe, and the image says what is wrong.
+class UncountedTest : public CorruptTest {
+protected:
+    void set_refcount(std::uint64_t cluster, std::uint8_t count) {
+        const std::array<std::byte, 2> bytes = {std::byte{0}, std::byte{count}};
+        value_of(storage_->write({refcount_block() + cluster * 2}, bytes));
+    }
+
+    void expect_not_opened() {
+        const auto before = contents();
+        const auto image = open_image(storage_, {.writable = true, .format = Format::qcow2});
+        ASSERT_FALSE(image);
+        EXPECT_EQ(image.error().code, Errc::corrupt);
+        EXPECT_NE(image.error().message().find("qcow convert"), std::string::npos) << image.error().message();
+        expect_only_the_mark(before);
+        Bytes to(block_.size());
+        value_of(value_of(open(false))->read({0}, to));
+        EXPECT_TRUE(to == block_);
+    }
+};
+
+TEST_F(UncountedTest, DataWithoutARefcount) {
+    set_refcount((word_at(l2_table()) & ~(std::uint64_t{1} << 63)) / (64 * KiB), 0);
+    expect_not_opened();
+}
+
+TEST_F(UncountedTest, ATableWithoutARefcount) {
+    set_refcount(l2_table() / (64 * KiB), 0);
+    expect_not_opened();
+}
+
+TEST_F(UncountedTest, ABlockThatNothingNames) {
+    put_word(refcount_table(), 0);
+    expect_not_opened();
+}
+
+/// The first of two owners that lets go would free what the other one has.
+TEST_F(UncountedTest, TwoReferencesAndOneRefcount) {
+    const auto entry = word_at(l2_table()) & ~(std::uint64_t{1} << 63);
+    put_word(l2_table(), entry);
+    put_word(l2_table() + 8, entry);
+    expect_not_opened();
+}
+
+/// The first of two owners that writes would write over what the other one has.
+TEST_F(UncountedTest, SharedAndMarkedAsItsOwn) {
+    const auto entry = word_at(l2_table());
+    put_word(l2_table() + 8, entry);
+    set_refcount((entry & ~(std::uint64_t{1} << 63)) / (64 * KiB), 2);
+    expect_not_opened();
+}
+
+/// What wastes space, or costs a copy more than need be, is no reason to refuse.
+TEST_F(UncountedTest, RefcountsThatAreTooHighDoNoHarm) {
+    const auto entry = word_at(l2_table());
+    set_refcount((entry & ~(std::uint64_t{1} << 63)) / (64 * KiB), 3);
+    set_refcount(l2_table() / (64 * KiB) + 40, 1);
+    put_word(l2_table(), entry & ~(std::uint64_t{1} << 63));
+    const auto image = value_of(open_image(storage_, {.writable = true, .format = Format::qcow2}));
+    value_of(image->write({0}, block_));
+    value_of(image->close());
+    EXPECT_FALSE(value_of(value_of(open(false))->info()).corrupt);
+}
+
+TEST_F(UncountedTest, RefcountsAreBelievedWhereTheCallerSaysSo) {
+    set_refcount((word_at(l2_table()) & ~(std::uint64_t{1} << 63)) / (64 * KiB), 0);
+    value_of(open(true));
 }
 
 /// What a write needs to know of the layer below may be what cannot be read. It has taken clusters by then.

@@ -44,9 +44,10 @@ public:
         return append_locked(std::move(event));
     }
 
-    /// Changes a file and notes it as one step, so that the order of the log is the order in which things happened.
+    /// Changes a file and notes it as one step, so that the order of the log is the order in which things happened. The
+    /// change may still complete the event.
     template <class Change>
-    Result<void> apply(StorageEvent event, const Change& change) {
+    Result<void> apply(StorageEvent&& event, const Change& change) {
         const std::lock_guard lock(mutex_);
         auto changed = change();
         if (changed) append_locked(std::move(event));
@@ -99,10 +100,16 @@ public:
     }
 
     Result<void> allocate(HostOffset at, std::uint64_t length) override {
+        // Space within the file changes no contents. Others may make the file longer meanwhile.
         const auto now = inner().size();
         if (!now) return std::unexpected(now.error());
-        const auto grown = std::max(*now, at.value + length);
-        return log_.apply({Kind::size, file_, 0, grown}, [&] { return inner().allocate(at, length); });
+        if (at.value + length <= *now) return inner().allocate(at, length);
+        StorageEvent event{Kind::size, file_};
+        return log_.apply(std::move(event), [&]() -> Result<void> {
+            auto allocated = inner().allocate(at, length);
+            event.length = inner().size().value_or(0);
+            return allocated;
+        });
     }
 
     Result<void> resize(std::uint64_t size) override {
