@@ -45,8 +45,8 @@ public:
     /// Makes `length` bytes read as zeros, as holes where that is possible. Does not grow.
     virtual Result<void> write_zeroes(HostOffset at, std::uint64_t length) = 0;
 
-    /// Reserves space for `length` bytes, growing as needed; their contents stay, and are zeros where there were none.
-    /// Where space cannot be reserved it only grows. Errc::no_space.
+    /// Reserves space for `length` bytes, so that writing them needs no more, and grows as needed. Their contents stay,
+    /// and are zeros where there were none. Where space cannot be reserved it only grows. Errc::no_space.
     virtual Result<void> allocate(HostOffset at, std::uint64_t length);
 
     /// Sets the length; new bytes read as zeros.

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <limits>
@@ -114,7 +115,7 @@ public:
         if (block_device_) return resize(at.value + length);  // its space is there
         const int error = posix_fallocate(fd_.get(), static_cast<off_t>(at.value), static_cast<off_t>(length));
         if (error != 0) return system_error(fmt::format("cannot reserve {} bytes", length), path_, error);
-        return {};
+        return unshare(at, length);
     }
 
     Result<void> resize(std::uint64_t size) override {
@@ -185,6 +186,18 @@ private:
         return {};
     }
 
+    /// Extents that the file shares with another one would need space when they are written.
+    Result<void> unshare(HostOffset at, std::uint64_t length) {
+        if (!may_share_.load(std::memory_order_relaxed)) return {};
+        if (fallocate(fd_.get(), FALLOC_FL_UNSHARE_RANGE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(at.value),
+                      static_cast<off_t>(length)) == 0)
+            return {};
+        if (errno == ENOSPC || errno == EDQUOT)
+            return system_error(fmt::format("cannot reserve {} bytes", length), path_, errno);
+        may_share_.store(false, std::memory_order_relaxed);  // this file system cannot say
+        return {};
+    }
+
     Result<void> write_zero_bytes(HostOffset at, std::uint64_t length) {
         alignas(4096) static constexpr std::array<std::byte, 64 * KiB> zeros = {};
         while (length > 0) {
@@ -202,6 +215,7 @@ private:
     bool block_device_;
     bool writable_;
     std::uint64_t block_;  // that direct I/O goes by; else 1
+    std::atomic<bool> may_share_ = true;
     OverlappingFlushes flushes_;
     mutable std::mutex data_mutex_;
     mutable std::uint64_t data_begin_ = 0;
