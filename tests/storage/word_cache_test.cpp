@@ -42,12 +42,19 @@ public:
     }
     Result<void> write(HostOffset, std::span<const std::byte>) override { return no(); }
     Result<void> write_zeroes(HostOffset, std::uint64_t) override { return no(); }
+    Result<void> allocate(HostOffset at, std::uint64_t length) override {
+        if (full) return fail(Errc::no_space, name_, "full");
+        spaces.emplace_back(at.value, length);
+        return {};
+    }
     Result<void> resize(std::uint64_t) override { return no(); }
     Result<void> flush() override { return no(); }
     [[nodiscard]] Result<Run> run(HostOffset, std::uint64_t limit) const override { return Run{true, limit}; }
 
     mutable std::atomic<int> reads = 0;
     std::atomic<bool> broken = false;
+    bool full = false;
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> spaces;  // offset and length of what was allocated
 
 private:
     static Result<void> no() { return fail(Errc::read_only, "words", "only read here"); }
@@ -213,6 +220,28 @@ TEST_P(WordCacheUnderLoad, GivesTheRightWordsWhilePagesComeAndGo) { load_at_rand
 TEST_P(WordCacheUnderLoad, GivesTheRightWordsWhereAllPagesFit) { load_at_random(GetParam(), 1024, 64); }
 
 INSTANTIATE_TEST_SUITE_P(PagesOf, WordCacheUnderLoad, testing::Values(512, 4096), testing::PrintToStringParamName());
+
+/// Writing a changed page later must not fail for want of space.
+TEST(WordCacheTest, APageHasSpaceInTheFileBeforeItChanges) {
+    using PageClass = WordCache::PageClass;
+    const auto storage = words();
+    WordCache cache(storage, 4096, 1 << 20);
+    const std::uint64_t word = 7;
+    storage->full = true;
+    const auto refused = cache.store({8192 + 16}, {&word, 1}, PageClass::mapping);
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code, Errc::no_space);
+    EXPECT_EQ(value_of(cache.load({8192 + 16})), scrambled((8192 + 16) / 8));
+    EXPECT_EQ(cache.changed_count(PageClass::mapping), 0U);
+    EXPECT_FALSE(cache.reserve_space({8192}));
+
+    storage->full = false;
+    value_of(cache.reserve_space({8192 + 64}));
+    storage->full = true;
+    EXPECT_TRUE(value_of(cache.store({8192 + 16}, {&word, 1}, PageClass::mapping)));
+    EXPECT_TRUE(value_of(cache.store({8192 + 24}, {&word, 1}, PageClass::mapping)));
+    EXPECT_EQ(storage->spaces, (std::vector<std::pair<std::uint64_t, std::uint64_t>>{{8192, 4096}}));
+}
 
 }  // namespace
 }  // namespace qcow
