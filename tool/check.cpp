@@ -134,8 +134,9 @@ void declare_check(CLI::App& root, int& status) {
     add_source_options(app, options->source);
     app.add_flag("--json", options->json, "Print JSON");
     app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");
-    app.add_option("-m,--workers", options->workers, "Threads; by default one a processor")->check(CLI::Range(1, 1024));
+    add_workers_option(app, options->workers);
     app.add_option("--memory", options->memory, "How much memory the check may take")
+        ->type_name("SIZE")
         ->check(size_text)
         ->capture_default_str();
 }

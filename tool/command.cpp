@@ -2,48 +2,16 @@
 
 #include <fmt/format.h>
 
-#include <cmath>
+#include <algorithm>
+#include <array>
+#include <cctype>
 #include <cstdio>
 #include <filesystem>
 
 #include "qcow/text.h"
+#include "usage.h"
 
 namespace tool {
-namespace {
-
-std::optional<std::uint64_t> size_of(const std::string& text) {
-    constexpr std::string_view suffixes = "kmgtpe";
-    if (text.empty() || text[0] < '0' || text[0] > '9') return std::nullopt;
-    const bool hex = text.starts_with("0x") || text.starts_with("0X");
-    std::size_t end = 0;
-    try {
-        const std::uint64_t whole = std::stoull(text, &end, hex ? 16 : 10);
-        if (end == text.size()) return whole;
-        if (hex) return std::nullopt;
-        // A suffix: fractions are fine, exact up to 2^53 units.
-        const double value = std::stod(text, &end);
-        const auto suffix = suffixes.find(static_cast<char>(std::tolower(static_cast<unsigned char>(text[end]))));
-        if (end + 1 == text.size() && (text[end] == 'b' || text[end] == 'B')) return static_cast<std::uint64_t>(value);
-        if (end + 1 != text.size() || suffix == std::string_view::npos) return std::nullopt;
-        const double bytes = std::ldexp(value, 10 * (static_cast<int>(suffix) + 1));
-        if (bytes >= std::ldexp(1.0, 63)) return std::nullopt;
-        return static_cast<std::uint64_t>(std::llround(bytes));
-    } catch (const std::exception&) {
-        return std::nullopt;
-    }
-}
-
-}  // namespace
-
-const CLI::Validator size_text(
-    [](std::string& text) -> std::string {
-        if (size_of(text)) return {};
-        return fmt::format(
-            "\"{}\" is not a size: write bytes (4096, 0x1000) or a number with k, M, G, T, P or E (64k, 1.5G)", text);
-    },
-    "");
-
-std::uint64_t parse_size(const std::string& text) { return size_of(text).value(); }
 
 void complain(const std::string& message) {
     std::fflush(stdout);
@@ -57,11 +25,13 @@ std::unique_ptr<CLI::App> make_app(int& status) {
         "qcow looks into, verifies, converts, changes and serves disk images: qcow2 (versions 2 and 3), qcow and raw.",
         "qcow");
     auto& app = *made;
-    app.set_version_flag("-V,--version", "qcow " QCOW_VERSION);
+    app.formatter(std::make_shared<Help>());
+    app.set_version_flag("-V,--version", "qcow " QCOW_VERSION)->description("Show the version");
     app.set_help_flag("-h,--help", "Show this help; after a command, the help of that command");
     app.require_subcommand(1);
     app.footer(
-        "Sizes and offsets are bytes, or numbers with k, M, G, T, P or E (powers of 1024): 64k, 1.5G.\n"
+        "qcow COMMAND --help shows what a command does and its options.\n"
+        "Sizes and offsets are bytes (4096, 0x1000), or numbers with k, M, G, T, P or E (powers of 1024): 64k, 1.5G.\n"
         "Exit status: 0 done, 1 failed or used wrongly; check has more, see qcow check --help.\n"
         "Examples:\n"
         "  qcow info disk.qcow2                what is this?\n"
@@ -73,12 +43,18 @@ std::unique_ptr<CLI::App> make_app(int& status) {
           declare_zero, declare_discard, declare_resize, declare_snapshot, declare_serve}) {
         declare_command(app, status);
     }
+    for (auto* command : app.get_subcommands({})) {
+        command->get_option("--help")->description("Show this help");
+        // Said again, an option has its last value: scripts put what a user wants behind what they want themselves.
+        for (auto* option : command->get_options())
+            if (option->nonpositional() && option->get_items_expected_max() == 1) option->take_last();
+    }
     return made;
 }
 
 CLI::App& declare(CLI::App& root, int& status, const std::string& name, const std::string& summary,
                   const std::string& help, std::function<qcow::Result<int>()> run) {
-    auto& app = *root.add_subcommand(name, summary);
+    auto& app = *root.add_subcommand(name, summary)->group("Commands");
     app.footer(help);
     app.callback([&status, run = std::move(run)] {
         const auto result = run();
@@ -96,8 +72,8 @@ qcow::Gate gate_for(const std::string& path, bool untrusted, bool force_share, b
 }
 
 void add_format_option(CLI::App& app, std::string& format) {
-    app.add_option("-f,--format", format, "Its format, instead of looking at its first bytes")
-        ->check(CLI::IsMember({"raw", "qcow", "qcow2"}));
+    one_of(app.add_option("-f,--format", format, "Format of the image; otherwise it is guessed from its first bytes"),
+           {"raw", "qcow", "qcow2"});
 }
 
 void warn(const std::string& message) { complain("warning: " + message); }
@@ -105,7 +81,7 @@ void warn(const std::string& message) { complain("warning: " + message); }
 }  // namespace
 
 void add_source_options(CLI::App& app, Source& source) {
-    app.add_option("IMAGE", source.path, "The image: a file or block device")->required();
+    app.add_option("IMAGE", source.path, "The image: a file or block device")->required()->check(name_text);
     add_open_options(app, source);
 }
 
@@ -119,8 +95,18 @@ void add_open_options(CLI::App& app, Source& source) {
 
 void add_untrusted_option(CLI::App& app, bool& untrusted) {
     app.add_flag("--untrusted", untrusted,
-                 "Images come from a stranger: the files that they name are opened only if they are regular files in\n"
-                 "or below the directory of the image, and only if its format is said and not guessed");
+                 "The image comes from a stranger: files that it names are opened only if they are regular files in or "
+                 "below its directory, and only if its format is said");
+}
+
+CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::string& description) {
+    return app.add_option("-l,--snapshot", source.snapshot, description)->type_name("NAME")->check(name_text);
+}
+
+void add_workers_option(CLI::App& app, unsigned& workers) {
+    app.add_option("-m,--workers", workers, "Threads; by default one a processor")
+        ->type_name("NUMBER")
+        ->check(whole_number(1, 1024));
 }
 
 qcow::OpenOptions open_options(const Source& source) {
@@ -146,26 +132,37 @@ qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Im
 }
 
 void add_target_options(CLI::App& app, Target& target) {
-    app.add_option("IMAGE", target.path, "The image: a file or block device")->required();
+    app.add_option("IMAGE", target.path, "The image: a file or block device")->required()->check(name_text);
     add_format_option(app, target.format);
     add_cache_option(app, target.cache);
     add_untrusted_option(app, target.untrusted);
 }
 
 CLI::Option* add_cache_option(CLI::App& app, std::string& cache) {
-    return app
-        .add_option(
-            "--cache", cache,
-            "writeback: written to the disk at the end; writethrough: at once, again and again; none: past the\n"
-            "system's cache; unsafe: when the system likes")
-        ->check(CLI::IsMember({"writeback", "writethrough", "none", "unsafe"}))
+    return one_of(app.add_option(
+                      "--cache", cache,
+                      "When writes reach the disk. writeback: at the end; writethrough: each one at once; none: "
+                      "at the end, and past the system's cache; unsafe: when the system likes"),
+                  {"writeback", "writethrough", "none", "unsafe"})
         ->capture_default_str();
+}
+
+qcow::Result<std::shared_ptr<qcow::Image>> open_for_writing(const std::string& path, bool direct,
+                                                            const qcow::OpenOptions& options,
+                                                            std::string_view format_option) {
+    auto storage = qcow::open_file(path, {.writable = true, .direct = direct});
+    if (!storage) return std::unexpected(std::move(storage).error());
+    auto image = qcow::open_image(*std::move(storage), options);
+    if (image && !options.format && (*image)->format() == qcow::Format::raw) {
+        warn(fmt::format(
+            "{}: that it is raw was only guessed, and what is written to it can change the next guess; say {} raw",
+            qcow::printable(path), format_option));
+    }
+    return image;
 }
 
 qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target) {
     const bool direct = target.cache == "none";
-    auto storage = qcow::open_file(target.path, {.writable = true, .direct = direct});
-    if (!storage) return std::unexpected(std::move(storage).error());
     qcow::OpenOptions options;
     options.writable = true;
     if (target.cache == "writethrough") options.write.cache = qcow::CacheMode::writethrough;
@@ -173,7 +170,22 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target) {
     options.format = qcow::format_from_name(target.format);
     options.gate = gate_for(target.path, target.untrusted, false, direct);
     options.warn = warn;
-    return qcow::open_image(*std::move(storage), options);
+    return open_for_writing(target.path, direct, options, target.format_option);
+}
+
+void warn_of_ending(const std::string& path, const std::string& format, std::string_view format_option) {
+    auto ending = std::filesystem::path(path).extension().string();
+    for (auto& c : ending) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    constexpr auto endings =
+        std::to_array<std::string_view>({".raw", ".qcow", ".qcow2", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk", ".vpc"});
+    if (std::ranges::find(endings, ending) == endings.end() || ending == "." + format) return;
+    const bool qcow2 = ending.starts_with(".qcow");
+    if (qcow2 && format == "qcow2") return;
+    const auto remedy = qcow2 || ending == ".raw"
+                            ? fmt::format("say {} {} if that is meant", format_option, qcow2 ? "qcow2" : "raw")
+                            : "qemu-img convert can make that";
+    warn(fmt::format("{}: it will be {}, although its name says {}; {}", qcow::printable(path), format,
+                     ending.substr(1), remedy));
 }
 
 qcow::Result<int> change(const Target& target, const std::function<qcow::Result<void>(qcow::Image&)>& work) {

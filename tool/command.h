@@ -8,7 +8,9 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <string_view>
 
+#include "arguments.h"
 #include "qcow/image.h"
 
 namespace tool {
@@ -59,6 +61,9 @@ void add_source_options(CLI::App& app, Source& source);
 /// The options that all readers have: all of Source but its path and snapshot.
 void add_open_options(CLI::App& app, Source& source);
 
+/// The option that says which internal snapshot is meant.
+CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::string& description);
+
 /// How the library is to open it.
 qcow::OpenOptions open_options(const Source& source);
 
@@ -74,6 +79,7 @@ struct Target {
     std::string format;  // empty: probed
     std::string cache = "writeback";
     bool untrusted = false;
+    std::string_view format_option = "--format";  // the one that says its format
 };
 
 /// What images may name that come from a stranger: an option of all commands that open one.
@@ -82,8 +88,17 @@ void add_untrusted_option(CLI::App& app, bool& untrusted);
 /// The positional IMAGE and the options that all writers have.
 void add_target_options(CLI::App& app, Target& target);
 
+/// How many threads work: an option of those that take long.
+void add_workers_option(CLI::App& app, unsigned& workers);
+
 /// When writes reach the disk: an option of those that change an image.
 CLI::Option* add_cache_option(CLI::App& app, std::string& cache);
+
+/// Opens a file and the image in it. Warns where its format was only guessed, and that by writing to it a guest or user
+/// can change what is guessed.
+qcow::Result<std::shared_ptr<qcow::Image>> open_for_writing(const std::string& path, bool direct,
+                                                            const qcow::OpenOptions& options,
+                                                            std::string_view format_option = "--format");
 
 /// Opens the image for writing, with all that it names.
 qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target);
@@ -101,10 +116,7 @@ void complain(const std::string& message);
 /// Prints JSON to standard output, all of it printable ASCII. What is not UTF-8 in names is replaced.
 void print_json(const Json& json);
 
-/// A validator for sizes and offsets: bytes, or with a suffix k, M, G, T, P or E (powers of 1024), fractions allowed.
-extern const CLI::Validator size_text;
-
-/// The value of a text that `size_text` has let through.
-std::uint64_t parse_size(const std::string& text);
+/// Warns where the name of a new file ends as those of another format than the one that it gets.
+void warn_of_ending(const std::string& path, const std::string& format, std::string_view format_option);
 
 }  // namespace tool

@@ -12,6 +12,7 @@
 #include "qcow/concat.h"
 #include "qcow/copy.h"
 #include "text.h"
+#include "usage.h"
 
 namespace tool {
 namespace {
@@ -111,7 +112,8 @@ struct Sources {
 qcow::Result<Sources> open_sources(const Options& options) {
     const auto paths = std::span(options.paths).first(options.paths.size() - 1);
     if (paths.empty()) {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "TARGET", "it is required"});
+        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "",
+                                           "TARGET is missing; usage: qcow convert [OPTIONS] SOURCE... TARGET"});
     }
     if (paths.size() > 1 && !options.source.snapshot.empty()) {
         return std::unexpected(
@@ -147,7 +149,8 @@ qcow::Result<void> into_existing(const Sources& sources, const Options& options)
     };
     if (!options.image.options.empty() || !options.image.backing.empty())
         return refuse("with -n it is there already, and stays as it was made: no -o, no -B");
-    auto target = open_target({options.target, options.target_format, options.cache, options.source.untrusted});
+    auto target = open_target(
+        {options.target, options.target_format, options.cache, options.source.untrusted, "--target-format"});
     if (!target) return std::unexpected(std::move(target).error());
     for (const auto& file : (*target)->files()) {
         for (const auto& image : sources.images) {
@@ -195,6 +198,7 @@ qcow::Result<int> run(const Options& options) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "--cache " + options.cache,
                                            "only with -n; a new file is written to the disk once, at the end"});
     }
+    warn_of_ending(options.target, raw ? "raw" : options.target_format, "-O");
     auto file = qcow::NewFile::begin(options.target);
     if (!file) return std::unexpected(std::move(file).error());
     {
@@ -213,7 +217,7 @@ qcow::Result<int> run(const Options& options) {
 }
 
 /// Help that shows what the one positional option stands for.
-class SourcesAndTarget final : public CLI::Formatter {
+class SourcesAndTarget final : public Help {
 public:
     std::string make_option_usage(const CLI::Option*) const override { return "SOURCE... TARGET"; }
 };
@@ -239,25 +243,30 @@ void declare_convert(CLI::App& root, int& status) {
     // One option for both: CLI11 would give all to SOURCE and leave none for TARGET.
     app.formatter(std::make_shared<SourcesAndTarget>());
     app.add_option("SOURCE", options->paths,
-                   "The images: files or block devices, several are put one behind the other; and the file to make, or "
+                   "The images, files or block devices, several of them one behind the other; and the file to make, or "
                    "(raw only) a block device to overwrite")
         ->required()
+        ->check(name_text)
         ->option_text("... TARGET")
         ->each([options](const std::string& path) { options->target = path; });
     add_open_options(app, options->source);
-    app.add_option("-O,--target-format", options->target_format,
-                   "Format of the target: raw unless said; with -n: told from its first bytes")
-        ->check(CLI::IsMember({"raw", "qcow2"}));
-    app.add_option("-l,--snapshot", options->source.snapshot, "Convert this internal snapshot (id or name)");
+    one_of(app.add_option("-O,--target-format", options->target_format,
+                          "Format of the target: raw unless said; with -n, it is guessed from the first bytes"),
+           {"raw", "qcow2"});
+    add_snapshot_option(app, options->source, "Convert this internal snapshot (id or name)");
     app.add_flag("-c,--compress", options->compress, "Compress");
-    app.add_option("--level", options->level, "Compression level: 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd");
+    app.add_option("--level", options->level, "Compression level: 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd")
+        ->type_name("NUMBER")
+        ->check(whole_number(1, 19));
     add_new_image_options(app, options->image);
     app.add_option("-B,--backing", options->image.backing,
-                   "Store only what differs from this image, and make it the backing file");
-    app.add_option("-F,--backing-format", options->image.backing_format,
-                   "The format of the backing file: raw, qcow or qcow2");
+                   "Store only what differs from this image, and make it the backing file")
+        ->type_name("FILE")
+        ->check(name_text);
+    add_backing_format_option(app, options->image);
     app.add_option("-S,--sparse", options->sparse,
                    "Raw targets, and -n: runs of zeros of at least this size become holes; 0: none do")
+        ->type_name("SIZE")
         ->check(size_text)
         ->capture_default_str();
     auto* existing = app.add_flag("-n,--no-create", options->existing,
@@ -265,7 +274,7 @@ void declare_convert(CLI::App& root, int& status) {
     app.add_flag("--target-is-zero", options->target_is_zero, "With -n: it reads as zeros, which need not be written")
         ->needs(existing);
     add_cache_option(app, options->cache);
-    app.add_option("-m,--workers", options->workers, "Threads; by default one a processor")->check(CLI::Range(1, 1024));
+    add_workers_option(app, options->workers);
     app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");
 }
 

@@ -46,15 +46,12 @@ qcow::Result<int> run(const Options& options) {
     const auto refuse = [](std::string place, std::string what) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(place), std::move(what)});
     };
+    if (!options.size.empty() && create->has_size) return refuse("size", "it is said twice, as SIZE and with -o size");
     if (!options.size.empty()) create->size = parse_size(options.size);
-    const bool has_size = create->size != 0 || !options.size.empty();
+    const bool has_size = create->has_size || !options.size.empty();
     if (!create->backing_name.empty()) {
         if (create->backing_format.empty()) {
             return refuse("backing file", "its format is to be recorded; say it with -F (raw, qcow or qcow2)");
-        }
-        if (!qcow::format_from_name(create->backing_format)) {
-            return refuse("backing file format",
-                          fmt::format("\"{}\" is not raw, qcow or qcow2", create->backing_format));
         }
         if (!options.unchecked) {
             auto size = backing_size(options, *create);
@@ -63,8 +60,9 @@ qcow::Result<int> run(const Options& options) {
         }
     }
     if (!has_size && (create->backing_name.empty() || options.unchecked))
-        return refuse("size", "how large is the disk to be? Give a SIZE, such as 20G");
+        return refuse("size", "how large is the disk to be? Add a SIZE, such as 20G");
 
+    warn_of_ending(options.path, options.format, "-f");
     auto file = qcow::NewFile::begin(options.path);
     if (!file) return std::unexpected(std::move(file).error());
     auto data_file = begin_data_file(options.path, *create);
@@ -94,14 +92,14 @@ void declare_create(CLI::App& root, int& status) {
                             "  qcow create -b base.qcow2 -F qcow2 overlay.qcow2    as large as its backing file",
                         [options] { return run(*options); });
     app.add_option("IMAGE", options->path, "The file to make; one that has the name is replaced, unless it is in use")
-        ->required();
+        ->required()
+        ->check(name_text);
     app.add_option("SIZE", options->size, "Size of the disk; that of the backing file if absent")->check(size_text);
-    app.add_option("-f,--format", options->format, "Its format")
-        ->check(CLI::IsMember({"qcow2", "raw"}))
-        ->capture_default_str();
-    app.add_option("-b,--backing", options->image.backing, "The backing file, as seen from the image's directory");
-    app.add_option("-F,--backing-format", options->image.backing_format,
-                   "The format of the backing file: raw, qcow or qcow2");
+    one_of(app.add_option("-f,--format", options->format, "Its format"), {"qcow2", "raw"})->capture_default_str();
+    app.add_option("-b,--backing", options->image.backing, "The backing file, as seen from the image's directory")
+        ->type_name("FILE")
+        ->check(name_text);
+    add_backing_format_option(app, options->image);
     add_new_image_options(app, options->image);
     app.add_flag("-u,--unchecked", options->unchecked, "Do not look whether the backing file can be opened");
     add_untrusted_option(app, options->untrusted);

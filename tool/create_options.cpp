@@ -5,86 +5,150 @@
 #include <algorithm>
 #include <filesystem>
 #include <initializer_list>
+#include <utility>
+
+#include "qemu_words.h"
+#include "text.h"
 
 namespace tool {
 namespace {
 
-using qcow::CreateOptions;
+using Name = std::string;
+using Value = std::string;
 
-std::unexpected<qcow::Error> bad_value(std::string_view name, std::string_view value, std::string_view possible) {
-    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, fmt::format("option {}", name),
-                                       fmt::format("\"{}\" is not {}", value, possible)});
-}
-
-qcow::Result<void> set_switch(bool& target, std::string_view name, std::string_view value) {
-    if (value != "on" && value != "off") return bad_value(name, value, "on or off");
-    target = value == "on";
-    return {};
-}
-
-qcow::Result<void> set_size(std::uint64_t& target, std::string_view name, std::string value) {
-    if (!size_text(value).empty()) return bad_value(name, value, "a size, such as 64k or 2M");
-    target = parse_size(value);
-    return {};
+std::unexpected<qcow::Error> refuse(const Name& name, std::string what) {
+    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "option " + name, std::move(what)});
 }
 
 template <class T>
-using Words = std::initializer_list<std::pair<std::string_view, T>>;
+using Words = std::vector<std::pair<std::string, T>>;
 
 template <class T>
-qcow::Result<void> set_word(T& target, std::string_view name, std::string_view value, Words<T> words,
-                            std::string_view possible) {
+qcow::Result<void> set_word(T& target, const Name& name, const Value& value, const Words<T>& words) {
+    std::vector<std::string> known;
     for (const auto& [word, meaning] : words) {
         if (word == value) {
             target = meaning;
             return {};
         }
+        known.push_back(word);
     }
-    return bad_value(name, value, possible);
+    return refuse(name, not_one_of(value, known));
 }
 
-qcow::Result<void> set_option(CreateOptions& o, std::string_view name, const std::string& value) {
-    if (name == "compat")
-        return set_word(o.version, name, value, {{"0.10", 2}, {"v2", 2}, {"1.1", 3}, {"v3", 3}}, "0.10 or 1.1");
-    if (name == "cluster_size") return set_size(o.cluster_size, name, value);
-    if (name == "refcount_bits") {
-        std::uint64_t bits = 0;
-        if (auto set = set_size(bits, name, value); !set) return set;
-        o.refcount_bits = static_cast<unsigned>(std::min<std::uint64_t>(bits, 1000));
-        return {};
-    }
-    if (name == "lazy_refcounts") return set_switch(o.lazy_refcounts, name, value);
-    if (name == "extended_l2") return set_switch(o.extended_l2, name, value);
-    if (name == "compression_type") {
-        return set_word(o.compression, name, value,
-                        {{"zlib", qcow::Compression::zlib}, {"zstd", qcow::Compression::zstd}}, "zlib or zstd");
-    }
-    if (name == "preallocation") {
-        using enum qcow::Preallocation;
-        return set_word(o.preallocation, name, value,
-                        {{"off", off}, {"metadata", metadata}, {"falloc", falloc}, {"full", full}},
-                        "off, metadata, falloc or full");
-    }
-    if (name == "data_file_raw") return set_switch(o.data_file_raw, name, value);
-    if (name == "data_file") {
-        o.data_file_name = value;
-    } else if (name == "backing_file") {
-        o.backing_name = value;
-    } else if (name == "backing_fmt") {
-        o.backing_format = value;
-    } else if (name == "size") {
-        return set_size(o.size, name, value);
-    } else {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, fmt::format("option {}", name),
-                                           "there is none of that name; see qcow create --help"});
-    }
+qcow::Result<void> set_switch(bool& target, const Name& name, const Value& value) {
+    const auto is_one_of = [&](std::initializer_list<std::string_view> words) {
+        return std::ranges::find(words, value) != words.end();
+    };
+    const bool on = is_one_of({"on", "yes", "true", "y"});
+    if (!on && !is_one_of({"off", "no", "false", "n"})) return refuse(name, not_one_of(value, {"on", "off"}));
+    target = on;
     return {};
+}
+
+qcow::Result<void> set_size(std::uint64_t& target, const Name& name, const Value& value) {
+    if (auto wrong = size_text(value); !wrong.empty()) return refuse(name, std::move(wrong));
+    target = parse_size(value);
+    return {};
+}
+
+qcow::Result<void> set_name(std::string& target, const Name& name, const Value& value) {
+    if (value.empty()) return refuse(name, "the name is empty; leave the option out if there is to be no such file");
+    target = value;
+    return {};
+}
+
+/// An option, and what sets it.
+struct Setter {
+    Name name;
+    qcow::Result<void> (*set)(NewImageOptions& options, const Name& name, const Value& value);
+};
+
+const std::vector<Setter>& setters() {
+    using O = NewImageOptions;
+    using Set = qcow::Result<void>;
+    using enum qcow::Preallocation;
+    static const std::vector<Setter> all = {
+        {"compat",
+         [](O& o, const Name& name, const Value& value) {
+             return set_word<unsigned>(o.version, name, value, {{"0.10", 2}, {"1.1", 3}, {"v2", 2}, {"v3", 3}});
+         }},
+        {"cluster_size",
+         [](O& o, const Name& name, const Value& value) { return set_size(o.cluster_size, name, value); }},
+        {"refcount_bits",
+         [](O& o, const Name& name, const Value& value) -> Set {
+             if (auto wrong = whole_number(1, 64)(value); !wrong.empty()) return refuse(name, std::move(wrong));
+             o.refcount_bits = static_cast<unsigned>(parse_size(value));
+             return {};
+         }},
+        {"lazy_refcounts",
+         [](O& o, const Name& name, const Value& value) { return set_switch(o.lazy_refcounts, name, value); }},
+        {"extended_l2",
+         [](O& o, const Name& name, const Value& value) { return set_switch(o.extended_l2, name, value); }},
+        {"compression_type",
+         [](O& o, const Name& name, const Value& value) {
+             return set_word<qcow::Compression>(o.compression, name, value,
+                                                {{"zlib", qcow::Compression::zlib}, {"zstd", qcow::Compression::zstd}});
+         }},
+        {"preallocation",
+         [](O& o, const Name& name, const Value& value) {
+             return set_word<qcow::Preallocation>(
+                 o.preallocation, name, value,
+                 {{"off", off}, {"metadata", metadata}, {"falloc", falloc}, {"full", full}});
+         }},
+        {"data_file",
+         [](O& o, const Name& name, const Value& value) { return set_name(o.data_file_name, name, value); }},
+        {"data_file_raw",
+         [](O& o, const Name& name, const Value& value) { return set_switch(o.data_file_raw, name, value); }},
+        {"backing_file",
+         [](O& o, const Name& name, const Value& value) { return set_name(o.backing_name, name, value); }},
+        {"backing_fmt",
+         [](O& o, const Name& name, const Value& value) {
+             return set_word<std::string>(o.backing_format, name, value,
+                                          {{"raw", "raw"}, {"qcow", "qcow"}, {"qcow2", "qcow2"}});
+         }},
+        {"size",
+         [](O& o, const Name& name, const Value& value) {
+             o.has_size = true;
+             return set_size(o.size, name, value);
+         }},
+    };
+    return all;
+}
+
+/// Sets what "name=value" says. A name alone turns it on.
+qcow::Result<void> set_option(NewImageOptions& options, const std::string& text) {
+    const auto equals = std::min(text.find('='), text.size());
+    const auto name = text.substr(0, equals);
+    const auto setter = std::ranges::find(setters(), name, &Setter::name);
+    if (setter != setters().end())
+        return setter->set(options, name, equals == text.size() ? "on" : text.substr(equals + 1));
+    if (const auto instead = qemu_option("-o", name))
+        return refuse(name, fmt::format("it is one of QEMU that qcow does not have; {}", *instead));
+    std::vector<std::string> known;
+    for (const auto& other : setters()) known.push_back(other.name);
+    return refuse(name, fmt::format("there is none of that name{} (see -o help)", did_you_mean(name, known)));
+}
+
+/// The parts between commas. Two commas are one that belongs to its part.
+std::vector<std::string> parts_of(std::string_view text) {
+    std::vector<std::string> parts(1);
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        if (text[i] == ',' && text.substr(i + 1).starts_with(','))
+            ++i;
+        else if (text[i] == ',') {
+            parts.emplace_back();
+            continue;
+        }
+        parts.back() += text[i];
+    }
+    return parts;
 }
 
 }  // namespace
 
 const char* const new_image_help =
-    "Options for -o, as name=value, separated by commas:\n"
+    "Options for -o, as name=value, separated by commas (,, is a comma in a value):\n"
     "  compat=1.1              version 3; 0.10 is version 2\n"
     "  cluster_size=64k        512 to 2M\n"
     "  refcount_bits=16        1 to 64\n"
@@ -98,25 +162,36 @@ const char* const new_image_help =
 
 void add_new_image_options(CLI::App& app, NewImageArguments& arguments) {
     app.add_option("-o,--options", arguments.options, "Options of the new image, name=value,... (see below)")
-        ->allow_extra_args(false);
+        ->type_name("NAME=VALUE")
+        ->allow_extra_args(false)
+        ->each([](const std::string& text) {
+            const auto parts = parts_of(text);
+            if (std::ranges::any_of(parts, [](auto& part) { return part == "help" || part == "?"; }))
+                throw CLI::CallForHelp();
+        });
 }
 
-qcow::Result<CreateOptions> parse_create_options(const NewImageArguments& arguments) {
-    CreateOptions options;
-    for (std::string_view rest : arguments.options) {
-        while (!rest.empty()) {
-            const auto comma = std::min(rest.find(','), rest.size());
-            const auto pair = rest.substr(0, comma);
-            rest.remove_prefix(std::min(comma + 1, rest.size()));
-            const auto equals = pair.find('=');
-            // As with QEMU, a name alone turns it on.
-            const auto name = pair.substr(0, equals);
-            const std::string value(equals == std::string_view::npos ? "on" : pair.substr(equals + 1));
-            if (auto set = set_option(options, name, value); !set) return std::unexpected(std::move(set).error());
+void add_backing_format_option(CLI::App& app, NewImageArguments& arguments) {
+    one_of(app.add_option("-F,--backing-format", arguments.backing_format, "The format of the backing file"),
+           {"raw", "qcow", "qcow2"});
+}
+
+qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments) {
+    NewImageOptions options;
+    for (const auto& text : arguments.options) {
+        for (const auto& part : parts_of(text)) {
+            if (part.empty()) {
+                return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "-o " + text,
+                                                   "there is nothing where an option should be"});
+            }
+            if (auto set = set_option(options, part); !set) return std::unexpected(std::move(set).error());
         }
     }
     if (!arguments.backing.empty()) options.backing_name = arguments.backing;
     if (!arguments.backing_format.empty()) options.backing_format = arguments.backing_format;
+    if (options.backing_name.empty() && !options.backing_format.empty())
+        return std::unexpected(
+            qcow::Error{qcow::Errc::invalid_argument, "backing file", "its format is given, and its name is not"});
     return options;
 }
 
@@ -125,7 +200,7 @@ std::string beside(const std::string& image_path, const std::string& name) {
 }
 
 qcow::Result<std::optional<qcow::NewFile>> begin_data_file(const std::string& image_path,
-                                                           const CreateOptions& options) {
+                                                           const qcow::CreateOptions& options) {
     if (options.data_file_name.empty()) return std::nullopt;
     auto file = qcow::NewFile::begin(beside(image_path, options.data_file_name));
     if (!file) return std::unexpected(std::move(file).error());

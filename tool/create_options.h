@@ -11,19 +11,27 @@ namespace tool {
 
 /// What `-o`, `-b` and `-F` say.
 struct NewImageArguments {
-    std::vector<std::string> options;  // "name=value,name=value"
+    std::vector<std::string> options;  // "name=value,name=value"; a comma that belongs to a value is said twice
     std::string backing;
     std::string backing_format;
+};
+
+/// What they come to.
+struct NewImageOptions : qcow::CreateOptions {
+    bool has_size = false;  // with -o size
 };
 
 /// Adds -o, and what its help has to say, to a command that makes images.
 void add_new_image_options(CLI::App& app, NewImageArguments& arguments);
 
+/// Adds -F.
+void add_backing_format_option(CLI::App& app, NewImageArguments& arguments);
+
 /// The help text on -o.
 extern const char* const new_image_help;
 
 /// Understands them. Errc::invalid_argument names the option that is wrong, and what it can be.
-qcow::Result<qcow::CreateOptions> parse_create_options(const NewImageArguments& arguments);
+qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments);
 
 /// The data file that the options name, as seen from the image; a new file, or none.
 qcow::Result<std::optional<qcow::NewFile>> begin_data_file(const std::string& image_path,

@@ -23,7 +23,7 @@ qcow::Result<void> discard(qcow::Image& image, const Options& options) {
 void declare_discard(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "discard", "Give up the storage of guest bytes that are no longer needed",
+        root, status, "discard", "Give up the storage of bytes that are no longer needed",
         "Whole clusters in the range become zeros; other bytes of it stay as they are. To make all of\n"
         "them zeros: qcow zero.\n"
         "Example:\n"
@@ -31,7 +31,7 @@ void declare_discard(CLI::App& root, int& status) {
         [options] { return change(options->target, [&](qcow::Image& image) { return discard(image, *options); }); });
     add_target_options(app, options->target);
     app.add_option("OFFSET", options->offset, "Where to begin, in the virtual disk")->required()->check(size_text);
-    app.add_option("LENGTH", options->length, "How much")->required()->check(size_text);
+    app.add_option("LENGTH", options->length, "How many bytes")->required()->check(size_text);
 }
 
 }  // namespace tool

@@ -1,12 +1,12 @@
 // qcow: the command line of qcowkit. Written against the public headers alone.
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <exception>
 
 #include "command.h"
+#include "qcow/text.h"
+#include "usage.h"
 
 namespace {
 
@@ -17,14 +17,14 @@ int run(int argc, char** argv) {
     const std::string_view first = argc > 1 ? argv[1] : "-";
     const auto commands = app.get_subcommands([](const CLI::App*) { return true; });
     if (!first.starts_with('-') && std::ranges::none_of(commands, [&](auto* c) { return c->get_name() == first; })) {
-        tool::complain(fmt::format("there is no command \"{}\" (see qcow --help)", first));
+        tool::complain(qcow::printable(tool::unknown_command(app, std::string(first))));
         return tool::failed;
     }
     try {
         app.parse(argc, argv);
     } catch (const CLI::ParseError& error) {
         if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
-        tool::complain(fmt::format("{} (see qcow --help)", error.what()));
+        tool::complain(qcow::printable(tool::explain(app, error)));
         return tool::failed;
     }
     if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {

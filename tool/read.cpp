@@ -70,7 +70,7 @@ qcow::Result<int> run(const Options& options) {
 
 void declare_read(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
-    auto& app = declare(root, status, "read", "Print guest bytes",
+    auto& app = declare(root, status, "read", "Print bytes of the virtual disk",
                         "The bytes go to standard output as they are, or with --hex as a dump.\n"
                         "Examples:\n"
                         "  qcow read --hex disk.qcow2 0 512          the boot sector\n"
@@ -78,8 +78,8 @@ void declare_read(CLI::App& root, int& status) {
                         [options] { return run(*options); });
     add_source_options(app, options->source);
     app.add_option("OFFSET", options->offset, "Where to begin, in the virtual disk")->required()->check(size_text);
-    app.add_option("LENGTH", options->length, "How much")->required()->check(size_text);
-    app.add_option("-l,--snapshot", options->source.snapshot, "Read this internal snapshot (id or name)");
+    app.add_option("LENGTH", options->length, "How many bytes")->required()->check(size_text);
+    add_snapshot_option(app, options->source, "Read this internal snapshot (id or name)");
     app.add_flag("--hex", options->hex, "Print offset, hexadecimal bytes and text");
 }
 

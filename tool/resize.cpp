@@ -33,7 +33,8 @@ qcow::Result<void> resize(qcow::Image& image, const Options& options) {
         if (size > old_size) return refuse(fmt::format("the disk has {} bytes, {} fewer cannot be", old_size, size));
         size = old_size - size;
     } else if (options.size.starts_with('+')) {
-        if (__builtin_add_overflow(old_size, size, &size)) return refuse("no disk can be that large");
+        if (size > largest_size - old_size) return refuse("no disk can be that large");
+        size += old_size;
     }
     if (size < old_size && !options.shrink) {
         return refuse(fmt::format(

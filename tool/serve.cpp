@@ -135,21 +135,13 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, c
     source.path = path;
     if (only_reads(options)) return open_source(source);
     source.direct = options.cache == "none";
-    auto storage = qcow::open_file(path, {.writable = true, .direct = source.direct});
-    if (!storage) return std::unexpected(std::move(storage).error());
     auto open = open_options(source);
     open.writable = true;
     open.write.discard = options.discard == "unmap";
     open.write.cache = options.cache == "writethrough" ? qcow::CacheMode::writethrough
                        : options.cache == "unsafe"     ? qcow::CacheMode::unsafe
                                                        : qcow::CacheMode::writeback;
-    auto image = qcow::open_image(*std::move(storage), open);
-    if (image && !open.format && (*image)->format() == qcow::Format::raw) {
-        open.warn(qcow::printable(path) +
-                  ": that it is raw was only guessed, and a guest can make it look like something else the next time; "
-                  "say --format raw");
-    }
-    return image;
+    return open_for_writing(path, source.direct, open);
 }
 
 std::string export_name(const Options& options, std::size_t index) {
@@ -301,49 +293,66 @@ void declare_serve(CLI::App& root, int& status) {
         "  nbdcopy -- [ qcow serve --read-only disk.qcow2 ] disk.raw\n"
         "  nbdinfo --map -- [ qcow serve --read-only --snapshot monday disk.qcow2 ]",
         [options] { return run(*options); });
-    app.add_option("IMAGE", options->images, "The images: files or block devices")->required();
+    app.add_option("IMAGE", options->images, "The images: files or block devices")->required()->check(name_text);
     add_open_options(app, options->source);
-    auto* snapshot = app.add_option("-l,--snapshot", options->source.snapshot,
-                                    "Serve this internal snapshot (id or name), read-only");
+    auto* snapshot = add_snapshot_option(app, options->source, "Serve this internal snapshot (id or name), read-only");
     app.add_flag("-r,--read-only", options->read_only,
                  "Let nobody write; other processes may read the image, too. --force-share takes this or --snapshot");
-    app.add_option("-k,--socket", options->socket, "Listen on a Unix socket at this path");
-    app.add_option("-b,--bind", options->bind, "Listen on TCP, on the addresses of this host (default: localhost)");
+    app.add_option("-k,--socket", options->socket, "Listen on a Unix socket at this path")
+        ->type_name("PATH")
+        ->check(name_text);
+    app.add_option("-b,--bind", options->bind, "Listen on TCP, on the addresses of this host (default: localhost)")
+        ->type_name("HOST")
+        ->check(name_text);
     app.add_option("-p,--port", options->port, "The TCP port; 0: a free one, which is printed")
+        ->type_name("NUMBER")
+        ->check(whole_number(0, 65535))
         ->capture_default_str()
         ->each([options](const std::string&) { options->port_given = true; });
     app.add_option("-x,--export-name", options->names, "The name of the export; once for each image")
+        ->type_name("NAME")
         ->allow_extra_args(false);
     app.add_option("-D,--description", options->descriptions, "What clients are told about it; once for each image")
         ->allow_extra_args(false);
     app.add_option("-e,--connections", options->connections, "Clients at a time; others wait")
-        ->check(CLI::Range(1U, 10000U))
+        ->type_name("NUMBER")
+        ->check(whole_number(1, 10000))
         ->capture_default_str();
     app.add_flag("-t,--persistent", options->persistent, "Stay when the last client has left");
     app.add_option("--tls-certificates", options->tls.certificates,
-                   "Serve over TLS only, with the server-cert.pem and server-key.pem of this directory");
+                   "Serve over TLS only, with the server-cert.pem and server-key.pem of this directory")
+        ->type_name("DIRECTORY")
+        ->check(name_text);
     app.add_flag("--tls-verify-peer", options->tls.verify_peer,
                  "Let in only clients with a certificate of that directory's ca-cert.pem");
-    app.add_option("--tls-psk", options->tls.psk_file, "Serve over TLS only, to clients with a NAME:KEY of this file");
-    app.add_option("--pid-file", options->pid_file, "Write the process number to this file once clients can connect");
-    app.add_option("--sandbox", options->sandbox.mode,
-                   "What is given up: auto: as much as this system can; on: all, or it does not start; off: nothing")
-        ->check(CLI::IsMember({"auto", "on", "off"}))
+    app.add_option("--tls-psk", options->tls.psk_file, "Serve over TLS only, to clients with a NAME:KEY of this file")
+        ->type_name("FILE")
+        ->check(name_text);
+    app.add_option("--pid-file", options->pid_file, "Write the process number to this file once clients can connect")
+        ->type_name("FILE")
+        ->check(name_text);
+    one_of(app.add_option("--sandbox", options->sandbox.mode,
+                          "What is given up. auto: as much as this system can; on: all, or it does not start; off: "
+                          "nothing"),
+           {"auto", "on", "off"})
         ->capture_default_str();
-    app.add_option("--user", options->sandbox.user, "Become this user once everything is open; only root can");
-    app.add_option(
-           "--cache", options->cache,
-           "When writes reach the disk. writeback: with a client's flush; writethrough: at once; none: past the\n"
-           "system's cache; unsafe: when the system likes")
-        ->check(CLI::IsMember({"writeback", "writethrough", "none", "unsafe"}))
-        ->capture_default_str();
-    app.add_option("--discard", options->discard, "What clients' trim requests do: give space back, or nothing")
-        ->check(CLI::IsMember({"unmap", "ignore"}))
+    app.add_option("--user", options->sandbox.user, "Become this user once everything is open; only root can")
+        ->type_name("NAME")
+        ->check(name_text);
+    add_cache_option(app, options->cache)
+        ->description(
+            "When writes reach the disk. writeback: with a client's flush; writethrough: each one at once; none: with "
+            "a "
+            "flush, and past the system's cache; unsafe: when the system likes");
+    one_of(app.add_option("--discard", options->discard, "What clients' trim requests do: give space back, or nothing"),
+           {"unmap", "ignore"})
         ->capture_default_str();
     app.add_flag("-A,--allocation-depth", options->allocation_depth,
                  "Offer the context qemu:allocation-depth: which image of the chain decides");
     app.add_option("-B,--bitmap", options->bitmaps,
                    "Offer the context qemu:dirty-bitmap:NAME: what has changed; may be given several times")
+        ->type_name("NAME")
+        ->check(name_text)
         ->allow_extra_args(false)
         ->excludes(snapshot);
 }

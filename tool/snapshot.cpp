@@ -30,12 +30,13 @@ qcow::Result<int> run(const Options& options) {
 void declare_snapshot(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(root, status, "snapshot", "List the internal snapshots",
-                        "Example:\n"
+                        "Examples:\n"
                         "  qcow snapshot --list disk.qcow2\n"
                         "  qcow convert -l NAME disk.qcow2 old.raw   get one out",
                         [options] { return run(*options); });
     add_source_options(app, options->source);
-    app.add_flag("-l,--list", options->list, "List the snapshots: id, name, date, sizes")->required();
+    app.add_flag("-l,--list", options->list,
+                 "List the snapshots: id, name, date, sizes (what is done without it, too)");
     app.add_flag("--json", options->json, "Print JSON");
 }
 

@@ -14,6 +14,10 @@ std::string human(std::uint64_t bytes);
 /// "1.5 GiB (1610612736 bytes)"; exact multiples and small numbers without the brackets.
 std::string human_exact(std::uint64_t bytes);
 
+/// `; did you mean "WORD"?`, with the one of `words` that is close enough to `text`: few letters differ, or one of the
+/// two is the beginning of the other. Empty where none is.
+std::string did_you_mean(std::string_view text, const std::vector<std::string>& words);
+
 enum class Colour { none, bold, dim, red, green, yellow };
 /// The text in a colour, if standard output is a terminal that wants any.
 std::string paint(std::string_view text, Colour colour);

@@ -64,7 +64,7 @@ qcow::Result<void> write_input(qcow::Image& image, const Options& options) {
 void declare_write(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "write", "Write guest bytes",
+        root, status, "write", "Write bytes into the virtual disk",
         "The bytes come from standard input, to its end. What would reach past the end of the disk is refused:\n"
         "a file before anything is written, a pipe when its bytes no longer fit.\n"
         "Examples:\n"

@@ -24,15 +24,15 @@ qcow::Result<void> zero(qcow::Image& image, const Options& options) {
 void declare_zero(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "zero", "Make guest bytes zeros",
-        "Their storage is given up where that is possible, or with --keep stays for what is written next.\n"
+        root, status, "zero", "Make bytes of the virtual disk zeros",
+        "Storage that is not needed for them any more is given up, or with --keep stays for what is written next.\n"
         "Examples:\n"
         "  qcow zero disk.qcow2 0 1M         wipe the partition table and what follows\n"
         "  qcow zero --keep disk.qcow2 1G 4G",
         [options] { return change(options->target, [&](qcow::Image& image) { return zero(image, *options); }); });
     add_target_options(app, options->target);
     app.add_option("OFFSET", options->offset, "Where to begin, in the virtual disk")->required()->check(size_text);
-    app.add_option("LENGTH", options->length, "How much")->required()->check(size_text);
+    app.add_option("LENGTH", options->length, "How many bytes")->required()->check(size_text);
     app.add_flag("--keep", options->keep, "Keep the storage that there is");
 }
 

@@ -139,7 +139,7 @@ TEST_F(ChangeTest, Resize) {
         EXPECT_EQ(tool({"resize", "top.qcow2", bad}).status, 1) << bad;
     }
     expect_refusal({"resize", "--shrink", "top.qcow2", "-3M"}, HasSubstr("top.qcow2"));
-    expect_refusal({"resize", "top.qcow2", "+18446744073709551615"}, HasSubstr("top.qcow2"));
+    expect_refusal({"resize", "top.qcow2", "+9223372036854775807"}, HasSubstr("top.qcow2"));
     expect_refusal({"resize", "top.qcow2", "7E"}, HasSubstr("top.qcow2"));
     EXPECT_EQ(size(), 2U << 20);
     put_file(directory_.file("disk.raw"), "0123456789");

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "command.h"
+#include "usage.h"
 
 namespace tool {
 namespace {
@@ -38,8 +39,8 @@ std::vector<std::string> spellings(const CLI::Option& option) {
 
 bool takes_value(const CLI::Option& option) { return option.get_expected_max() > 0; }
 
-/// The values that an option may have, separated by spaces; empty where they are not a few words. CLI11 tells of them
-/// as "TEXT:{raw,qcow2}".
+/// The values that an option may have, separated by spaces; empty where they are not a few words. The option
+/// has them as "{raw,qcow2}".
 std::string choices(const CLI::Option& option) {
     const auto type = option.get_type_name();
     const auto begin = type.find('{');
@@ -76,13 +77,6 @@ std::string roff(std::string_view text) {
     return result;
 }
 
-std::string usage(const CLI::App& app, const std::string& name) {
-    const auto formatter = std::dynamic_pointer_cast<CLI::Formatter>(app.get_formatter());
-    const auto line = formatter->make_usage(&app, name);  // "Usage: ...\n"
-    const auto begin = line.find(name);
-    return line.substr(begin, line.find('\n', begin) - begin);
-}
-
 std::string entry(const std::string& what, const std::string& description) {
     return fmt::format(".TP\n{}\n{}\n", what, roff(description));
 }
@@ -93,7 +87,7 @@ std::string manual_page(const CLI::App& app, const CLI::App* parent) {
     std::ranges::replace(page_name, ' ', '-');
     std::string page = fmt::format(".TH {} 1 \"\" \"qcowkit " QCOW_VERSION "\"\n", roff(page_name));
     page += fmt::format(".SH NAME\n{} \\- {}\n", roff(page_name), roff(app.get_description()));
-    page += fmt::format(".SH SYNOPSIS\n{}\n", roff(usage(app, name)));
+    page += fmt::format(".SH SYNOPSIS\n{}\n", roff(usage_of(app)));
     std::string arguments;
     const auto positionals = app.get_options([](const CLI::Option* option) { return option->get_positional(); });
     for (const auto* option : positionals) {

@@ -1,0 +1,118 @@
+#include "qemu_words.h"
+
+#include <algorithm>
+#include <array>
+
+namespace tool {
+namespace {
+
+constexpr auto commands = std::to_array<QemuWord>({
+    {"", "amend",
+     "qemu-img amend -f qcow2 -o OPTIONS IMAGE changes the image, and qcow convert -O qcow2 -o OPTIONS IMAGE NEW makes "
+     "a "
+     "new one"},
+    {"", "bench", "qemu-img bench does that"},
+    {"", "bitmap", "qemu-img bitmap does that, and qcow info IMAGE lists the bitmaps"},
+    {"", "commit",
+     "qemu-img commit -f qcow2 OVERLAY does that, and qcow convert -O qcow2 OVERLAY NEW makes one image of the chain"},
+    {"", "compare", "qemu-img compare IMAGE1 IMAGE2 does that"},
+    {"", "dd", "qcow read IMAGE OFFSET LENGTH > FILE and qcow write IMAGE OFFSET < FILE copy a part, qcow convert all"},
+    {"", "measure", "qemu-img measure -O qcow2 IMAGE does that, and qcow info --usage IMAGE says what is used now"},
+    {"", "rebase",
+     "qemu-img rebase -f qcow2 -b BASE -F FORMAT IMAGE changes the overlay, and qcow convert -O qcow2 -B BASE -F "
+     "FORMAT "
+     "IMAGE NEW makes a new one"},
+    {"", "io aio_read readv", "qcow read IMAGE OFFSET LENGTH reads, and qcow write IMAGE OFFSET < FILE writes"},
+    {"", "aio_write writev", "qcow write IMAGE OFFSET < FILE does that"},
+    {"", "alloc", "qcow map IMAGE shows what is allocated"},
+    {"", "length", "qcow info IMAGE shows the size"},
+    {"", "truncate", "qcow resize IMAGE SIZE does that"},
+    {"", "flush aio_flush", "a command that writes has written everything when it ends"},
+    {"", "nbd", "qcow serve IMAGE serves it over NBD"},
+});
+
+constexpr auto options = std::to_array<QemuWord>({
+    {"", "--object", "it gives secrets for encrypted images and connections, which only QEMU's tools open"},
+    {"", "--image-opts --target-image-opts", "name the file, and say its format with -f"},
+    {"", "-T --trace", "leave it out"},
+    {"", "-q --quiet", "leave it out, or add > /dev/null: errors still show"},
+    {"", "--output", "say --json for --output=json; text for people is what is printed without it"},
+    {"check", "-r --repair",
+     "qemu-img check -r leaks IMAGE frees leaked clusters; of a corrupt image, copy what is readable: qcow convert"},
+    {"check", "-T", "leave it out"},
+    {"convert", "-C", "leave it out: data are shared or copied by the file system where it can"},
+    {"convert", "-W", "leave it out: all processors work on a copy as it is, -m says how many"},
+    {"convert", "-r", "leave it out, or say qemu-img convert -r RATE"},
+    {"convert", "-t", "a new file is written to the disk once, at the end; with -n, say --cache MODE"},
+    {"convert", "-T", "leave it out: sources are read through the system's cache"},
+    {"convert", "--bitmaps --skip-broken-bitmaps", "qemu-img convert --bitmaps copies the bitmaps, too"},
+    {"create", "-e", "qemu-img create -o encrypt.format=luks,... makes encrypted images"},
+    {"map", "-s --start-offset --max-length", "leave it out: the whole disk is shown"},
+    {"resize", "--preallocation", "qemu-img resize --preallocation=MODE IMAGE SIZE does that"},
+    {"snapshot", "-a", "qemu-img snapshot -a NAME IMAGE does that, and qcow convert -l NAME IMAGE NEW gets one out"},
+    {"snapshot", "-c -d", "qemu-img snapshot does that"},
+    {"read", "-P", "compare with a file: qcow read IMAGE OFFSET LENGTH | cmp - FILE"},
+    {"read", "-v", "say --hex"},
+    {"write", "-P -s", "the bytes come from standard input: qcow write IMAGE OFFSET < FILE"},
+    {"write", "-z", "qcow zero IMAGE OFFSET LENGTH does that"},
+    {"write", "-c", "qcow convert -c compresses a whole image"},
+    {"resize", "-t", "say --cache MODE"},
+    {"write", "-t", "say --cache MODE"},
+    {"zero", "-t", "say --cache MODE"},
+    {"discard", "-t", "say --cache MODE"},
+    {"write", "-n --nocache", "say --cache none"},
+    {"serve", "-n --nocache", "say --cache none"},
+    {"", "-i --aio", "leave it out"},
+    {"serve", "-c --connect", "nbd-client connects a kernel's device to a server: nbd-client -unix SOCKET /dev/nbd0"},
+    {"serve", "-d --disconnect", "nbd-client -d /dev/nbd0 does that"},
+    {"serve", "-L --list", "nbdinfo --list URI does that"},
+    {"serve", "-o --offset", "leave it out: the whole disk is served, and its client takes the part"},
+    {"serve", "-v --verbose", "leave it out"},
+    {"serve", "-s",
+     "make an overlay and serve that: qcow create -b IMAGE -F FORMAT OVERLAY; an internal snapshot is served with -l"},
+    {"serve", "--load-snapshot", "say --snapshot NAME"},
+    {"serve", "--shared", "say --connections NUMBER"},
+    {"serve", "--detect-zeroes", "leave it out: zeros are stored as they are sent"},
+    {"serve", "--fork", "start it with & or as a service; --pid-file says when clients can connect"},
+    {"serve", "--selinux-label", "label the directory of the socket"},
+    {"serve", "--tls-creds", "say --tls-certificates DIRECTORY or --tls-psk FILE"},
+    {"serve", "--tls-authz --tls-hostname", "--tls-verify-peer lets in only clients with a certificate of the same CA"},
+    {"-o", "encryption encrypt.format encrypt.key-secret", "qemu-img create makes encrypted images"},
+    {"-o", "nolazy_refcounts noextended_l2 nodata_file_raw", "say NAME=off"},
+    {"-o", "nocow", "chattr +C on the directory does that"},
+    {"-o", "extent_size_hint", "xfs_io -c 'extsize SIZE' on the directory does that"},
+});
+
+constexpr auto values = std::to_array<QemuWord>({
+    {"", "bochs cloop dmg luks parallels qcow qed vdi vhdx vmdk vpc", "qemu-img convert knows that format"},
+    {"", "directsync", "writethrough is as durable, and none bypasses the system's cache"},
+});
+
+std::optional<std::string_view> find(std::span<const QemuWord> table, std::string_view command, std::string_view word) {
+    for (const auto& entry : table) {
+        if (entry.command != command) continue;
+        for (auto rest = entry.words; !rest.empty();) {
+            const auto end = std::min(rest.find(' '), rest.size());
+            if (rest.substr(0, end) == word) return entry.instead;
+            rest.remove_prefix(std::min(end + 1, rest.size()));
+        }
+    }
+    return std::nullopt;
+}
+
+}  // namespace
+
+std::span<const QemuWord> qemu_commands() { return commands; }
+std::span<const QemuWord> qemu_options() { return options; }
+std::span<const QemuWord> qemu_values() { return values; }
+
+std::optional<std::string_view> qemu_command(std::string_view name) { return find(commands, "", name); }
+
+std::optional<std::string_view> qemu_option(std::string_view command, std::string_view option) {
+    const auto of_command = find(options, command, option);
+    return of_command ? of_command : find(options, "", option);
+}
+
+std::optional<std::string_view> qemu_value(std::string_view value) { return find(values, "", value); }
+
+}  // namespace tool
