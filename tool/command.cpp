@@ -199,9 +199,10 @@ qcow::Result<int> change(const Target& target, const std::function<qcow::Result<
 qcow::Result<void> verify_range(const qcow::Disk& disk, const std::string& path, std::uint64_t at,
                                 std::uint64_t length) {
     if (at <= disk.size() && length <= disk.size() - at) return {};
-    return std::unexpected(
-        qcow::Error{qcow::Errc::invalid_argument, path,
-                    fmt::format("{} bytes at {} reach past the end of the disk ({} bytes)", length, at, disk.size())});
+    const auto what =
+        at > disk.size() ? fmt::format("offset {} lies", at) : fmt::format("{} bytes at {} reach", length, at);
+    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, path,
+                                       fmt::format("{} past the end of the disk ({} bytes)", what, disk.size())});
 }
 
 }  // namespace tool

@@ -254,10 +254,11 @@ void declare_convert(CLI::App& root, int& status) {
                           "Format of the target: raw unless said; with -n, it is guessed from the first bytes"),
            {"raw", "qcow2"});
     add_snapshot_option(app, options->source, "Convert this internal snapshot (id or name)");
-    app.add_flag("-c,--compress", options->compress, "Compress");
+    auto* compress = app.add_flag("-c,--compress", options->compress, "Compress");
     app.add_option("--level", options->level, "Compression level: 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd")
         ->type_name("NUMBER")
-        ->check(whole_number(1, 19));
+        ->check(whole_number(1, 19))
+        ->needs(compress);
     add_new_image_options(app, options->image);
     app.add_option("-B,--backing", options->image.backing,
                    "Store only what differs from this image, and make it the backing file")

@@ -116,13 +116,9 @@ const std::vector<Setter>& setters() {
     return all;
 }
 
-/// Sets what "name=value" says. A name alone turns it on.
-qcow::Result<void> set_option(NewImageOptions& options, const std::string& text) {
-    const auto equals = std::min(text.find('='), text.size());
-    const auto name = text.substr(0, equals);
+qcow::Result<void> set_option(NewImageOptions& options, const Name& name, const Value& value) {
     const auto setter = std::ranges::find(setters(), name, &Setter::name);
-    if (setter != setters().end())
-        return setter->set(options, name, equals == text.size() ? "on" : text.substr(equals + 1));
+    if (setter != setters().end()) return setter->set(options, name, value);
     if (const auto instead = qemu_option("-o", name))
         return refuse(name, fmt::format("it is one of QEMU that qcow does not have; {}", *instead));
     std::vector<std::string> known;
@@ -184,7 +180,11 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
                 return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "-o " + text,
                                                    "there is nothing where an option should be"});
             }
-            if (auto set = set_option(options, part); !set) return std::unexpected(std::move(set).error());
+            // As with QEMU, a name alone turns it on.
+            const auto equals = std::min(part.find('='), part.size());
+            const auto value = equals == part.size() ? "on" : part.substr(equals + 1);
+            if (auto set = set_option(options, part.substr(0, equals), value); !set)
+                return std::unexpected(std::move(set).error());
         }
     }
     if (!arguments.backing.empty()) options.backing_name = arguments.backing;

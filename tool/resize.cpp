@@ -37,10 +37,9 @@ qcow::Result<void> resize(qcow::Image& image, const Options& options) {
         size += old_size;
     }
     if (size < old_size && !options.shrink) {
-        return refuse(fmt::format(
-            "{} bytes are fewer than the disk has ({}), and what lies past them would be lost; say --shrink "
-            "if that is meant",
-            size, old_size));
+        return refuse(
+            fmt::format("the disk has {} bytes, and what lies past {} would be lost; say --shrink if that is meant",
+                        old_size, size));
     }
     return image.resize(size, options.shrink ? qcow::Image::Shrink::allow : qcow::Image::Shrink::refuse);
 }

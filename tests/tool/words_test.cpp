@@ -180,6 +180,8 @@ TEST_F(WordsTest, WhatIsMissingOrTooMuch) {
     expect_refusal({"convert", "a.qcow2"}, HasSubstr("TARGET is missing; usage: qcow convert"));
     expect_refusal({"info", "a.qcow2", "b.qcow2"}, HasSubstr("\"b.qcow2\" is one argument too many; usage: qcow info"));
     expect_refusal({"convert", "a.qcow2", "new", "-O"}, HasSubstr("--target-format needs a value: {raw,qcow2}"));
+    expect_refusal({"convert", "-O", "qcow2", "--level", "3", "a.qcow2", "new"}, HasSubstr("--compress"));
+    expect_refusal({"write", "a.qcow2", "2M"}, HasSubstr("offset 2097152 lies past the end of the disk"));
     expect_refusal({"serve", "--port", "70000", "a.qcow2"},
                    HasSubstr("\"70000\" is not a whole number from 0 to 65535"));
     expect_refusal({"info", "--json=maybe", "a.qcow2"}, HasSubstr("--json"));
