@@ -100,7 +100,16 @@ void add_untrusted_option(CLI::App& app, bool& untrusted) {
 }
 
 CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::string& description) {
-    return app.add_option("-l,--snapshot", source.snapshot, description)->type_name("NAME")->check(name_text);
+    const CLI::Validator no_parameters(
+        [](std::string& text) {
+            const bool of_qemu = text.starts_with("snapshot.id=") || text.starts_with("snapshot.name=");
+            return of_qemu ? "say the id or name alone: " + text.substr(text.find('=') + 1) : std::string();
+        },
+        "");
+    return app.add_option("-l,--snapshot", source.snapshot, description)
+        ->type_name("NAME")
+        ->check(name_text)
+        ->check(no_parameters);
 }
 
 void add_workers_option(CLI::App& app, unsigned& workers) {

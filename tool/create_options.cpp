@@ -130,13 +130,14 @@ qcow::Result<void> set_option(NewImageOptions& options, const Name& name, const 
 std::vector<std::string> parts_of(std::string_view text) {
     std::vector<std::string> parts(1);
     for (std::size_t i = 0; i < text.size(); ++i) {
-        if (text[i] == ',' && text.substr(i + 1).starts_with(','))
-            ++i;
-        else if (text[i] == ',') {
+        const bool comma = text[i] == ',';
+        const bool twice = comma && text.substr(i + 1).starts_with(',');
+        if (twice) ++i;
+        if (comma && !twice) {
             parts.emplace_back();
-            continue;
+        } else {
+            parts.back() += text[i];
         }
-        parts.back() += text[i];
     }
     return parts;
 }
