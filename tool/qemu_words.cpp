@@ -38,7 +38,8 @@ constexpr auto options = std::to_array<QemuWord>({
     {"", "-q --quiet", "leave it out, or add > /dev/null: errors still show"},
     {"", "--output", "say --json for --output=json; text for people is what is printed without it"},
     {"check", "-r --repair",
-     "qemu-img check -r leaks IMAGE frees leaked clusters; of a corrupt image, copy what is readable: qcow convert"},
+     "qemu-img check -r leaks IMAGE frees leaked clusters; of a corrupt image, copy what is readable: qcow convert "
+     "--salvage"},
     {"check", "-T", "leave it out"},
     {"convert", "-C", "leave it out: data are shared or copied by the file system where it can"},
     {"convert", "-W", "leave it out: all processors work on a copy as it is, -m says how many"},
