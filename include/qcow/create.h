@@ -35,7 +35,8 @@ struct CreateOptions {
     bool data_file_raw = false;  ///< the data file is to be a raw image by itself
 };
 
-/// The files that a new image consists of, both empty.
+/// The files that a new image consists of. What they hold is lost. Block devices are written from their start, and need
+/// not read as zeros; Errc::no_space where they are too small.
 struct NewImageFiles {
     std::shared_ptr<Storage> image;
     std::shared_ptr<Storage> data_file;  ///< null unless CreateOptions::data_file_name is set

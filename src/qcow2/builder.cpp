@@ -10,6 +10,7 @@
 #include "base/try.h"
 #include "format/refcount.h"
 #include "qcow2/create_options.h"
+#include "storage/growing.h"
 
 namespace qcow::qcow2 {
 namespace {
@@ -22,7 +23,7 @@ constexpr std::uint64_t all_subclusters_zero = 0xffff'ffff'0000'0000;
 
 }  // namespace
 
-Result<std::unique_ptr<Builder>> Builder::begin(const NewImageFiles& files, const CreateOptions& options,
+Result<std::unique_ptr<Builder>> Builder::begin(NewImageFiles files, const CreateOptions& options,
                                                 const ConvertOptions& convert) {
     auto header = TRY(header_for(options));
     if (convert.compress) {
@@ -31,7 +32,18 @@ Result<std::unique_ptr<Builder>> Builder::begin(const NewImageFiles& files, cons
         }
         TRY(codec::make_compressor(options.compression, convert.level));  // so that a bad level is refused now
     }
-    return std::unique_ptr<Builder>(new Builder(files, options, convert, std::move(header)));
+    // Nothing was wrong: what the files hold may go.
+    files.image = TRY(as_empty(std::move(files.image)));
+    if (files.data_file) {
+        TRY_VOID(files.data_file->resize(0));
+        // What no entry leads to is not read, and may stay on a device.
+        if (options.data_file_raw || options.preallocation != Preallocation::off)
+            files.data_file = TRY(as_empty(std::move(files.data_file)));
+    }
+    // A device that is too small for all of the disk is known at once.
+    if (options.preallocation != Preallocation::off)
+        TRY_VOID((files.data_file ? files.data_file : files.image)->resize(options.size));
+    return std::unique_ptr<Builder>(new Builder(std::move(files), options, convert, std::move(header)));
 }
 
 Builder::Builder(NewImageFiles files, const CreateOptions& options, ConvertOptions convert, format::Header header)

@@ -18,7 +18,7 @@ namespace qcow::qcow2 {
 /// decides the layout, and nothing else.
 class Builder final : public CopyTarget {
 public:
-    static Result<std::unique_ptr<Builder>> begin(const NewImageFiles& files, const CreateOptions& options,
+    static Result<std::unique_ptr<Builder>> begin(NewImageFiles files, const CreateOptions& options,
                                                   const ConvertOptions& convert);
 
     [[nodiscard]] std::uint64_t block_size() const override { return geometry_.cluster_size(); }

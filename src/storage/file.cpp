@@ -42,8 +42,7 @@ public:
     FileStorage(FileDescriptor fd, std::string path, const struct stat& status, bool writable, std::uint64_t block)
         : fd_(std::move(fd)),
           path_(std::move(path)),
-          identity_(S_ISBLK(status.st_mode) ? fmt::format("device:{}", status.st_rdev)
-                                            : fmt::format("file:{}:{}", status.st_dev, status.st_ino)),
+          identity_(identity_of(status)),
           block_device_(S_ISBLK(status.st_mode)),
           writable_(writable),
           block_(block) {}
@@ -100,6 +99,17 @@ public:
         const std::uint64_t end = TRY(size());
         length = at.value >= end ? 0 : std::min(length, end - at.value);
         if (length == 0) return {};
+        if (block_device_) {
+            // The kernel zeroes whole blocks of a device.
+            const std::uint64_t before = std::min(length, -at.value % device_block);
+            TRY_VOID(write_zero_bytes(at, before));
+            at += before;
+            length -= before;
+            const std::uint64_t behind = length % device_block;
+            TRY_VOID(write_zero_bytes(at + (length - behind), behind));
+            length -= behind;
+            if (length == 0) return {};
+        }
         const auto offset = static_cast<off_t>(at.value);
         if (fallocate(fd_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, static_cast<off_t>(length)) == 0)
             return {};
@@ -123,7 +133,8 @@ public:
         if (block_device_) {
             const std::uint64_t there = TRY(this->size());
             if (size <= there) return {};
-            return fail(Errc::no_space, path_, fmt::format("the device has {} bytes, {} are needed", there, size));
+            return fail(Errc::no_space, path_,
+                        fmt::format("the device has {} bytes, and at least {} are needed", there, size));
         }
         if (ftruncate(fd_.get(), static_cast<off_t>(size)) != 0)
             return system_error(fmt::format("cannot resize to {} bytes", size), path_, errno);
@@ -156,6 +167,7 @@ public:
                                     std::uint64_t length) override;
 
 private:
+    static constexpr std::uint64_t device_block = 4 * KiB;  // no device has larger ones
     static constexpr auto max_offset = static_cast<std::uint64_t>(std::numeric_limits<off_t>::max());
 
     // Where the next hole is may take long to find: tmpfs looks at each page. Of a file that is only read, the last
@@ -260,6 +272,11 @@ std::unexpected<Error> no_direct(const std::string& path) {
 
 Result<void> verify_kind(const struct stat& status, const std::string& path) {
     if (S_ISDIR(status.st_mode)) return fail(Errc::invalid_argument, path, "is a directory, not an image");
+    if (S_ISFIFO(status.st_mode) || S_ISSOCK(status.st_mode)) {
+        return fail(Errc::invalid_argument, path,
+                    "is a pipe or a socket, and images are read and written in any order; write the bytes into a "
+                    "file, and use that");
+    }
     if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode)) {
         return fail(Errc::invalid_argument, path, "is neither a regular file nor a block device");
     }
@@ -284,6 +301,20 @@ std::unexpected<Error> system_error(std::string_view action, const std::string& 
         }
     }();
     return fail(code, path, fmt::format("{}: {}", action, std::strerror(error)));
+}
+
+std::string identity_of(const struct stat& status) {
+    return S_ISBLK(status.st_mode) ? fmt::format("device:{}", status.st_rdev)
+                                   : fmt::format("file:{}:{}", status.st_dev, status.st_ino);
+}
+
+std::filesystem::path link_target(std::filesystem::path path) {
+    constexpr int max_links = 40;  // as the kernel's
+    std::error_code error;
+    for (int i = 0; i < max_links && std::filesystem::is_symlink(path, error); ++i) {
+        path = path.parent_path() / std::filesystem::read_symlink(path, error);
+    }
+    return path;
 }
 
 Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::string& path, const FileOptions& options) {

@@ -1,8 +1,10 @@
 #pragma once
 // Files of the operating system: what those who make Storages of them share.
 
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -32,6 +34,12 @@ private:
 
 /// "path: action: what the system says", with the code that `error` (an errno) amounts to.
 std::unexpected<Error> system_error(std::string_view action, const std::string& path, int error);
+
+/// See Storage::identity.
+std::string identity_of(const struct stat& status);
+
+/// Where a symbolic link leads, if anywhere yet; every other path as it is.
+std::filesystem::path link_target(std::filesystem::path path);
 
 /// How open(2) is to open a file. Nothing is waited for: a FIFO is there to be refused.
 int open_flags(const FileOptions& options);

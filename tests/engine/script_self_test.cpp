@@ -3,9 +3,9 @@
 #include <gtest/gtest.h>
 
 #include "engine/script.h"
+#include "storage/pass_through.h"
 #include "support/effort.h"
 #include "support/memory_files.h"
-#include "support/pass_through.h"
 
 namespace qcow::test {
 namespace {

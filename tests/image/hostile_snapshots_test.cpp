@@ -4,7 +4,7 @@
 #include "fuzz/writable_storage.h"
 #include "hostile.h"
 #include "qcow/serve.h"
-#include "support/pass_through.h"
+#include "storage/pass_through.h"
 
 namespace qcow::hostile {
 namespace {
@@ -328,7 +328,7 @@ TEST_F(Hostile, ManyEnabledBitmapsWithoutTables) {
 }
 
 /// Counts what is read.
-class CountingStorage final : public test::PassThrough {
+class CountingStorage final : public PassThrough {
 public:
     using PassThrough::PassThrough;
     Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {

@@ -7,10 +7,10 @@
 #include <latch>
 #include <thread>
 
+#include "storage/pass_through.h"
 #include "support/bytes.h"
 #include "support/disks.h"
 #include "support/effort.h"
-#include "support/pass_through.h"
 #include "support/random.h"
 #include "support/result.h"
 #include "support/temporary_directory.h"

@@ -6,7 +6,7 @@
 #include <mutex>
 #include <optional>
 
-#include "support/pass_through.h"
+#include "storage/pass_through.h"
 
 namespace qcow::test {
 

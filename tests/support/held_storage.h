@@ -8,7 +8,7 @@
 #include <shared_mutex>
 #include <thread>
 
-#include "support/pass_through.h"
+#include "storage/pass_through.h"
 #include "support/random.h"
 
 namespace qcow::test {

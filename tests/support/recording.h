@@ -8,8 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "storage/pass_through.h"
 #include "support/bytes.h"
-#include "support/pass_through.h"
 
 namespace qcow::test {
 

@@ -1,11 +1,11 @@
 #pragma once
-// A Storage in front of another one: what wrappers that watch or disturb it are made from.
+// A Storage in front of another one: what wrappers are made from that see or change some of what passes.
 
 #include <memory>
 
 #include "qcow/storage.h"
 
-namespace qcow::test {
+namespace qcow {
 
 class PassThrough : public Storage {
 public:
@@ -30,4 +30,4 @@ private:
     std::shared_ptr<Storage> inner_;
 };
 
-}  // namespace qcow::test
+}  // namespace qcow
