@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "qcow/create.h"
+#include "qcow/files_in_use.h"
 #include "qcow/image.h"
 
 namespace {
@@ -91,7 +92,8 @@ class ImageFile {
 public:
     ImageFile(const std::string& path, bool filled, const std::string& over = {}) : file_(path) {
         {
-            auto file = must(NewFile::begin(path));
+            FilesInUse in_use;
+            auto file = must(NewFile::begin(path, in_use, "the image"));
             CreateOptions options;
             options.size = disk_bytes;
             if (!over.empty()) {

@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "qcow/copy.h"
+#include "qcow/files_in_use.h"
 #include "qcow/image.h"
 
 namespace {
@@ -20,7 +21,10 @@ qcow::Result<void> extract(const char* source_path, const char* target_path, con
     }
 
     // The target shows up under its name when it is complete, and not before.
-    auto file = qcow::NewFile::begin(target_path);
+    // It may not be one of the files that are read.
+    qcow::FilesInUse in_use;
+    if (auto added = in_use.add(qcow::FilesInUse::Use::read, **image, "the source"); !added) return added;
+    auto file = qcow::NewFile::begin(target_path, in_use, "the target");
     if (!file) return std::unexpected(file.error());
     if (auto sized = file->storage()->resize(source->size()); !sized) return sized;
     auto target = qcow::open_image(file->storage(), {.writable = true, .format = qcow::Format::raw});

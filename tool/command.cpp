@@ -66,6 +66,14 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
 
 namespace {
 
+/// Images are read in any order, and standard input is not.
+qcow::Result<void> verify_is_not_stdin(const std::string& path) {
+    if (path != "-") return {};
+    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, path,
+                                       "stands for standard input, and an image is read in any order; write it into a "
+                                       "file first (cat > FILE). A file of that name is written \"./-\""});
+}
+
 qcow::Gate gate_for(const std::string& path, bool untrusted, bool force_share, bool direct) {
     if (!untrusted) return qcow::local_files(force_share, direct);
     return qcow::files_beneath(std::filesystem::path(path).parent_path().string(), force_share, direct);
@@ -128,6 +136,8 @@ qcow::OpenOptions open_options(const Source& source) {
 }
 
 qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow) {
+    if (auto verified = verify_is_not_stdin(source.path); !verified)
+        return std::unexpected(std::move(verified).error());
     auto storage = qcow::open_file(source.path, {.writable = false, .force_share = source.force_share});
     if (!storage) return std::unexpected(std::move(storage).error());
     auto options = open_options(source);
@@ -170,7 +180,16 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_for_writing(const std::string& p
     return image;
 }
 
+qcow::Result<void> add_target(qcow::FilesInUse& in_use, const Target& target, const std::string& role) {
+    qcow::OpenOptions options;
+    options.format = qcow::format_from_name(target.format);
+    options.gate = gate_for(target.path, target.untrusted, true, false);
+    return in_use.add_unopened(qcow::FilesInUse::Use::written, target.path, options, role);
+}
+
 qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target) {
+    if (auto verified = verify_is_not_stdin(target.path); !verified)
+        return std::unexpected(std::move(verified).error());
     const bool direct = target.cache == "none";
     qcow::OpenOptions options;
     options.writable = true;

@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "arguments.h"
+#include "qcow/files_in_use.h"
 #include "qcow/image.h"
 
 namespace tool {
@@ -99,6 +100,9 @@ CLI::Option* add_cache_option(CLI::App& app, std::string& cache);
 qcow::Result<std::shared_ptr<qcow::Image>> open_for_writing(const std::string& path, bool direct,
                                                             const qcow::OpenOptions& options,
                                                             std::string_view format_option = "--format");
+
+/// Adds the files of an image that is to be opened for writing, and of what it names, before it is.
+qcow::Result<void> add_target(qcow::FilesInUse& in_use, const Target& target, const std::string& role);
 
 /// Opens the image for writing, with all that it names.
 qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target);

@@ -4,6 +4,7 @@
 
 #include "command.h"
 #include "create_options.h"
+#include "new_files.h"
 #include "qcow/text.h"
 #include "text.h"
 
@@ -20,24 +21,38 @@ struct Options {
     bool quiet = false;
 };
 
-/// Opens the backing file, to see that it is one, and for its size.
-qcow::Result<std::uint64_t> backing_size(const Options& options, const qcow::CreateOptions& create) {
+Source backing_source(const Options& options, const qcow::CreateOptions& create) {
     Source source;
     source.path = beside(options.path, create.backing_name);
     source.format = create.backing_format;
     source.untrusted = options.untrusted;
+    return source;
+}
+
+/// Opens the backing file, to see that it is one, and for its size.
+qcow::Result<std::uint64_t> backing_size(const Source& source, qcow::FilesInUse& in_use) {
     auto image = open_source(source);
     if (!image) {
         auto error = std::move(image).error();
         return std::unexpected(std::move(error).in("backing file (-u makes the image without looking at it)"));
     }
+    if (auto added = in_use.add(qcow::FilesInUse::Use::read, **image, "its backing file"); !added)
+        return std::unexpected(std::move(added).error());
     return (*image)->size();
 }
 
+/// What is there of a backing file that need not be there is nevertheless not to be overwritten.
+qcow::Result<void> add_unchecked_backing(Source source, qcow::FilesInUse& in_use) {
+    source.force_share = true;
+    return in_use.add_unopened(qcow::FilesInUse::Use::read, source.path, open_options(source), "its backing file");
+}
+
 qcow::Result<void> create_raw(const qcow::NewFile& file, const qcow::CreateOptions& create) {
-    if (auto sized = file.storage()->resize(create.size); !sized) return sized;
+    auto& storage = *file.storage();
+    if (auto sized = storage.resize(create.size); !sized) return sized;
+    if (!file.starts_as_zeros()) return storage.write_zeroes({0}, create.size);
     if (create.preallocation == qcow::Preallocation::off) return {};
-    return file.storage()->allocate({0}, create.size);
+    return storage.allocate({0}, create.size);
 }
 
 qcow::Result<int> run(const Options& options) {
@@ -49,12 +64,19 @@ qcow::Result<int> run(const Options& options) {
     if (!options.size.empty() && create->has_size) return refuse("size", "it is said twice, as SIZE and with -o size");
     if (!options.size.empty()) create->size = parse_size(options.size);
     const bool has_size = create->has_size || !options.size.empty();
+    if (options.format == "raw" && !(create->backing_name + create->data_file_name).empty())
+        return refuse("target format", "raw images have no backing file and no data file; leave -f raw out");
+    qcow::FilesInUse in_use;
     if (!create->backing_name.empty()) {
         if (create->backing_format.empty()) {
             return refuse("backing file", "its format is to be recorded; say it with -F (raw, qcow or qcow2)");
         }
-        if (!options.unchecked) {
-            auto size = backing_size(options, *create);
+        const auto source = backing_source(options, *create);
+        if (options.unchecked) {
+            if (auto added = add_unchecked_backing(source, in_use); !added)
+                return std::unexpected(std::move(added).error());
+        } else {
+            auto size = backing_size(source, in_use);
             if (!size) return std::unexpected(std::move(size).error());
             if (!has_size) create->size = *size;
         }
@@ -62,20 +84,14 @@ qcow::Result<int> run(const Options& options) {
     if (!has_size && (create->backing_name.empty() || options.unchecked))
         return refuse("size", "how large is the disk to be? Add a SIZE, such as 20G");
 
-    warn_of_ending(options.path, options.format, "-f");
-    auto file = qcow::NewFile::begin(options.path);
-    if (!file) return std::unexpected(std::move(file).error());
-    auto data_file = begin_data_file(options.path, *create);
-    if (!data_file) return std::unexpected(std::move(data_file).error());
-    const auto made =
-        options.format == "raw"
-            ? create_raw(*file, *create)
-            : qcow::create_image({file->storage(), *data_file ? (*data_file)->storage() : nullptr}, *create);
+    NewFilesRequest request{options.path, "the new image", {}};
+    if (!create->data_file_name.empty()) request.data_file_path = beside(options.path, create->data_file_name);
+    const auto made = make_files(request, in_use, [&](const NewFiles& files) {
+        warn_of_ending(options.path, options.format, "-f");
+        return options.format == "raw" ? create_raw(files.image, *create)
+                                       : qcow::create_image(files.storages(), *create);
+    });
     if (!made) return std::unexpected(made.error());
-    if (*data_file) {
-        if (auto published = (*data_file)->publish(); !published) return std::unexpected(std::move(published).error());
-    }
-    if (auto published = file->publish(); !published) return std::unexpected(std::move(published).error());
     if (!options.quiet)
         fmt::print("{}: {}, {}\n", qcow::printable(options.path), options.format, human_exact(create->size));
     return ok;

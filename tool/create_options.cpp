@@ -200,12 +200,4 @@ std::string beside(const std::string& image_path, const std::string& name) {
     return (std::filesystem::path(image_path).parent_path() / name).string();
 }
 
-qcow::Result<std::optional<qcow::NewFile>> begin_data_file(const std::string& image_path,
-                                                           const qcow::CreateOptions& options) {
-    if (options.data_file_name.empty()) return std::nullopt;
-    auto file = qcow::NewFile::begin(beside(image_path, options.data_file_name));
-    if (!file) return std::unexpected(std::move(file).error());
-    return *std::move(file);
-}
-
 }  // namespace tool

@@ -33,10 +33,6 @@ extern const char* const new_image_help;
 /// Understands them. Errc::invalid_argument names the option that is wrong, and what it can be.
 qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments);
 
-/// The data file that the options name, as seen from the image; a new file, or none.
-qcow::Result<std::optional<qcow::NewFile>> begin_data_file(const std::string& image_path,
-                                                           const qcow::CreateOptions& options);
-
 /// The name that an image has given to another file, as a path from here.
 std::string beside(const std::string& image_path, const std::string& name);
 

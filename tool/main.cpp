@@ -1,6 +1,7 @@
 // qcow: the command line of qcowkit. Written against the public headers alone.
 
 #include <algorithm>
+#include <csignal>
 #include <cstdio>
 #include <exception>
 
@@ -37,6 +38,7 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+    std::signal(SIGXFSZ, SIG_IGN);  // a limit on the size of files is an error like that of a full file system
     try {
         return run(argc, argv);
     } catch (const std::exception& error) {

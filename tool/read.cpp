@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "command.h"
+#include "qcow/files_in_use.h"
+#include "stream.h"
 
 namespace tool {
 namespace {
@@ -38,31 +40,37 @@ void print_hex(std::uint64_t at, std::span<const std::byte> bytes) {
     }
 }
 
+qcow::Result<void> print_hex(qcow::Disk& disk, qcow::GuestOffset at, std::uint64_t length) {
+    std::vector<std::byte> buffer(std::min<std::uint64_t>(std::uint64_t{1} << 20, length));
+    while (length > 0) {
+        const auto part = std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), length));
+        if (auto done = disk.read(at, part); !done) return done;
+        print_hex(at.value, part);
+        at += part.size();
+        length -= part.size();
+    }
+    return {};
+}
+
 qcow::Result<int> run(const Options& options) {
     auto image = open_source(options.source);
     if (!image) return std::unexpected(std::move(image).error());
     auto disk = disk_of(*image, options.source);
     if (!disk) return std::unexpected(std::move(disk).error());
 
-    constexpr std::size_t piece = std::size_t{1} << 20;
-    std::uint64_t rest = parse_size(options.length);
-    qcow::GuestOffset at{parse_size(options.offset)};
-    std::vector<std::byte> buffer(std::min<std::uint64_t>(piece, rest));
+    const std::uint64_t length = parse_size(options.length);
+    const qcow::GuestOffset at{parse_size(options.offset)};
     // Refused as a whole, rather than after half of it has been printed.
-    if (auto fits = verify_range(**disk, options.source.path, at.value, rest); !fits) {
+    if (auto fits = verify_range(**disk, options.source.path, at.value, length); !fits) {
         return std::unexpected(std::move(fits).error());
     }
-    while (rest > 0) {
-        const auto part = std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), rest));
-        if (auto done = (*disk)->read(at, part); !done) return std::unexpected(std::move(done).error());
-        if (options.hex) {
-            print_hex(at.value, part);
-        } else if (std::fwrite(part.data(), 1, part.size(), stdout) != part.size()) {
-            return std::unexpected(qcow::Error{qcow::Errc::io, "standard output", "cannot write"});
-        }
-        at += part.size();
-        rest -= part.size();
-    }
+    qcow::FilesInUse in_use;
+    using enum qcow::FilesInUse::Use;
+    if (auto added = in_use.add(read, **image, "the image"); !added) return std::unexpected(std::move(added).error());
+    if (auto added = in_use.add(written, "/dev/stdout", "standard output"); !added)
+        return std::unexpected(std::move(added).error());
+    auto done = options.hex ? print_hex(**disk, at, length) : stream_out(**disk, at, length, stdout, "standard output");
+    if (!done) return std::unexpected(std::move(done).error());
     return ok;
 }
 

@@ -14,6 +14,7 @@
 #include <filesystem>
 
 #include "command.h"
+#include "new_files.h"
 #include "qcow/serve.h"
 #include "qcow/text.h"
 #include "sandbox.h"
@@ -226,11 +227,22 @@ qcow::Result<int> run(const Options& options) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "option --force-share",
                                            "two that write to an image destroy it; add --read-only or --snapshot"});
     }
+    qcow::FilesInUse in_use;
+    for (const auto& path : {options.socket, options.pid_file}) {
+        auto verified = path.empty() ? qcow::Result<void>() : verify_names_a_file(path);
+        if (!verified) return std::unexpected(std::move(verified).error());
+    }
+    if (!options.pid_file.empty()) {
+        auto added = in_use.add(qcow::FilesInUse::Use::written, options.pid_file, "the file for the process number");
+        if (!added) return std::unexpected(std::move(added).error());
+    }
     std::vector<std::shared_ptr<qcow::Image>> images;
     std::vector<qcow::NbdExport> exports;
     for (std::size_t i = 0; i < options.images.size(); ++i) {
         auto image = open_served(options, options.images[i]);
         if (!image) return std::unexpected(std::move(image).error());
+        if (auto added = in_use.add(qcow::FilesInUse::Use::read, **image, "the image"); !added)
+            return std::unexpected(std::move(added).error());
         auto disk = disk_of(*image, options.source);
         if (!disk) return std::unexpected(std::move(disk).error());
         images.push_back(*image);

@@ -70,7 +70,11 @@ void declare_write(CLI::App& root, int& status) {
         "Examples:\n"
         "  qcow write disk.qcow2 0 < boot-sector\n"
         "  qcow read old.qcow2 1M 100M | qcow write new.qcow2 1M",
-        [options] {
+        [options]() -> qcow::Result<int> {
+            qcow::FilesInUse in_use;
+            auto added = in_use.add(qcow::FilesInUse::Use::read, "/dev/stdin", "standard input");
+            if (added) added = add_target(in_use, options->target, "the image");
+            if (!added) return std::unexpected(std::move(added).error());
             return change(options->target, [&](qcow::Image& image) { return write_input(image, *options); });
         });
     add_target_options(app, options->target);

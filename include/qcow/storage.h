@@ -89,13 +89,27 @@ struct FileOptions {
 /// writers, a writer excludes everybody but readers that force it. Errc::locked names the remedy.
 QCOW_API Result<std::shared_ptr<Storage>> open_file(const std::string& path, const FileOptions& options = {});
 
+class FilesInUse;
+
 /// A file that appears under its name only when it is complete. Until then the name stays as it was: absent, or with
-/// the old contents; and whatever happens to the process, nothing is left over (where the file system has unnamed
-/// files, else a file whose name ends in ".part" may be). A block device is written in place. Not thread-safe itself.
+/// the old contents; and whatever happens to the process, nothing is left over (where the file system has no unnamed
+/// files, a file whose name ends in ".part" is, unless abandon_new_files is called). What takes the place of a file has
+/// its owner, group, mode, ACL and extended attributes, as far as the process may set them.
+///
+/// Some files cannot be replaced: block devices, mount points, files in directories that may not be changed. These are
+/// written in place. They keep their contents until the first change, which empties a file. Not thread-safe itself.
 class QCOW_API NewFile {
 public:
-    /// Begins the file that is to become `path`. Errc::locked if a file of that name is in use by another process.
-    static Result<NewFile> begin(const std::string& path);
+    enum class Existing : std::uint8_t {
+        replaced,       ///< a file that has the name gives way
+        only_if_empty,  ///< where it holds something, begin and publish fail; a block device may hold anything
+    };
+
+    /// Begins the file that is to become `path`, and adds it to `in_use` in its `role`. Changes nothing yet.
+    /// Errc::invalid_argument if the file is in use by the same job, or not empty and to be so; locked if another
+    /// process uses it; access_denied.
+    static Result<NewFile> begin(const std::string& path, FilesInUse& in_use, const std::string& role,
+                                 Existing existing = Existing::replaced);
 
     NewFile(NewFile&&) noexcept;
     NewFile& operator=(NewFile&&) = delete;
@@ -107,10 +121,17 @@ public:
     /// Whether everything reads as zeros at first: not so for a block device.
     [[nodiscard]] bool starts_as_zeros() const;
 
+    /// Why a regular file is written in place, as a sentence without subject ("is a mount point"); empty if it is not.
+    [[nodiscard]] const std::string& obstacle() const;
+
+    /// Whether it is written in place and has lost its old contents, but was not published.
+    [[nodiscard]] bool is_incomplete() const;
+
     enum class Contents : bool { as_they_are, durable };
 
-    /// Gives it its name, in place of a file that had it. Contents that are made durable before never leave less than a
-    /// whole file under that name, also where the power fails.
+    /// Gives it its name, in place of a file that had it. Where the contents are made durable, they are so before the
+    /// name leads to them, and the name is when this returns: a power loss leaves the old file or the whole new one
+    /// before, and the new one after.
     Result<void> publish(Contents contents = Contents::durable);
 
 private:
@@ -118,6 +139,10 @@ private:
     explicit NewFile(std::unique_ptr<State> state);
     std::unique_ptr<State> state_;
 };
+
+/// For handlers of signals that end the process: removes the temporary names of NewFiles that are not published, and
+/// calls `incomplete` with the path of each that NewFile::is_incomplete. Async-signal-safe, if `incomplete` is.
+QCOW_API void abandon_new_files(void (*incomplete)(const char* path)) noexcept;
 
 /// Bytes in memory, for tests and for embedding; growable and writable.
 QCOW_API std::shared_ptr<Storage> memory_storage(std::vector<std::byte> bytes = {}, std::string name = "memory");

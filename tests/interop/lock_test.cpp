@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "qcow/files_in_use.h"
 #include "support/disks.h"
 #include "support/qemu.h"
 #include "support/temporary_directory.h"
@@ -181,7 +182,8 @@ TEST_F(LockTest, ARefusedOpenLeavesNoLocksBehind) {
 
 TEST_F(LockTest, ATargetThatIsInUseIsNotReplaced) {
     Holder reader("disk.qcow2", directory_.path(), {"-r"});
-    const auto target = NewFile::begin(disk());
+    FilesInUse in_use;
+    const auto target = NewFile::begin(disk(), in_use, "the target");
     ASSERT_FALSE(target);
     EXPECT_EQ(target.error().code, Errc::locked);
 }

@@ -276,7 +276,7 @@ TEST_F(ToolTest, ConvertPutsSourcesOneBehindTheOther) {
 
 TEST_F(ToolTest, ConvertOfSeveralSourcesRefuses) {
     expect_refusal({"convert", "base.qcow2", "absent.qcow2", "x.raw"}, HasSubstr("absent.qcow2"));
-    expect_refusal({"convert", "base.qcow2", "top.qcow2", "base.qcow2"}, HasSubstr("(part of) the source"));
+    expect_refusal({"convert", "base.qcow2", "top.qcow2", "base.qcow2"}, HasSubstr("overwrite source 1"));
     expect_refusal({"convert", "-l", "before", "base.qcow2", "top.qcow2", "x.raw"}, HasSubstr("single source"));
     expect_refusal({"convert", "base.qcow2"}, HasSubstr("TARGET"));
 }

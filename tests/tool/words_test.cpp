@@ -52,7 +52,7 @@ protected:
             return all;
         };
         const auto theirs = result(qemu_img(arguments({"create", "-q", "-f", "qcow2"}), directory_.path()));
-        std::filesystem::remove(directory_.file("new"));
+        for (const auto* made : {"new", "a,b"}) std::filesystem::remove(directory_.file(made));
         const auto ours = tool(arguments({"create", "-q"}));
         EXPECT_EQ(result(ours), theirs) << ours.text();
         std::filesystem::remove(directory_.file("new"));
