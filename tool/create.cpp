@@ -107,7 +107,8 @@ void declare_create(CLI::App& root, int& status) {
                             "  qcow create disk.qcow2 20G\n"
                             "  qcow create -b base.qcow2 -F qcow2 overlay.qcow2    as large as its backing file",
                         [options] { return run(*options); });
-    app.add_option("IMAGE", options->path, "The file to make; one that has the name is replaced, unless it is in use")
+    app.add_option("IMAGE", options->path,
+                   "The file to make, or a block device; a file that has the name is replaced, unless it is in use")
         ->required()
         ->check(name_text);
     app.add_option("SIZE", options->size, "Size of the disk; that of the backing file if absent")->check(size_text);

@@ -153,7 +153,7 @@ const char* const new_image_help =
     "  extended_l2=off         subclusters of 1/32; needs clusters of at least 16k\n"
     "  compression_type=zlib   or zstd\n"
     "  preallocation=off       metadata, falloc (reserves space) or full (writes zeros)\n"
-    "  data_file=NAME          keep the data in a file of their own\n"
+    "  data_file=NAME          keep the data in a file of their own: a new or empty one, or a block device\n"
     "  data_file_raw=off       that file is a raw image by itself\n"
     "  backing_file, backing_fmt, size   as -b, -F and SIZE";
 
