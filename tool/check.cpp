@@ -78,8 +78,8 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
                      report.corruptions + report.errors > 0 ? Colour::red : Colour::yellow));
     if (report.corruptions > 0) {
         fmt::print(
-            "Do not write to the image. Copy out what is readable (qcow convert), and restore it from a backup if "
-            "there is one.\n");
+            "Do not write to the image. Copy out what is readable (qcow convert --salvage), and restore it from a "
+            "backup if there is one.\n");
     } else if (report.leaks > 0) {
         fmt::print("Leaks waste space and endanger nothing.\n");
     }

@@ -11,12 +11,16 @@
 #include "progress.h"
 #include "qcow/concat.h"
 #include "qcow/copy.h"
+#include "qcow/text.h"
 #include "stream.h"
 #include "text.h"
 #include "usage.h"
 
 namespace tool {
 namespace {
+
+/// The exit status of a salvage that could not read everything.
+constexpr int lost_something = 3;
 
 struct Options {
     Source source;                   // how each of them is opened
@@ -31,22 +35,20 @@ struct Options {
     std::optional<int> level;
     unsigned workers = 0;
     bool compress = false;
+    bool salvage = false;
+    bool json = false;
     bool progress = false;
 };
+
+std::unexpected<qcow::Error> refuse(std::string place, std::string what) {
+    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(place), std::move(what)});
+}
+
+bool is_raw(const Options& options) { return options.target_format.empty() || options.target_format == "raw"; }
 
 /// What a new file's contents are when it is given its name.
 qcow::NewFile::Contents contents_of(const Options& options) {
     return options.cache == "unsafe" ? qcow::NewFile::Contents::as_they_are : qcow::NewFile::Contents::durable;
-}
-
-qcow::Result<void> to_raw(qcow::Disk& source, const qcow::NewFile& file, const Options& options,
-                          qcow::CopyOptions copy) {
-    if (auto sized = file.storage()->resize(source.size()); !sized) return sized;
-    auto target = qcow::open_image(file.storage(), {.writable = true, .format = qcow::Format::raw});
-    if (!target) return std::unexpected(std::move(target).error());
-    copy.sparse_bytes = parse_size(options.sparse);
-    copy.target_is_zero = file.starts_as_zeros();
-    return qcow::copy_disk(source, **target, copy);
 }
 
 /// What `-o`, `-B` and `-F` say of the image to be made, and the backing file that it is to have.
@@ -55,17 +57,9 @@ struct NewImage {
     std::shared_ptr<qcow::Image> backing;
 };
 
-qcow::Result<NewImage> parse_new_image(const qcow::Disk& source, const Options& options, qcow::FilesInUse& in_use) {
+qcow::Result<NewImage> parse_new_image(const Options& options, qcow::FilesInUse& in_use) {
     auto create = parse_create_options(options.image);
     if (!create) return std::unexpected(std::move(create).error());
-    const auto refuse = [](std::string place, std::string what) {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(place), std::move(what)});
-    };
-    if (create->preallocation != qcow::Preallocation::off) {
-        return refuse("option preallocation", "only create has it so far");
-    }
-    if (create->size != 0 && create->size != source.size())
-        return refuse("option size", "the target is as large as the source");
     NewImage image{*std::move(create), nullptr};
     if (image.create.backing_name.empty()) return image;
     if (image.create.backing_format.empty()) {
@@ -84,6 +78,12 @@ qcow::Result<NewImage> parse_new_image(const qcow::Disk& source, const Options& 
     auto added = in_use.add(qcow::FilesInUse::Use::read, *image.backing, "its backing file");
     if (!added) return std::unexpected(std::move(added).error());
     return image;
+}
+
+qcow::Result<void> to_raw(qcow::Disk& source, const qcow::NewFile& file, const NewImage& image,
+                          qcow::CopyOptions copy) {
+    copy.target_is_zero = file.starts_as_zeros();
+    return qcow::convert_raw_image(source, file.storage(), image.create, copy);
 }
 
 qcow::Result<void> to_qcow2(qcow::Disk& source, const NewFiles& files, const NewImage& image, const Options& options,
@@ -105,12 +105,10 @@ struct Sources {
 qcow::Result<Sources> open_sources(const Options& options, qcow::FilesInUse& in_use) {
     const auto paths = std::span(options.paths).first(options.paths.size() - 1);
     if (paths.empty()) {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "",
-                                           "TARGET is missing; usage: qcow convert [OPTIONS] SOURCE... TARGET"});
+        return refuse("", "TARGET is missing; usage: qcow convert [OPTIONS] SOURCE... TARGET");
     }
     if (paths.size() > 1 && !options.source.snapshot.empty()) {
-        return std::unexpected(
-            qcow::Error{qcow::Errc::invalid_argument, "option --snapshot", "only a single source can have one"});
+        return refuse("option --snapshot", "only a single source can have one");
     }
     Sources sources;
     std::vector<std::shared_ptr<qcow::Disk>> disks;
@@ -140,14 +138,36 @@ qcow::Result<Sources> open_sources(const Options& options, qcow::FilesInUse& in_
     return sources;
 }
 
+/// With -n, -B says what the target's backing file is; it is not made so.
+qcow::Result<void> verify_backing_file(const qcow::Image& target, const Options& options) {
+    const auto has = target.backing();
+    if (!has)
+        return refuse(options.target, "it has no backing file; leave out -B, which with -n must be the one it has");
+    const auto& format = options.image.backing_format;
+    if (!format.empty() && qcow::format_from_name(format) != has->format()) {
+        return refuse(options.target, fmt::format("its backing file is {}, not {} as -F says",
+                                                  qcow::format_name(has->format()), format));
+    }
+    const auto wanted = qcow::open_file(beside(options.target, options.image.backing), {.force_share = true});
+    if (!wanted) return std::unexpected(wanted.error());
+    const auto there = qcow::open_file(has->files().front(), {.force_share = true});
+    if (!there) return std::unexpected(there.error());
+    if ((*wanted)->identity() == (*there)->identity()) return {};
+    return refuse(options.target, fmt::format("its backing file is {}, and not {}; with -n, -B must be the one it has",
+                                              has->files().front(), options.image.backing));
+}
+
 /// Overwrites an image that is there, of whatever format.
-qcow::Result<void> into_existing(const Sources& sources, const Options& options, qcow::FilesInUse& in_use) {
+qcow::Result<void> into_existing(const Sources& sources, const Options& options, const qcow::CopyOptions& wanted_copy,
+                                 qcow::FilesInUse& in_use) {
     auto& source = *sources.disk;
-    const auto refuse = [&](std::string what) {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, options.target, std::move(what)});
-    };
-    if (!options.image.options.empty() || !options.image.backing.empty())
-        return refuse("with -n it is there already, and stays as it was made: no -o, no -B");
+    auto copy = wanted_copy;
+    if (!options.image.options.empty())
+        return refuse(options.target, "with -n it is there already, and stays as it was made: no -o");
+    if (options.image.backing.empty() && !options.image.backing_format.empty())
+        return refuse("backing file format", "-F says what the backing file is that -B names");
+    if (options.target_is_zero && !options.image.backing.empty())
+        return refuse("--target-is-zero", "a target with a backing file (-B) reads as that and not as zeros");
     const Target wanted{options.target, options.target_format, options.cache, options.source.untrusted,
                         "--target-format"};
     // Before it is opened, as to open an image for writing may change it already.
@@ -155,20 +175,19 @@ qcow::Result<void> into_existing(const Sources& sources, const Options& options,
     auto target = open_target(wanted);
     if (!target) return std::unexpected(std::move(target).error());
     if ((*target)->size() < source.size()) {
-        return refuse(
-            fmt::format("the disk has {} bytes, and the source {}; see qcow resize", (*target)->size(), source.size()));
+        return refuse(options.target, fmt::format("the disk has {} bytes, and the source {}; see qcow resize",
+                                                  (*target)->size(), source.size()));
     }
     if (options.compress && (*target)->format() != qcow::Format::qcow2)
-        return refuse("only qcow2 images have compressed clusters");
-    const CleanUpOnSignals clean_up(options.target.c_str());
-    Progress progress("converting", options.progress);
-    qcow::CopyOptions copy;
-    copy.workers = options.workers;
-    copy.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
+        return refuse(options.target, "only qcow2 images have compressed clusters");
+    if (!options.image.backing.empty()) {
+        if (auto verified = verify_backing_file(**target, options); !verified) return verified;
+        copy.skip_equal = true;
+    }
     copy.target_is_zero = options.target_is_zero;
     // Zeros in a part of a cluster would be written anyway.
-    copy.sparse_bytes = parse_size(options.sparse);
     if (copy.sparse_bytes != 0) copy.sparse_bytes = std::max(copy.sparse_bytes, (*target)->block_size());
+    const CleanUpOnSignals clean_up(options.target.c_str());
     auto copied = options.compress ? qcow::copy_compressed(source, **target, copy, options.level)
                                    : qcow::copy_disk(source, **target, copy);
     if (copied) copied = (*target)->close();
@@ -177,58 +196,88 @@ qcow::Result<void> into_existing(const Sources& sources, const Options& options,
 }
 
 /// Raw data into what can only be written from front to back.
-qcow::Result<void> into_stream(qcow::Disk& source, const Options& options, qcow::FilesInUse& in_use) {
-    if (options.existing || options.target_format == "qcow2") {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, options.target,
-                                           "takes raw data only, as images are not written from front to back; convert "
-                                           "into a file, and then: cat FILE"});
+qcow::Result<void> into_stream(const Sources& sources, const Options& options, const qcow::CopyOptions& copy,
+                               qcow::FilesInUse& in_use) {
+    if (options.existing || options.target_format == "qcow2" || !options.image.options.empty()) {
+        return refuse(options.target,
+                      "takes raw data only, as images are not written from front to back; convert into a file, and "
+                      "then: cat FILE");
     }
+    if (options.salvage || options.json)
+        return refuse(options.target, "takes the data alone; convert into a file with --salvage or --json");
     if (auto added = in_use.add(qcow::FilesInUse::Use::written, "/dev/stdout", "standard output"); !added) return added;
-    Progress progress("converting", options.progress);
-    return stream_to(source, options.target, [&](std::uint64_t done) { progress.update(done, source.size()); });
+    const auto whole_sectors = qcow::concatenate({sources.disk});
+    if (!whole_sectors) return std::unexpected(whole_sectors.error());
+    return stream_to(**whole_sectors, options.target,
+                     [&](std::uint64_t done) { copy.progress(done, (*whole_sectors)->size()); });
 }
 
 /// Makes the target anew.
-qcow::Result<void> into_new(qcow::Disk& source, bool raw, const Options& options, qcow::FilesInUse& in_use) {
-    if (options.cache != "writeback" && options.cache != "unsafe") {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "--cache " + options.cache,
-                                           "only with -n; a new file is written to the disk once, at the end"});
-    }
-    NewImage image;
-    if (!raw) {
-        auto parsed = parse_new_image(source, options, in_use);
-        if (!parsed) return std::unexpected(std::move(parsed).error());
-        image = *std::move(parsed);
-    }
+qcow::Result<void> into_new(const Sources& sources, const Options& options, const qcow::CopyOptions& copy,
+                            qcow::FilesInUse& in_use) {
+    if (options.cache != "writeback" && options.cache != "unsafe")
+        return refuse("--cache " + options.cache, "only with -n; a new file is written to the disk once, at the end");
+    const bool raw = is_raw(options);
+    const auto image = parse_new_image(options, in_use);
+    if (!image) return std::unexpected(image.error());
     NewFilesRequest request{options.target, "the target", {}, contents_of(options)};
-    if (!image.create.data_file_name.empty())
-        request.data_file_path = beside(options.target, image.create.data_file_name);
+    if (!image->create.data_file_name.empty())
+        request.data_file_path = beside(options.target, image->create.data_file_name);
     return make_files(request, in_use, [&](const NewFiles& files) {
         warn_of_ending(options.target, raw ? "raw" : options.target_format, "-O");
-        Progress progress("converting", options.progress);
-        qcow::CopyOptions copy;
-        copy.workers = options.workers;
-        copy.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
-        return raw ? to_raw(source, files.image, options, copy) : to_qcow2(source, files, image, options, copy);
+        return raw ? to_raw(*sources.disk, files.image, *image, copy)
+                   : to_qcow2(*sources.disk, files, *image, options, copy);
     });
+}
+
+std::string_view reason_name(qcow::Errc code) { return code == qcow::Errc::io ? "io" : "corrupt"; }
+
+void print_summary(const qcow::Losses& losses, std::uint64_t size, const Options& options) {
+    Json json = {{"target", options.target},
+                 {"source-bytes", size},
+                 {"lost-bytes", losses.bytes},
+                 {"unlisted-lost-bytes", losses.unlisted_bytes},
+                 {"lost", Json::array()}};
+    for (const auto& [bytes, why] : losses.ranges) {
+        json["lost"].push_back({{"start", bytes.start.value},
+                                {"length", bytes.length},
+                                {"reason", reason_name(why.code)},
+                                {"error", why.message()}});
+    }
+    print_json(json);
+}
+
+void tell_losses(const qcow::Losses& losses, const Options& options) {
+    for (const auto& [bytes, why] : losses.ranges) {
+        complain(fmt::format("lost: guest bytes {:#x} to {:#x} ({}): {}", bytes.start.value,
+                             bytes.start.value + bytes.length - 1, human(bytes.length), why.message()));
+    }
+    if (losses.unlisted_bytes != 0) complain(fmt::format("lost: {} more bytes, not listed", losses.unlisted_bytes));
+    complain(fmt::format("{}: {} could not be read, and are zeros there", qcow::printable(options.target),
+                         human_exact(losses.bytes)));
 }
 
 qcow::Result<int> run(const Options& options) {
     qcow::FilesInUse in_use;
     auto sources = open_sources(options, in_use);
     if (!sources) return std::unexpected(std::move(sources).error());
-    const bool qcow2_wanted =
-        options.compress || options.level || !options.image.options.empty() || !options.image.backing.empty();
-    const bool raw = options.target_format.empty() || options.target_format == "raw";
-    if (raw && qcow2_wanted && !options.existing) {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "target format",
-                                           "raw has no options and no compression; say -O qcow2"});
+    if (is_raw(options) && !options.existing && (options.compress || options.level || !options.image.backing.empty()))
+        return refuse("target format", "raw has no compression and no backing file; say -O qcow2");
+    qcow::Losses losses;
+    {
+        Progress progress("converting", options.progress);
+        qcow::CopyOptions copy;
+        copy.workers = options.workers;
+        copy.sparse_bytes = parse_size(options.sparse);
+        copy.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
+        if (options.salvage) copy.salvage = &losses;
+        const auto convert = is_stream(options.target) ? into_stream : options.existing ? into_existing : into_new;
+        if (auto converted = convert(*sources, options, copy, in_use); !converted)
+            return std::unexpected(std::move(converted).error());
     }
-    const auto converted = is_stream(options.target) ? into_stream(*sources->disk, options, in_use)
-                           : options.existing        ? into_existing(*sources, options, in_use)
-                                                     : into_new(*sources->disk, raw, options, in_use);
-    if (!converted) return std::unexpected(converted.error());
-    return ok;
+    if (losses.bytes != 0) tell_losses(losses, options);
+    if (options.json) print_summary(losses, sources->disk->size(), options);
+    return losses.bytes == 0 ? ok : lost_something;
 }
 
 /// Help that shows what the one positional option stands for.
@@ -248,12 +297,15 @@ void declare_convert(CLI::App& root, int& status) {
         "A file that is read, such as the source or one of its backing files, is never overwritten.\n"
         "Zeros take no space. Where source and target share a file system that can, data are shared, not copied.\n" +
             std::string(new_image_help) +
-            "\nExamples:\n"
+            "\nExit status: 0 done, 1 failed, 3 done but for what --salvage could not read.\n"
+            "Examples:\n"
             "  qcow convert disk.qcow2 disk.raw\n"
             "  qcow convert -O qcow2 -c disk.raw disk.qcow2         compressed\n"
             "  qcow convert -O qcow2 -c -o compression_type=zstd disk.raw disk.qcow2\n"
             "  qcow convert -O qcow2 -B base.qcow2 -F qcow2 disk.raw overlay.qcow2    what differs from base\n"
             "  qcow convert -n disk.raw disk.qcow2                  into an image that is there\n"
+            "  qcow convert -n -B base.qcow2 disk.raw overlay.qcow2 into one over base, only what differs\n"
+            "  qcow convert --salvage broken.qcow2 saved.raw        what can be read of a damaged image\n"
             "  qcow convert part1.raw part2.raw whole.raw            one behind the other\n"
             "  qcow convert -l before-upgrade disk.qcow2 old.raw    one internal snapshot\n"
             "  qcow convert disk.qcow2 - | gzip > disk.raw.gz       raw data to standard output",
@@ -279,12 +331,14 @@ void declare_convert(CLI::App& root, int& status) {
         ->needs(compress);
     add_new_image_options(app, options->image);
     app.add_option("-B,--backing", options->image.backing,
-                   "Store only what differs from this image, and make it the backing file")
+                   "Store only what differs from this image, and make it the backing file; with -n it must be that\n"
+                   "already")
         ->type_name("FILE")
         ->check(name_text);
     add_backing_format_option(app, options->image);
     app.add_option("-S,--sparse", options->sparse,
-                   "Raw targets, and -n: runs of zeros of at least this size become holes; 0: none do")
+                   "Raw targets, and -n: runs of zeros of at least this size become holes; 0: every byte is written,\n"
+                   "to any target, so that all of it has storage")
         ->type_name("SIZE")
         ->check(size_text)
         ->capture_default_str();
@@ -292,6 +346,9 @@ void declare_convert(CLI::App& root, int& status) {
                                   "Write into the target, an image that is there already and at least as large");
     app.add_flag("--target-is-zero", options->target_is_zero, "With -n: it reads as zeros, which need not be written")
         ->needs(existing);
+    app.add_flag("--salvage", options->salvage,
+                 "Go on past what cannot be read: it becomes zeros, and is listed at the end");
+    app.add_flag("--json", options->json, "Print at the end what was lost, as JSON");
     add_cache_option(app, options->cache);
     add_workers_option(app, options->workers);
     app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");

@@ -47,14 +47,6 @@ qcow::Result<void> add_unchecked_backing(Source source, qcow::FilesInUse& in_use
     return in_use.add_unopened(qcow::FilesInUse::Use::read, source.path, open_options(source), "its backing file");
 }
 
-qcow::Result<void> create_raw(const qcow::NewFile& file, const qcow::CreateOptions& create) {
-    auto& storage = *file.storage();
-    if (auto sized = storage.resize(create.size); !sized) return sized;
-    if (!file.starts_as_zeros()) return storage.write_zeroes({0}, create.size);
-    if (create.preallocation == qcow::Preallocation::off) return {};
-    return storage.allocate({0}, create.size);
-}
-
 qcow::Result<int> run(const Options& options) {
     auto create = parse_create_options(options.image);
     if (!create) return std::unexpected(std::move(create).error());
@@ -88,12 +80,13 @@ qcow::Result<int> run(const Options& options) {
     if (!create->data_file_name.empty()) request.data_file_path = beside(options.path, create->data_file_name);
     const auto made = make_files(request, in_use, [&](const NewFiles& files) {
         warn_of_ending(options.path, options.format, "-f");
-        return options.format == "raw" ? create_raw(files.image, *create)
+        return options.format == "raw" ? qcow::create_raw_image(files.image.storage(), *create)
                                        : qcow::create_image(files.storages(), *create);
     });
     if (!made) return std::unexpected(made.error());
     if (!options.quiet)
-        fmt::print("{}: {}, {}\n", qcow::printable(options.path), options.format, human_exact(create->size));
+        fmt::print("{}: {}, {}\n", qcow::printable(options.path), options.format,
+                   human_exact(qcow::rounded_size(create->size)));
     return ok;
 }
 
@@ -111,7 +104,10 @@ void declare_create(CLI::App& root, int& status) {
                    "The file to make, or a block device; a file that has the name is replaced, unless it is in use")
         ->required()
         ->check(name_text);
-    app.add_option("SIZE", options->size, "Size of the disk; that of the backing file if absent")->check(size_text);
+    app.add_option("SIZE", options->size,
+                   "Size of the disk, a multiple of 512 or rounded up to one; that of\n"
+                   "the backing file if absent")
+        ->check(size_text);
     one_of(app.add_option("-f,--format", options->format, "Its format"), {"qcow2", "raw"})->capture_default_str();
     app.add_option("-b,--backing", options->image.backing, "The backing file, as seen from the image's directory")
         ->type_name("FILE")

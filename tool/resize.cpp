@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "command.h"
+#include "qcow/text.h"
 
 namespace tool {
 namespace {
@@ -36,6 +37,11 @@ qcow::Result<void> resize(qcow::Image& image, const Options& options) {
         if (size > largest_size - old_size) return refuse("no disk can be that large");
         size += old_size;
     }
+    if (const auto rounded = qcow::rounded_size(size); rounded != size) {
+        complain(fmt::format("{}: {} bytes are not a multiple of {}; rounded up to {}",
+                             qcow::printable(options.target.path), size, qcow::sector_bytes, rounded));
+        size = rounded;
+    }
     if (size < old_size && !options.shrink) {
         return refuse(
             fmt::format("the disk has {} bytes, and what lies past {} would be lost; say --shrink if that is meant",
@@ -50,7 +56,7 @@ void declare_resize(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
         root, status, "resize", "Change the virtual size",
-        "What is added reads as zeros. What is cut off is lost.\n"
+        "What is added reads as zeros. What is cut off is lost. Sizes are rounded up to multiples of 512.\n"
         "Examples:\n"
         "  qcow resize disk.qcow2 20G\n"
         "  qcow resize disk.qcow2 +1.5G           larger by so much\n"

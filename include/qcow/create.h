@@ -21,7 +21,7 @@ enum class Preallocation : std::uint8_t {
 
 /// What a new image is to be like. The defaults are QEMU's.
 struct CreateOptions {
-    std::uint64_t size = 0;                                ///< virtual size in bytes
+    std::uint64_t size = 0;                                ///< virtual size in bytes; rounded_size() of it is made
     unsigned version = 3;                                  ///< 2 or 3
     std::uint64_t cluster_size = std::uint64_t{64} << 10;  ///< 512 bytes to 2 MiB, a power of two
     unsigned refcount_bits = 16;                           ///< 1 to 64, a power of two; 16 in version 2
@@ -33,6 +33,8 @@ struct CreateOptions {
     std::string backing_format;  ///< "raw", "qcow" or "qcow2"
     std::string data_file_name;  ///< as it is to stand in the header; empty: data lie in the image
     bool data_file_raw = false;  ///< the data file is to be a raw image by itself
+
+    friend bool operator==(const CreateOptions&, const CreateOptions&) = default;
 };
 
 /// The files that a new image consists of. What they hold is lost. Block devices are written from their start, and need
@@ -45,18 +47,29 @@ struct NewImageFiles {
 /// Makes an image without contents. Errc::invalid_argument for options that exclude each other, with the reason.
 QCOW_API Result<void> create_image(const NewImageFiles& files, const CreateOptions& options);
 
+/// Makes a raw disk of zeros. Of the options it has `size` and `preallocation`, but not that of metadata:
+/// Errc::invalid_argument for others. See NewImageFiles for `file`.
+QCOW_API Result<void> create_raw_image(const std::shared_ptr<Storage>& file, const CreateOptions& options);
+
 struct ConvertOptions {
-    CopyOptions copy = {};  ///< sparse_bytes and target_is_zero do not matter: whole clusters of zeros are not stored
-    bool compress = false;
+    /// target_is_zero and skip_equal do not matter. Of sparse_bytes only 0 does: whole clusters of zeros are stored.
+    CopyOptions copy = {};
+    bool compress = false;  ///< excludes preallocation
     /// 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd; nothing: 2 and 3. Levels 1 to 3 of zlib are ISA-L's.
     std::optional<int> level;
     /// The contents of the backing file that `CreateOptions::backing_name` names: what is equal to it is not stored.
     std::shared_ptr<Disk> backing;
 };
 
-/// Makes an image with the contents of `source`, whose size replaces that of the options if it is 0. The same source
-/// and options give the same bytes, whatever the number of workers. Memory does not grow with the image.
+/// Makes an image with the contents of `source`, and zeros behind them if the options give a larger size. Size 0 is
+/// that of the source; Errc::invalid_argument for one that is smaller. The same source and options give the same bytes,
+/// whatever the number of workers. Memory does not grow with the image.
 QCOW_API Result<void> convert_image(Disk& source, const NewImageFiles& files, const CreateOptions& options,
                                     const ConvertOptions& convert = {});
+
+/// The same for a raw disk, see create_raw_image. CopyOptions::target_is_zero: whether `file` is empty, or reads as
+/// zeros.
+QCOW_API Result<void> convert_raw_image(Disk& source, const std::shared_ptr<Storage>& file,
+                                        const CreateOptions& options, const CopyOptions& copy = {});
 
 }  // namespace qcow

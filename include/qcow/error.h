@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "qcow/export.h"
+#include "qcow/offset.h"
 
 namespace qcow {
 
@@ -32,6 +33,10 @@ struct QCOW_API Error {
     Errc code = Errc::io;
     std::string place;  ///< file, structure and offset, outermost first, joined by ": "
     std::string what;   ///< what is wrong there and, where there is one, the remedy
+
+    /// Of Disk::read and Disk::extent: the bytes of the request that cannot be read for this reason. All before them
+    /// can be read. Length 0: which bytes they are is not known.
+    GuestRange unreadable = {};
 
     /// "place: what", on one line whatever the image's own strings contain.
     [[nodiscard]] std::string message() const;

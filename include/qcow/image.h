@@ -181,6 +181,17 @@ struct ImageInfo {
     std::vector<ExtensionInfo> unknown_extensions;
 };
 
+/// Guests count disks in sectors. A new or resized image has a whole number of them. Of an image that has not, the last
+/// byte can be read all the same.
+inline constexpr std::uint64_t sector_bytes = 512;
+
+/// The virtual size that an image gets where `bytes` are asked for: as many sectors as they need.
+constexpr std::uint64_t rounded_size(std::uint64_t bytes) {
+    const std::uint64_t part = bytes % sector_bytes;
+    // What no disk can be large enough for is left as it is, to be refused.
+    return part == 0 || bytes > std::uint64_t{1} << 63 ? bytes : bytes - part + sector_bytes;
+}
+
 /// An opened image. Thread-safe as every Disk is.
 class QCOW_API Image : public Disk {
 public:
@@ -218,9 +229,9 @@ public:
 
     enum class Shrink : bool { refuse, allow };
 
-    /// Changes the virtual size to `size` bytes; new bytes read as zeros. It becomes smaller only where that is
-    /// allowed: what lies past the new end is lost. Requests past the smaller of both sizes must not be in flight. On
-    /// an error size() tells which of both the image has.
+    /// Changes the virtual size to `size` bytes, rounded_size() of them; new bytes read as zeros. It becomes smaller
+    /// only where that is allowed: what lies past the new end is lost. Requests past the smaller of both sizes must not
+    /// be in flight. On an error size() tells which of both the image has.
     virtual Result<void> resize(std::uint64_t size, Shrink shrink = Shrink::refuse);
 
     /// Flushes, and leaves the file as if there had been no writer: everything that was only reserved is given back. No

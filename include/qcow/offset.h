@@ -26,4 +26,10 @@ using GuestOffset = Offset<struct GuestSpace>;
 /// A position in a Storage: in an image file or a data file.
 using HostOffset = Offset<struct HostSpace>;
 
+/// A run of guest bytes.
+struct GuestRange {
+    GuestOffset start = {};
+    std::uint64_t length = 0;  ///< bytes
+};
+
 }  // namespace qcow

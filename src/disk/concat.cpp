@@ -5,18 +5,18 @@
 
 #include "base/bits.h"
 #include "base/try.h"
+#include "disk/padded.h"
 #include "disk/range.h"
+#include "qcow/image.h"
 
 namespace qcow {
 namespace {
-
-constexpr std::uint64_t sector = 512;
 
 class ConcatDisk final : public Disk {
 public:
     struct Part {
         std::uint64_t start = 0;
-        std::uint64_t length = 0;  // of the disk, and of the zeros up to the next sector
+        std::uint64_t length = 0;  // of the disk, and of the zeros behind it
         std::shared_ptr<Disk> disk;
     };
 
@@ -37,7 +37,9 @@ public:
             const auto piece = to.first(std::min<std::uint64_t>(to.size(), part.length - inside));
             const std::uint64_t stored = part.disk->size() - std::min(inside, part.disk->size());
             const auto data = piece.first(std::min<std::uint64_t>(piece.size(), stored));
-            if (!data.empty()) TRY_VOID(part.disk->read({inside}, data));
+            if (!data.empty()) {
+                if (auto read = part.disk->read({inside}, data); !read) return failed(std::move(read).error(), part);
+            }
             std::ranges::fill(piece.subspan(data.size()), std::byte{0});
             at += piece.size();
             to = to.subspan(piece.size());
@@ -52,7 +54,9 @@ public:
         const std::uint64_t stored = part.disk->size();
         Extent extent;
         if (inside < stored) {
-            extent = TRY(part.disk->extent({inside}, std::min(limit, stored - inside)));
+            auto found = part.disk->extent({inside}, std::min(limit, stored - inside));
+            if (!found) return failed(std::move(found).error(), part);
+            extent = *found;
         } else {
             extent.length = std::min(limit, part.length - inside);
         }
@@ -61,12 +65,18 @@ public:
     }
 
 private:
+    /// What a part says of its own bytes, said of those of the whole.
+    static std::unexpected<Error> failed(Error error, const Part& part) {
+        error.unreadable.start += part.start;
+        return std::unexpected(std::move(error));
+    }
+
     [[nodiscard]] const Part& part_at(GuestOffset at) const {
         return *std::prev(std::ranges::upper_bound(parts_, at.value, {}, &Part::start));
     }
 
     std::vector<Part> parts_;
-    std::uint64_t block_size_ = sector;
+    std::uint64_t block_size_ = sector_bytes;
 };
 
 }  // namespace
@@ -75,14 +85,19 @@ Result<std::shared_ptr<Disk>> concatenate(std::vector<std::shared_ptr<Disk>> par
     std::vector<ConcatDisk::Part> placed;
     std::uint64_t end = 0;
     for (auto& disk : parts) {
-        const std::uint64_t sectors = divide_up(disk->size(), sector);
-        if (sectors > (bit(63) - end) / sector) {
+        const std::uint64_t length = rounded_size(disk->size());
+        if (length > bit(63) - end)
             return fail(Errc::limit_exceeded, "several sources", "together they are larger than 2^63 bytes");
-        }
-        placed.push_back({end, sectors * sector, std::move(disk)});
-        end += sectors * sector;
+        placed.push_back({end, length, std::move(disk)});
+        end += length;
     }
     return std::make_shared<ConcatDisk>(std::move(placed));
+}
+
+std::shared_ptr<Disk> padded(Disk& disk, std::uint64_t size) {
+    std::shared_ptr<Disk> borrowed(std::shared_ptr<void>(), &disk);
+    if (size == disk.size()) return borrowed;
+    return std::make_shared<ConcatDisk>(std::vector{ConcatDisk::Part{0, size, std::move(borrowed)}});
 }
 
 }  // namespace qcow

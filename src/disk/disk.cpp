@@ -54,6 +54,13 @@ Result<void> verify_range(const Disk& disk, GuestOffset at, std::uint64_t length
                             at.value, disk.size()));
 }
 
+std::unexpected<Error> unreadable(Error error, GuestOffset at, std::uint64_t length) {
+    if (error.unreadable.length == 0) error.unreadable = {at, length};
+    return std::unexpected(std::move(error));
+}
+
+bool is_loss(const Error& error) { return error.code == Errc::corrupt || error.code == Errc::io; }
+
 std::unexpected<Error> refuse_to_shrink(const Disk& disk, std::uint64_t size) {
     return fail(Errc::invalid_argument, "",
                 fmt::format("{} bytes are fewer than the disk has ({}), and what lies past them would be lost; allow "

@@ -11,6 +11,8 @@
 #include "base/bits.h"
 #include "base/within_memory.h"
 #include "base/workers.h"
+#include "disk/range.h"
+#include "operation/salvage.h"
 
 namespace qcow {
 namespace {
@@ -25,8 +27,8 @@ struct Buffer {
     Piece piece;
 };
 
-/// A stretch of the source, numbered in guest order. Data that were read are in `buffer`; without one, `extent` is
-/// zeros, or data for the kernel to copy.
+/// A stretch of the source, numbered in guest order. What was read is in `buffer`; without one, `extent` is zeros, or
+/// data for the kernel to copy.
 struct Stretch {
     std::uint64_t number = 0;
     Extent extent;
@@ -38,17 +40,23 @@ struct Stretch {
 /// each writes what it has read while that is still in its processor's cache.
 class Copier {
 public:
-    Copier(Disk& source, CopyTarget& target, unsigned workers,
-           const std::function<void(std::uint64_t, std::uint64_t)>& progress)
+    Copier(Disk& source, CopyTarget& target, const CopyOptions& options)
         : source_(source),
           target_(target),
-          progress_(progress),
-          workers_(workers == 0 ? default_workers() : workers),
+          progress_(options.progress),
+          workers_(options.workers == 0 ? default_workers() : options.workers),
           any_order_(target.any_order()),
+          all_is_written_(options.sparse_bytes == 0),
           block_size_(target.block_size()),
           piece_bytes_(std::max({min_piece_bytes, source.block_size(), block_size_})) {
+        if (options.salvage != nullptr) salvager_.emplace(source);
+        // What the kernel shares has no storage of its own, and damage would be shared unseen.
+        if (all_is_written_ || salvager_) kernel_copies_ = KernelCopies::no;
         for (std::size_t i = 0; i < workers_ * buffers_per_worker; ++i) spare_.push_back(std::make_unique<Buffer>());
     }
+
+    /// What could not be read.
+    [[nodiscard]] Losses losses() const { return salvager_->losses(); }
 
     Result<void> run() {
         return run_workers(workers_, [this](unsigned) {
@@ -64,15 +72,18 @@ public:
 
 private:
     using Lock = std::unique_lock<std::mutex>;
+    enum class KernelCopies : std::uint8_t { untried, being_tried, yes, no };
 
     Result<void> work() {
         Lock lock(mutex_);
         while (!failed_) {
-            if (spare_.empty() && !can_write()) {
+            // What the kernel will copy is decided first, or it would be chance which stretches it copies.
+            const bool can_read = !spare_.empty() && kernel_copies_ != KernelCopies::being_tried;
+            if (!can_read && !can_write()) {
                 changed_.wait(lock);
                 continue;
             }
-            if (!spare_.empty()) {
+            if (can_read) {
                 auto stretch = TRY(next());
                 if (!stretch) break;
                 TRY_VOID(fill(lock, *stretch));
@@ -87,9 +98,7 @@ private:
     /// The next stretch of the source, with a buffer if it is to be read.
     Result<std::optional<Stretch>> next() {
         if (cursor_.value >= source_.size()) return std::nullopt;
-        if (rest_.start != cursor_ || rest_.length == 0) {
-            rest_ = TRY(source_.extent(cursor_, source_.size() - cursor_.value));
-        }
+        if (rest_.start != cursor_ || rest_.length == 0) TRY_VOID(look_ahead());
         Extent extent = rest_;
         const std::uint64_t end = extent.start.value + extent.length;
         const std::uint64_t aligned_end = end == source_.size() ? end : align_down(end, block_size_);
@@ -101,10 +110,16 @@ private:
             read = true;
         } else {
             extent.length = whole_blocks;
-            read = extent.kind == Extent::Kind::data && !(kernel_copies_ && extent.host);
+            const bool by_kernel = extent.host && kernel_copies_ != KernelCopies::no;
+            read = all_is_written_ || (extent.kind == Extent::Kind::data && !by_kernel);
+            const bool trial =
+                !read && by_kernel && kernel_copies_ == KernelCopies::untried && extent.kind == Extent::Kind::data;
+            if (trial) kernel_copies_ = KernelCopies::being_tried;
             // To the next multiple of the piece's size, so that the source's clusters are not cut in two.
-            if (read) extent.length = std::min(whole_blocks, piece_bytes_ - (cursor_.value & (piece_bytes_ - 1)));
+            if (read || trial)
+                extent.length = std::min(whole_blocks, piece_bytes_ - (cursor_.value & (piece_bytes_ - 1)));
         }
+        if (rest_is_lost_ && !read) salvager_->lose({cursor_, extent.length}, *rest_is_lost_);
         cursor_ += extent.length;
         skip(rest_, std::min(extent.length, rest_.length));
         Stretch stretch{next_number_++, extent, nullptr};
@@ -113,6 +128,29 @@ private:
             spare_.pop_back();
         }
         return stretch;
+    }
+
+    /// Finds the extent at the cursor. Where that is damaged and the copy goes on all the same, zeros stand in for it.
+    Result<void> look_ahead() {
+        rest_is_lost_.reset();
+        auto found = source_.extent(cursor_, source_.size() - cursor_.value);
+        if (found) {
+            rest_ = *found;
+            return {};
+        }
+        if (!salvager_ || !is_loss(found.error())) return std::unexpected(std::move(found).error());
+        const auto& lost = found.error().unreadable;
+        rest_ = {.start = cursor_};
+        if (lost.start == cursor_ && lost.length != 0) {
+            rest_.length = std::min(lost.length, source_.size() - cursor_.value);
+            rest_is_lost_ = std::move(found).error();
+        } else {
+            // How far it goes will be seen when it is read.
+            rest_.kind = Extent::Kind::data;
+            rest_.length =
+                std::min(source_.block_size() - cursor_.value % source_.block_size(), source_.size() - cursor_.value);
+        }
+        return {};
     }
 
     static void skip(Extent& extent, std::uint64_t bytes) {
@@ -135,7 +173,7 @@ private:
         piece.at = at;
         piece.bytes = {buffer.memory.get(), length};
         piece.runs.clear();
-        TRY_VOID(source_.read(at, piece.bytes));
+        TRY_VOID(salvager_ ? salvager_->read(at, piece.bytes) : source_.read(at, piece.bytes));
         return target_.prepare(piece);
     }
 
@@ -166,15 +204,15 @@ private:
         if (stretch.buffer) return target_.write(stretch.buffer->piece);
         if (extent.kind != Extent::Kind::data) return target_.write_zeroes(extent.start, extent.length);
         const auto done = TRY(target_.copy_from(extent.start, *extent.storage, *extent.host, extent.length));
-        return done == extent.length ? Result<void>() : copy_rest(extent, done);
+        {
+            const std::lock_guard lock(mutex_);
+            kernel_copies_ = done == extent.length ? KernelCopies::yes : KernelCopies::no;
+        }
+        return copy_rest(extent, done);
     }
 
     /// What the kernel did not copy. It will not be asked again.
     Result<void> copy_rest(const Extent& extent, std::uint64_t done) {
-        {
-            const std::lock_guard lock(mutex_);
-            kernel_copies_ = false;
-        }
         Buffer buffer;
         while (done < extent.length) {
             const std::uint64_t length = std::min(extent.length - done, piece_bytes_);
@@ -190,28 +228,35 @@ private:
     const std::function<void(std::uint64_t, std::uint64_t)>& progress_;
     const unsigned workers_;
     const bool any_order_;
+    const bool all_is_written_;  // zeros, too
     const std::uint64_t block_size_;
     const std::uint64_t piece_bytes_;
 
     std::mutex mutex_;  // guards all that follows; not held while data are read, prepared or written
     std::condition_variable changed_;
     bool failed_ = false;
-    bool kernel_copies_ = true;
-    GuestOffset cursor_;  // where the next stretch begins: a multiple of the block size
-    Extent rest_;         // of the extent that lies there
+    KernelCopies kernel_copies_ = KernelCopies::untried;
+    GuestOffset cursor_;                 // where the next stretch begins: a multiple of the block size
+    Extent rest_;                        // of the extent that lies there
+    std::optional<Error> rest_is_lost_;  // why, where it is damage that reads as zeros
     std::uint64_t next_number_ = 0;
     std::uint64_t next_to_write_ = 0;
     std::uint64_t done_ = 0;  // bytes
     bool writing_ = false;
     std::map<std::uint64_t, Stretch> ready_;
     std::vector<std::unique_ptr<Buffer>> spare_;
+    std::optional<Salvager> salvager_;  // has a lock of its own
 };
 
 }  // namespace
 
-Result<void> copy_to(Disk& source, CopyTarget& target, unsigned workers,
-                     const std::function<void(std::uint64_t done, std::uint64_t total)>& progress) {
-    return within_memory([&] { return Copier(source, target, workers, progress).run(); });
+Result<void> copy_to(Disk& source, CopyTarget& target, const CopyOptions& options) {
+    return within_memory([&] {
+        Copier copier(source, target, options);
+        auto copied = copier.run();
+        if (options.salvage != nullptr) *options.salvage = copier.losses();
+        return copied;
+    });
 }
 
 }  // namespace qcow

@@ -6,7 +6,6 @@
 namespace qcow {
 
 /// Hands all of `source` to `target`, in pieces, read and prepared on several threads.
-Result<void> copy_to(Disk& source, CopyTarget& target, unsigned workers,
-                     const std::function<void(std::uint64_t done, std::uint64_t total)>& progress);
+Result<void> copy_to(Disk& source, CopyTarget& target, const CopyOptions& options);
 
 }  // namespace qcow

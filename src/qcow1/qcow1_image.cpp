@@ -58,7 +58,8 @@ public:
                 const auto part = to.first(piece);
                 if (mapped.entry.compressed()) {
                     const auto range = mapped.entry.compressed_range(header_.cluster_bits);
-                    TRY_VOID(read_compressed(*file_, range, codec::inflate, header_.cluster_size(), skip, part));
+                    auto done = read_compressed(*file_, range, codec::inflate, header_.cluster_size(), skip, part);
+                    if (!done) return unreadable(std::move(done).error(), at, piece);
                 } else if (mapped.entry.allocated()) {
                     TRY_VOID(read_data(mapped.entry.cluster() + skip, at, part));
                 } else {
@@ -120,10 +121,11 @@ private:
     Result<Mapped> lookup(GuestOffset at, std::uint64_t limit) {
         const std::uint64_t file_size = TRY(file_->size());
         const HostOffset l1_at = header_.l1_table + at.value / header_.l2_coverage() * 8;
-        const HostOffset table{TRY(load_word(l1_at, file_size, "L1"))};
-        if (table.value == 0) {
-            return Mapped{{}, std::min(limit, header_.l2_coverage() - at.value % header_.l2_coverage())};
-        }
+        const std::uint64_t rest_of_table = header_.l2_coverage() - at.value % header_.l2_coverage();
+        auto word = load_word(l1_at, file_size, "L1");
+        if (!word) return unreadable(std::move(word).error(), at, std::min(limit, rest_of_table));
+        const HostOffset table{*word};
+        if (table.value == 0) return Mapped{{}, std::min(limit, rest_of_table)};
         const std::uint64_t index = at.value >> header_.cluster_bits & low_bits(header_.l2_bits);
         const std::uint64_t wanted =
             std::min(divide_up(offset_in_cluster(at) + std::min(limit, header_.l2_coverage()), header_.cluster_size()),
@@ -131,7 +133,16 @@ private:
         Mapped mapped;
         std::uint64_t count = 0;
         for (; count < wanted; ++count) {
-            const Qcow1Entry entry{TRY(load_word(table + (index + count) * 8, file_size, "L2"))};
+            const HostOffset entry_at = table + (index + count) * 8;
+            auto entry_word = load_word(entry_at, file_size, "L2");
+            if (!entry_word && count != 0) break;  // of those before it, the extent is known
+            if (!entry_word) {
+                const bool past_the_end = entry_at.value >= file_size;
+                const std::uint64_t rest_of_cluster = header_.cluster_size() - offset_in_cluster(at);
+                return unreadable(std::move(entry_word).error(), at,
+                                  std::min(limit, past_the_end ? rest_of_table : rest_of_cluster));
+            }
+            const Qcow1Entry entry{*entry_word};
             if (count == 0) {
                 mapped.entry = entry;
                 // Read one by one anyway: looking further each time would take time squared.
@@ -173,10 +184,13 @@ private:
         if (there == to.size()) return {};
         const auto file_clusters = divide_up(TRY(file_->size()), header_.cluster_size());
         if (divide_up(host.value + to.size(), header_.cluster_size()) <= file_clusters) return {};
-        return fail(Errc::corrupt, file_->name(),
-                    fmt::format("the data of guest offset {:#x} would lie at host offset {:#x}, past the end of the "
-                                "file; is the image a truncated copy?",
-                                at.value + there, host.value + there));
+        const std::uint64_t file_end = file_clusters * header_.cluster_size();
+        const std::uint64_t in_file = file_end - std::min(host.value, file_end);
+        return unreadable({Errc::corrupt, file_->name(),
+                           fmt::format("the data of guest offset {:#x} would lie at host offset {:#x}, past the end of "
+                                       "the file; is the image a truncated copy?",
+                                       at.value + there, host.value + there)},
+                          at + in_file, to.size() - in_file);
     }
 
     format::Qcow1Header header_;

@@ -8,18 +8,17 @@
 
 #include "base/endian.h"
 #include "base/try.h"
+#include "disk/range.h"
 #include "format/refcount.h"
 #include "qcow2/create_options.h"
 #include "storage/growing.h"
+#include "storage/zero_bytes.h"
 
 namespace qcow::qcow2 {
 namespace {
 
 /// Behind so much plain data, the rest of a cluster that compressed streams have begun is given up.
 constexpr std::uint64_t max_stream_distance = 64 * MiB;
-
-constexpr std::uint64_t all_subclusters_allocated = 0xffff'ffff;
-constexpr std::uint64_t all_subclusters_zero = 0xffff'ffff'0000'0000;
 
 }  // namespace
 
@@ -30,6 +29,8 @@ Result<std::unique_ptr<Builder>> Builder::begin(NewImageFiles files, const Creat
         if (files.data_file) {
             return fail(Errc::invalid_argument, "compression", "an external data file cannot hold compressed clusters");
         }
+        if (options.preallocation != Preallocation::off)
+            return fail(Errc::invalid_argument, "compression", "it excludes preallocation");
         TRY(codec::make_compressor(options.compression, convert.level));  // so that a bad level is refused now
     }
     // Nothing was wrong: what the files hold may go.
@@ -42,7 +43,7 @@ Result<std::unique_ptr<Builder>> Builder::begin(NewImageFiles files, const Creat
     }
     // A device that is too small for all of the disk is known at once.
     if (options.preallocation != Preallocation::off)
-        TRY_VOID((files.data_file ? files.data_file : files.image)->resize(options.size));
+        TRY_VOID((files.data_file ? files.data_file : files.image)->resize(header.size));
     return std::unique_ptr<Builder>(new Builder(std::move(files), options, convert, std::move(header)));
 }
 
@@ -50,6 +51,7 @@ Builder::Builder(NewImageFiles files, const CreateOptions& options, ConvertOptio
     : files_(std::move(files)),
       convert_(std::move(convert)),
       preallocation_(options.preallocation),
+      maps_all_(options.preallocation != Preallocation::off || options.data_file_raw),
       header_(std::move(header)),
       geometry_(header_),
       refcounts_(*files_.image, header_.cluster_bits, header_.refcount_order),
@@ -79,15 +81,10 @@ Result<void> Builder::prepare(Piece& piece) const {
     const std::size_t backing_bytes = convert_.backing ? length : 0;
     if (piece.scratch.size() < stream_bytes + backing_bytes) piece.scratch.resize(stream_bytes + backing_bytes);
     const auto backing = std::span(piece.scratch).subspan(stream_bytes, backing_bytes);
-    if (convert_.backing) {
-        const std::uint64_t size = convert_.backing->size();
-        const std::size_t there = piece.at.value >= size ? 0 : std::min<std::uint64_t>(length, size - piece.at.value);
-        if (there != 0) TRY_VOID(convert_.backing->read(piece.at, backing.first(there)));
-        std::ranges::fill(backing.subspan(there), std::byte{0});
-    }
+    const bool comparable = convert_.backing && TRY(read_backing(piece.at, backing));
     auto compressor = convert_.compress ? take_compressor() : nullptr;
     for (std::size_t begin = 0; begin < length; begin += cluster_size) {
-        prepare_cluster(piece, begin, compressor.get(), backing);
+        prepare_cluster(piece, begin, compressor.get(), comparable ? backing : std::span<const std::byte>());
     }
     if (compressor) {
         const std::lock_guard lock(compressors_mutex_);
@@ -95,6 +92,21 @@ Result<void> Builder::prepare(Piece& piece) const {
     }
     return {};
 }
+
+/// The backing file's bytes; false: they cannot be had, and a salvage does without.
+Result<bool> Builder::read_backing(GuestOffset at, std::span<std::byte> to) const {
+    const std::uint64_t size = convert_.backing->size();
+    const std::size_t there = at.value >= size ? 0 : std::min<std::uint64_t>(to.size(), size - at.value);
+    if (auto read = convert_.backing->read(at, to.first(there)); !read) {
+        if (passes_over(read.error())) return false;
+        return std::unexpected(std::move(read).error());
+    }
+    std::ranges::fill(to.subspan(there), std::byte{0});
+    return true;
+}
+
+/// Whether it is damage in the backing file that need not stop a salvage: what cannot be compared is stored.
+bool Builder::passes_over(const Error& error) const { return convert_.copy.salvage != nullptr && is_loss(error); }
 
 void Builder::prepare_cluster(Piece& piece, std::size_t begin, codec::Compressor* compressor,
                               std::span<const std::byte> backing) const {
@@ -114,7 +126,8 @@ void Builder::prepare_cluster(Piece& piece, std::size_t begin, codec::Compressor
     };
     if (!backing.empty() && std::ranges::equal(bytes, backing.subspan(begin, bytes.size())))
         return add(Kind::nothing, {});
-    if (is_zero(bytes)) return add(backing.empty() ? Kind::nothing : Kind::zero, {});
+    if (convert_.copy.sparse_bytes != 0 && is_zero(bytes))
+        return add(convert_.backing ? Kind::zero : Kind::nothing, {});
     // The last cluster of a disk may be cut short; it is stored as it is.
     if (compressor != nullptr && bytes.size() == cluster_size) {
         const auto room = std::span(piece.scratch).subspan(begin, cluster_size - 1);
@@ -129,7 +142,7 @@ Result<void> Builder::write(const Piece& piece) {
     GuestOffset at = piece.at;
     for (const auto& run : piece.runs) {
         switch (run.kind) {
-            case PreparedRun::Kind::nothing: break;
+            case PreparedRun::Kind::nothing: TRY_VOID(add_nothing(at, run.length)); break;
             case PreparedRun::Kind::zero: TRY_VOID(add_zeroes(at, run.length)); break;
             case PreparedRun::Kind::compressed: TRY_VOID(add_compressed(at, run.bytes)); break;
             case PreparedRun::Kind::data: {
@@ -144,16 +157,17 @@ Result<void> Builder::write(const Piece& piece) {
 }
 
 Result<void> Builder::write_zeroes(GuestOffset at, std::uint64_t length) {
-    if (!convert_.backing) return {};
-    // Only where the backing file does not read as zeros, too.
+    const std::uint64_t below_end = convert_.backing ? convert_.backing->size() : 0;
+    // Zeros that are there already, as no cluster says otherwise, need no entry; the backing file's data need one.
     const GuestOffset end = at + length;
     while (at < end) {
         std::uint64_t piece = end - at;
         bool shines_through = false;
-        if (at.value < convert_.backing->size()) {
-            const auto below = TRY(convert_.backing->extent(at, std::min(piece, convert_.backing->size() - at.value)));
-            shines_through = below.kind == Extent::Kind::data;
-            piece = below.length;
+        if (at.value < below_end) {
+            const auto below = convert_.backing->extent(at, std::min(piece, below_end - at.value));
+            if (!below && !passes_over(below.error())) return std::unexpected(below.error());
+            shines_through = !below || below->kind == Extent::Kind::data;
+            piece = below ? below->length : std::max<std::uint64_t>(1, below.error().unreadable.length);
         }
         // In whole clusters: one that only in part would show something is made zeros as a whole.
         const GuestOffset next{std::min(end.value, align_down(at.value + piece + block_size() - 1, block_size()))};
@@ -161,14 +175,15 @@ Result<void> Builder::write_zeroes(GuestOffset at, std::uint64_t length) {
             // The backing file may have data later in the same cluster: making it zeros is right in any case.
             shines_through = true;
         }
-        if (shines_through) TRY_VOID(add_zeroes(at, next - at));
+        TRY_VOID(shines_through ? add_zeroes(at, next - at) : add_nothing(at, next - at));
         at = next;
     }
     return {};
 }
 
 Result<std::uint64_t> Builder::copy_from(GuestOffset at, const Storage& source, HostOffset from, std::uint64_t length) {
-    if (convert_.compress || convert_.backing) return 0;  // the bytes are to be looked at
+    if (convert_.compress || convert_.backing) return 0;    // the bytes are to be looked at
+    if (preallocation_ == Preallocation::falloc) return 0;  // what is shared has no space of its own
     const auto& target = files_.data_file ? files_.data_file : files_.image;
     // Copied before it is mapped: what was mapped cannot be taken back.
     const HostOffset host = files_.data_file ? HostOffset{at.value} : refcounts_.end();
@@ -179,15 +194,23 @@ Result<std::uint64_t> Builder::copy_from(GuestOffset at, const Storage& source, 
 }
 
 /// Maps whole clusters to new host clusters, one behind the other: where the first lies.
-Result<HostOffset> Builder::add_data(GuestOffset at, std::uint64_t length) {
+Result<HostOffset> Builder::add_data(GuestOffset at, std::uint64_t length, std::uint64_t bitmap) {
     const std::uint64_t clusters = geometry_.clusters(length);
     const HostOffset host = files_.data_file ? HostOffset{at.value} : refcounts_.allocate(clusters);
-    const format::L2Entry first{format::copied_bit | host.value, geometry_.extended_l2 ? all_subclusters_allocated : 0};
+    const format::L2Entry first{format::copied_bit | host.value, bitmap};
     TRY_VOID(set_entries(at, clusters, first, geometry_.cluster_size()));
     return host;
 }
 
+/// Whole clusters that read as what lies below.
+Result<void> Builder::add_nothing(GuestOffset at, std::uint64_t length) {
+    if (!maps_all_) return {};
+    return reserve(at, length, header_.backing_name.empty() ? all_subclusters_allocated : 0);
+}
+
+/// Whole clusters of zeros that hide what lies below.
 Result<void> Builder::add_zeroes(GuestOffset at, std::uint64_t length) {
+    if (maps_all_) return reserve(at, length, all_subclusters_zero);
     if (header_.version < 3) {
         // No zero clusters: real ones, which are holes and read as zeros.
         TRY(add_data(at, length));
@@ -196,6 +219,22 @@ Result<void> Builder::add_zeroes(GuestOffset at, std::uint64_t length) {
     const auto zero =
         geometry_.extended_l2 ? format::L2Entry{0, all_subclusters_zero} : format::L2Entry{format::zero_bit};
     return set_entries(at, geometry_.clusters(length), zero, 0);
+}
+
+/// Maps whole clusters to host clusters that hold nothing yet, as the preallocation asks, table by table.
+Result<void> Builder::reserve(GuestOffset at, std::uint64_t length, std::uint64_t bitmap) {
+    auto& target = files_.data_file ? *files_.data_file : *files_.image;
+    const std::uint64_t coverage = geometry_.l2_coverage();
+    while (length > 0) {
+        const std::uint64_t part = std::min(length, coverage - at.value % coverage);
+        const HostOffset host = TRY(add_data(at, part, bitmap));
+        const std::uint64_t stored = files_.data_file ? part : geometry_.clusters(part) * geometry_.cluster_size();
+        if (preallocation_ == Preallocation::falloc) TRY_VOID(target.allocate(host, stored));
+        if (preallocation_ == Preallocation::full) TRY_VOID(write_zero_bytes(target, host, stored));
+        at += part;
+        length -= part;
+    }
+    return {};
 }
 
 /// Finds room for a stream: behind the previous one, if what it runs into is free and the refcounts allow it.
@@ -269,25 +308,7 @@ Result<void> Builder::write_l2_table() {
     return {};
 }
 
-Result<void> Builder::preallocate() {
-    if (preallocation_ == Preallocation::off) return {};
-    const std::uint64_t coverage = geometry_.l2_coverage();
-    for (GuestOffset at{0}; at.value < header_.size; at += coverage) {
-        const std::uint64_t length = std::min(coverage, header_.size - at.value);
-        const HostOffset host = TRY(add_data(at, length));
-        const std::uint64_t stored = files_.data_file ? length : geometry_.clusters(length) * geometry_.cluster_size();
-        auto& target = files_.data_file ? *files_.data_file : *files_.image;
-        if (preallocation_ == Preallocation::falloc) TRY_VOID(target.allocate(host, stored));
-        if (preallocation_ == Preallocation::full) {
-            const std::vector<std::byte> zeros(std::min<std::uint64_t>(stored, 2 * MiB));
-            for (std::uint64_t done = 0; done < stored; done += zeros.size()) {
-                TRY_VOID(target.write(host + done,
-                                      std::span(zeros).first(std::min<std::uint64_t>(zeros.size(), stored - done))));
-            }
-        }
-    }
-    return {};
-}
+Result<void> Builder::preallocate() { return add_nothing({0}, header_.size); }
 
 Result<void> Builder::finish() {
     TRY_VOID(write_l2_table());

@@ -29,21 +29,29 @@ public:
     Result<std::uint64_t> copy_from(GuestOffset at, const Storage& source, HostOffset from,
                                     std::uint64_t length) override;
 
-    /// Maps all of the disk to clusters, as the preallocation asks. For an image without contents.
+    /// Maps all of the disk to clusters, where the options ask for it. For an image without contents.
     Result<void> preallocate();
 
     /// Writes the tables and the header: now it is an image.
     Result<void> finish();
 
 private:
+    // The bitmap of an extended entry; others have none.
+    static constexpr std::uint64_t all_subclusters_allocated = 0xffff'ffff;
+    static constexpr std::uint64_t all_subclusters_zero = 0xffff'ffff'0000'0000;
+
     Builder(NewImageFiles files, const CreateOptions& options, ConvertOptions convert, format::Header header);
 
     void prepare_cluster(Piece& piece, std::size_t begin, codec::Compressor* compressor,
                          std::span<const std::byte> backing) const;
     [[nodiscard]] std::unique_ptr<codec::Compressor> take_compressor() const;
+    Result<bool> read_backing(GuestOffset at, std::span<std::byte> to) const;
+    [[nodiscard]] bool passes_over(const Error& error) const;
 
-    Result<HostOffset> add_data(GuestOffset at, std::uint64_t length);
+    Result<HostOffset> add_data(GuestOffset at, std::uint64_t length, std::uint64_t bitmap = all_subclusters_allocated);
+    Result<void> add_nothing(GuestOffset at, std::uint64_t length);
     Result<void> add_zeroes(GuestOffset at, std::uint64_t length);
+    Result<void> reserve(GuestOffset at, std::uint64_t length, std::uint64_t bitmap);
     Result<void> add_compressed(GuestOffset at, std::span<const std::byte> stream);
     HostOffset place_stream(std::uint64_t length);
     Result<void> write_pending();
@@ -53,6 +61,7 @@ private:
     NewImageFiles files_;
     ConvertOptions convert_;
     Preallocation preallocation_;
+    bool maps_all_;  // every cluster has a place, also where nothing is stored
     format::Header header_;
     format::Geometry geometry_;
     RefcountWriter refcounts_;

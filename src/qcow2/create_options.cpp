@@ -51,7 +51,7 @@ Result<format::Header> header_for(const CreateOptions& o) {
     format::Header h;
     h.version = o.version;
     h.cluster_bits = static_cast<unsigned>(std::countr_zero(o.cluster_size));
-    h.size = o.size;
+    h.size = rounded_size(o.size);
     h.refcount_order = static_cast<unsigned>(std::countr_zero(o.refcount_bits));
     h.compression = o.compression;
     if (o.compression != Compression::zlib) h.incompatible |= format::incompatible::compression_type;
@@ -65,7 +65,7 @@ Result<format::Header> header_for(const CreateOptions& o) {
     h.backing_name = o.backing_name;
     if (!o.backing_format.empty()) h.backing_format = o.backing_format;
 
-    const auto l1_entries = divide_up(o.size, format::Geometry(h).l2_coverage());
+    const auto l1_entries = divide_up(h.size, format::Geometry(h).l2_coverage());
     if (l1_entries * 8 > format::max_l1_bytes) {
         return impossible(
             "size", fmt::format("{} bytes are too much for clusters of {}: the L1 table would be larger than 32 MiB; "

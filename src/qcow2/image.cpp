@@ -132,6 +132,7 @@ public:
     Result<void> resize(std::uint64_t size, Shrink shrink) override {
         return within_memory([&]() -> Result<void> {
             TRY_VOID(verify_request({0}, 0));
+            size = rounded_size(size);
             if (size < this->size() && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
             auto resized = writer_->resize(size);
             size_ = core_->current_header().size;  // it may fail after the image has been cut

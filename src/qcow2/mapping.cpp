@@ -6,6 +6,7 @@
 #include <array>
 
 #include "base/try.h"
+#include "disk/range.h"
 
 namespace qcow::qcow2 {
 namespace {
@@ -20,6 +21,14 @@ std::unexpected<Error> damaged(const Core& core, std::string place, std::string_
 }
 
 std::string l1_place(HostOffset at) { return fmt::format("L1 entry at host offset {:#x}", at.value); }
+
+/// How many entries are equal to the first one.
+std::uint64_t count_equal(std::span<const std::uint64_t> words, std::size_t entry_words) {
+    const auto first = words.first(entry_words);
+    std::size_t end = entry_words;
+    while (end < words.size() && std::ranges::equal(words.subspan(end, entry_words), first)) end += entry_words;
+    return end / entry_words;
+}
 
 /// By how much a word grows from one cluster of a contiguous run to the next.
 std::uint64_t stride(ClusterKind kind, std::uint64_t cluster_size) {
@@ -50,12 +59,11 @@ Result<void> Mapping::verify_table_is_there(HostOffset table, HostOffset l1_at) 
 
 Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
     const auto& geometry = core_->rules.geometry;
-    const auto l1 = TRY(l1_entry(at));
-    if (!l1.allocated()) {
-        const std::uint64_t rest = geometry.l2_coverage() - (at.value & (geometry.l2_coverage() - 1));
-        return Mapped{.length = std::min(limit, rest)};
-    }
-    const HostOffset table = l1.l2_table();
+    const std::uint64_t rest_of_table = geometry.l2_coverage() - (at.value & (geometry.l2_coverage() - 1));
+    auto l1 = l1_entry(at);
+    if (!l1) return unreadable(std::move(l1).error(), at, std::min(limit, rest_of_table));
+    if (!l1->allocated()) return Mapped{.length = std::min(limit, rest_of_table)};
+    const HostOffset table = l1->l2_table();
 
     const std::uint64_t index = geometry.l2_index(at);
     const unsigned entry_words = geometry.entry_words();
@@ -64,13 +72,26 @@ Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
         std::min(geometry.clusters(geometry.offset_in_cluster(at.value) + std::min(limit, geometry.l2_coverage())),
                  geometry.l2_entries() - index);
     std::array<std::uint64_t, max_words> buffer;
-    const auto loaded = TRY(
-        core_->words.load(entry_at, std::span(buffer).first(std::min<std::uint64_t>(wanted * entry_words, max_words))));
-    const auto words = std::span<const std::uint64_t>(buffer).first(loaded);
+    const auto wanted_words = std::min<std::uint64_t>(wanted * entry_words, max_words);
+    const auto loaded = core_->words.load(entry_at, std::span(buffer).first(wanted_words));
+    // Of these entries, which begin with the one of `at`.
+    const auto bytes_of = [&](std::uint64_t entries) {
+        return std::min(limit, entries * geometry.cluster_size() - geometry.offset_in_cluster(at.value));
+    };
+    if (!loaded) {
+        const std::uint64_t page_bytes = core_->words.page_bytes();
+        const std::uint64_t page_rest = page_bytes - (entry_at.value & (page_bytes - 1));
+        return unreadable(loaded.error(), at, bytes_of(page_rest / (entry_words * 8)));
+    }
+    const auto words = std::span<const std::uint64_t>(buffer).first(*loaded);
     // Zeros are also what lies past the end of the file: there, no table can be.
-    if (words[0] == 0) TRY_VOID(verify_table_is_there(table, l1_entry_at(at)));
-    auto mapped = TRY(scan(words, at, entry_at));
-    mapped.length = std::min(mapped.length, limit);
+    if (words[0] == 0) {
+        if (auto there = verify_table_is_there(table, l1_entry_at(at)); !there)
+            return unreadable(std::move(there).error(), at, bytes_of(count_equal(words, entry_words)));
+    }
+    auto mapped = scan(words, at, entry_at);
+    if (!mapped) return unreadable(std::move(mapped).error(), at, bytes_of(count_equal(words, entry_words)));
+    mapped->length = std::min(mapped->length, limit);
     return mapped;
 }
 
@@ -133,6 +154,8 @@ Mapped Mapping::scan_subclusters(std::span<const std::uint64_t> words, GuestOffs
         if (i != 0 && (entry.compressed() || rules.flaw(entry) || entry.copied() != mapped.copied ||
                        (grows != 0 && entry.cluster().value != cluster)))
             break;
+        // A word of zeros may lie past the end of the file: lookup() sees to those that it begins with.
+        if (entry.word == 0 && words[0] != 0) break;
         const auto run = rules.run(entry, index);
         if (run.kind != mapped.kind) break;
         subclusters += run.count;

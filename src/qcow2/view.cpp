@@ -8,6 +8,7 @@
 #include "base/try.h"
 #include "codec/codec.h"
 #include "disk/compressed.h"
+#include "disk/range.h"
 
 namespace qcow::qcow2 {
 
@@ -64,10 +65,13 @@ Result<void> View::read_data(HostOffset host, GuestOffset at, std::span<std::byt
     const auto& geometry = core_->rules.geometry;
     const std::uint64_t file_clusters = geometry.clusters(TRY(core_->data->size()));
     if (geometry.clusters(host.value + to.size()) <= file_clusters) return {};
-    return fail(Errc::corrupt, core_->data->name(),
-                fmt::format("the data of guest offset {:#x} would lie at host offset {:#x}, past the end of the file; "
-                            "is the image a truncated copy?",
-                            at.value + there, host.value + there));
+    const std::uint64_t file_end = file_clusters * geometry.cluster_size();
+    const std::uint64_t in_file = file_end - std::min(host.value, file_end);
+    return unreadable({Errc::corrupt, core_->data->name(),
+                       fmt::format("the data of guest offset {:#x} would lie at host offset {:#x}, past the end of the "
+                                   "file; is the image a truncated copy?",
+                                   at.value + there, host.value + there)},
+                      at + in_file, to.size() - in_file);
 }
 
 Result<void> View::read_one_compressed(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const {
@@ -75,8 +79,8 @@ Result<void> View::read_one_compressed(const Mapped& mapped, GuestOffset at, std
     const auto& geometry = core_->rules.geometry;
     auto result = read_compressed(*core_->file, mapped.compressed, decompress, geometry.cluster_size(),
                                   geometry.offset_in_cluster(at.value), to);
-    if (!result) return std::unexpected(std::move(result).error().in(fmt::format("guest offset {:#x}", at.value)));
-    return {};
+    if (result) return {};
+    return unreadable(std::move(result).error().in(fmt::format("guest offset {:#x}", at.value)), at, to.size());
 }
 
 Result<Extent> View::extent(GuestOffset at, std::uint64_t limit) const {

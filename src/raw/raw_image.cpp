@@ -77,6 +77,7 @@ public:
     Result<void> resize(std::uint64_t size, Shrink shrink) override {
         return within_memory([&]() -> Result<void> {
             TRY_VOID(verify_writable());
+            size = rounded_size(size);
             if (size < size_ && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
             TRY_VOID(storage_->resize(size));
             size_ = size;

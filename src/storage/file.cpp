@@ -23,6 +23,7 @@
 #include "storage/file.h"
 #include "storage/file_lock.h"
 #include "storage/overlapping_flushes.h"
+#include "storage/zero_bytes.h"
 
 namespace qcow {
 namespace {
@@ -116,7 +117,7 @@ public:
         // A full file system may have no room for the record of a hole; blocks that are there take zeros all the same.
         if (errno != EOPNOTSUPP && errno != ENODEV && errno != ENOSPC && errno != EDQUOT)
             return system_error(fmt::format("cannot zero {} bytes at {:#x}", length, at.value), path_, errno);
-        return write_zero_bytes(at, length);
+        return write_zero_bytes(*this, at, length);
     }
 
     Result<void> allocate(HostOffset at, std::uint64_t length) override {
@@ -207,17 +208,6 @@ private:
         if (errno == ENOSPC || errno == EDQUOT)
             return system_error(fmt::format("cannot reserve {} bytes", length), path_, errno);
         may_share_.store(false, std::memory_order_relaxed);  // this file system cannot say
-        return {};
-    }
-
-    Result<void> write_zero_bytes(HostOffset at, std::uint64_t length) {
-        alignas(4096) static constexpr std::array<std::byte, 64 * KiB> zeros = {};
-        while (length > 0) {
-            const auto piece = std::min<std::uint64_t>(length, zeros.size());
-            TRY_VOID(write(at, std::span(zeros).first(piece)));
-            at += piece;
-            length -= piece;
-        }
         return {};
     }
 
@@ -336,6 +326,17 @@ Result<void> Storage::allocate(HostOffset at, std::uint64_t length) {
 }
 
 Result<std::uint64_t> Storage::copy_from(const Storage&, HostOffset, HostOffset, std::uint64_t) { return 0; }
+
+Result<void> write_zero_bytes(Storage& storage, HostOffset at, std::uint64_t length) {
+    alignas(4096) static constexpr std::array<std::byte, 64 * KiB> zeros = {};
+    while (length > 0) {
+        const auto piece = std::min<std::uint64_t>(length, zeros.size());
+        TRY_VOID(storage.write(at, std::span(zeros).first(piece)));
+        at += piece;
+        length -= piece;
+    }
+    return {};
+}
 
 int open_flags(const FileOptions& options) {
     return (options.writable ? O_RDWR : O_RDONLY) | (options.direct ? O_DIRECT : 0) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY;

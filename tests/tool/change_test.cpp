@@ -143,9 +143,9 @@ TEST_F(ChangeTest, Resize) {
     expect_refusal({"resize", "top.qcow2", "7E"}, HasSubstr("top.qcow2"));
     EXPECT_EQ(size(), 2U << 20);
     put_file(directory_.file("disk.raw"), "0123456789");
-    must_tool({"resize", "-f", "raw", "disk.raw", "12"});
-    must_tool({"resize", "--shrink", "-f", "raw", "disk.raw", "-4"});
-    EXPECT_EQ(bytes_of("disk.raw"), "01234567");
+    must_tool({"resize", "-f", "raw", "disk.raw", "1k"});
+    must_tool({"resize", "--shrink", "-f", "raw", "disk.raw", "-512"});
+    EXPECT_EQ(bytes_of("disk.raw"), "0123456789" + std::string(502, '\0'));
 }
 
 TEST_F(ChangeTest, ConvertIntoWhatIsThere) {
@@ -195,7 +195,8 @@ TEST_F(ChangeTest, ConvertCompressedIntoWhatIsThere) {
         const auto source = Random(5).bytes(1'000'000) + std::string(1'000'000, '\0') + Random(6).bytes(1'000'192);
         put_file(directory_.file("new.raw"), source);
         must_tool({"convert", "-n", "-c", "-m", "4", "-f", "raw", "new.raw", "target.qcow2"});
-        EXPECT_TRUE(contents("target.qcow2") == with(bytes_of("old.raw"), 0, source)) << type;
+        const auto whole_sectors = source + std::string(512 - source.size() % 512, '\0');
+        EXPECT_TRUE(contents("target.qcow2") == with(bytes_of("old.raw"), 0, whole_sectors)) << type;
         const auto usage = json::parse(must_tool({"info", "--json", "--usage", "target.qcow2"}).out)["usage"];
         EXPECT_GE(usage["layers"][0]["compressed"]["bytes"], 1'800'000) << type;
     }
