@@ -229,7 +229,7 @@ public:
 
     enum class Shrink : bool { refuse, allow };
 
-    /// Changes the virtual size to `size` bytes, rounded_size() of them; new bytes read as zeros. It becomes smaller
+    /// Changes the virtual size to rounded_size(size) bytes; new bytes read as zeros. It becomes smaller
     /// only where that is allowed: what lies past the new end is lost. Requests past the smaller of both sizes must not
     /// be in flight. On an error size() tells which of both the image has.
     virtual Result<void> resize(std::uint64_t size, Shrink shrink = Shrink::refuse);

@@ -23,7 +23,8 @@ public:
     Result<void> read(GuestOffset at, std::span<std::byte> to) override {
         return within_memory([&]() -> Result<void> {
             TRY_VOID(verify_range(*this, at, to.size()));
-            TRY(storage_->read(host(at), to));
+            const std::size_t there = TRY(storage_->read(host(at), to));
+            if (there != to.size()) return was_cut(at + there, to.size() - there);
             return {};
         });
     }
@@ -31,7 +32,12 @@ public:
     Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
         return within_memory([&]() -> Result<Extent> {
             TRY_VOID(verify_range(*this, at, 1));
-            const auto run = TRY(storage_->run(host(at), std::min(limit, size_ - at.value)));
+            auto run = TRY(storage_->run(host(at), std::min(limit, size_ - at.value)));
+            if (!run.data) {
+                const std::uint64_t end = TRY(storage_->size());
+                if (at.value >= end) return was_cut(at, run.length);
+                run.length = std::min(run.length, end - at.value);
+            }
             Extent result;
             result.start = at;
             result.length = run.length;
@@ -116,6 +122,14 @@ public:
     }
 
 private:
+    /// The file has become shorter since it was opened: what it had there is not zeros.
+    [[nodiscard]] std::unexpected<Error> was_cut(GuestOffset at, std::uint64_t length) const {
+        return unreadable({Errc::io, storage_->name(),
+                           fmt::format("it ends before offset {:#x}, although it had {} bytes when it was opened",
+                                       at.value, size_.load())},
+                          at, length);
+    }
+
     [[nodiscard]] Result<void> verify_writable() const {
         if (!write_) return fail(Errc::read_only, storage_->name(), "opened for reading only");
         return {};
