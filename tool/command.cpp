@@ -32,7 +32,7 @@ std::unique_ptr<CLI::App> make_app(int& status) {
     app.footer(
         "qcow COMMAND --help shows what a command does and its options.\n"
         "Sizes and offsets are bytes (4096, 0x1000), or numbers with k, M, G, T, P or E (powers of 1024): 64k, 1.5G.\n"
-        "Exit status: 0 done, 1 failed or used wrongly; check has more, see qcow check --help.\n"
+        "Exit status: 0 done, 1 failed or used wrongly; check and convert have more, see their --help.\n"
         "Examples:\n"
         "  qcow info disk.qcow2                what is this?\n"
         "  qcow check disk.qcow2               is it sound?\n"

@@ -134,6 +134,9 @@ private:
     Result<void> look_ahead() {
         rest_is_lost_.reset();
         auto found = source_.extent(cursor_, source_.size() - cursor_.value);
+        // What fails for a moment is not lost.
+        if (!found && salvager_ && found.error().code == Errc::io)
+            found = source_.extent(cursor_, source_.size() - cursor_.value);
         if (found) {
             rest_ = *found;
             return {};

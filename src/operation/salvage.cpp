@@ -29,25 +29,43 @@ std::uint64_t first_half(GuestOffset at, std::uint64_t length) {
 
 Result<void> Salvager::read(GuestOffset at, std::span<std::byte> to) {
     while (!to.empty()) {
-        auto done = source_.read(at, to);
-        if (done) return done;
-        const Error error = std::move(done).error();
-        if (!is_loss(error)) return std::unexpected(error);
-        auto lost = unreadable_part(error, at, to.size());
+        const auto done = source_.read(at, to);
+        if (done) return {};
+        if (!is_loss(done.error())) return done;
+        auto lost = unreadable_part(done.error(), at, to.size());
         const bool one_sector = at.value / sector_bytes == (at.value + to.size() - 1) / sector_bytes;
         if (!lost && one_sector) lost = {at, to.size()};
         // What lies before it is read again: a read that fails leaves nothing that could be relied upon.
         const std::uint64_t before = lost ? lost->start - at : first_half(at, to.size());
         if (before != 0) TRY_VOID(read(at, to.first(before)));
-        const std::uint64_t given_up = lost ? lost->length : 0;
-        if (lost) {
-            std::ranges::fill(to.subspan(before, given_up), std::byte{0});
-            lose(*lost, error);
-        }
+        const std::uint64_t given_up = lost ? TRY(give_up(*lost, to.subspan(before, lost->length), done.error())) : 0;
         at += before + given_up;
         to = to.subspan(before + given_up);
     }
     return {};
+}
+
+/// Gives how many bytes from the front are dealt with.
+Result<std::uint64_t> Salvager::give_up(const GuestRange& lost, std::span<std::byte> to, Error why) {
+    GuestRange range = lost;
+    if (why.code == Errc::io) {
+        // What fails for a moment is not lost.
+        auto again = source_.read(range.start, to);
+        if (again) return to.size();
+        if (!is_loss(again.error())) return std::unexpected(std::move(again).error());
+        why = std::move(again).error();
+        // Perhaps less of it.
+        if (const auto part = unreadable_part(why, range.start, range.length)) {
+            if (const std::uint64_t before = part->start - range.start; before != 0) {
+                TRY_VOID(read(range.start, to.first(before)));
+                return before;
+            }
+            range = *part;
+        }
+    }
+    std::ranges::fill(to.first(range.length), std::byte{0});
+    lose(range, why);
+    return range.length;
 }
 
 void Salvager::lose(const GuestRange& bytes, const Error& why) {

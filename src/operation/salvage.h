@@ -24,6 +24,8 @@ public:
     [[nodiscard]] Losses losses() const;
 
 private:
+    Result<std::uint64_t> give_up(const GuestRange& lost, std::span<std::byte> to, Error why);
+
     struct Lost {
         std::uint64_t length = 0;
         Error why;

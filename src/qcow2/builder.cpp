@@ -97,10 +97,9 @@ Result<void> Builder::prepare(Piece& piece) const {
 Result<bool> Builder::read_backing(GuestOffset at, std::span<std::byte> to) const {
     const std::uint64_t size = convert_.backing->size();
     const std::size_t there = at.value >= size ? 0 : std::min<std::uint64_t>(to.size(), size - at.value);
-    if (auto read = convert_.backing->read(at, to.first(there)); !read) {
-        if (passes_over(read.error())) return false;
-        return std::unexpected(std::move(read).error());
-    }
+    auto read = there == 0 ? Result<void>() : convert_.backing->read(at, to.first(there));
+    if (!read && passes_over(read.error())) return false;
+    if (!read) return std::unexpected(std::move(read).error());
     std::ranges::fill(to.subspan(there), std::byte{0});
     return true;
 }

@@ -79,9 +79,8 @@ Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
         return std::min(limit, entries * geometry.cluster_size() - geometry.offset_in_cluster(at.value));
     };
     if (!loaded) {
-        const std::uint64_t page_bytes = core_->words.page_bytes();
-        const std::uint64_t page_rest = page_bytes - (entry_at.value & (page_bytes - 1));
-        return unreadable(loaded.error(), at, bytes_of(page_rest / (entry_words * 8)));
+        const std::uint64_t rest_of_sector = sector_bytes - entry_at.value % sector_bytes;
+        return unreadable(loaded.error(), at, bytes_of(rest_of_sector / (entry_words * 8)));
     }
     const auto words = std::span<const std::uint64_t>(buffer).first(*loaded);
     // Zeros are also what lies past the end of the file: there, no table can be.

@@ -16,6 +16,7 @@ namespace qcow {
 namespace {
 
 constexpr std::size_t max_page_bytes = 4096;
+constexpr std::size_t sector_bytes = 512;  // what a disk may be unable to read
 constexpr std::size_t max_page_words = max_page_bytes / 8;
 constexpr std::uint64_t max_offset = bit(56);
 constexpr std::size_t max_sets = std::size_t{1} << 20;
@@ -121,6 +122,16 @@ Result<void> WordCache::reserve_space(HostOffset at) {
     return storage_->allocate({page * page_bytes()}, page_bytes());
 }
 
+/// Past the cache, of a page that cannot be read as a whole.
+Result<std::size_t> WordCache::load_sector(HostOffset at, std::span<std::uint64_t> to) const {
+    std::array<std::byte, sector_bytes> sector;
+    const std::size_t inside = at.value % sector.size();
+    TRY(storage_->read({at.value - inside}, sector));
+    to = to.first(std::min(to.size(), (sector.size() - inside) / 8));
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] = load_be<std::uint64_t>(sector, inside + i * 8);
+    return to.size();
+}
+
 Result<std::size_t> WordCache::load(HostOffset at, std::span<std::uint64_t> to) {
     assert(at.value % 8 == 0 && at.value < max_offset && !to.empty());
     const std::uint64_t page = at.value / 8 / page_words_;
@@ -129,7 +140,13 @@ Result<std::size_t> WordCache::load(HostOffset at, std::span<std::uint64_t> to) 
     while (!load_cached(page, first, to)) {
         const std::size_t set = set_of(page);
         const std::lock_guard guard(states_[set].mutex);
-        if (TRY(fill(set, page)) < ways) continue;
+        const auto filled = fill(set, page);
+        if (!filled) {
+            // The first time that is an error. If it is met again, as little as can be is unreadable.
+            if (filled.error().code != Errc::io || !pages_failed_.exchange(true)) return filled;
+            return load_sector(at, to);
+        }
+        if (*filled < ways) continue;
         // No room, but then it is not here either: the file has what was last stored.
         std::array<std::uint64_t, max_page_words> words;
         TRY_VOID(read_page(page, std::span(words).first(page_words_)));

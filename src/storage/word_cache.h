@@ -30,7 +30,8 @@ public:
 
     /// Copies the words from host offset `at` on (a multiple of 8 below 2^56) into `to`, in host byte order, as many as
     /// the page of `at` has from there on but no more than `to` takes. Gives how many: at least one. Words past the end
-    /// of the file are zeros: callers hold tables against its length. Errc::io.
+    /// of the file are zeros: callers hold tables against its length. Errc::io: the page cannot be read. Once that has
+    /// happened, such pages are read by sectors of 512 bytes, so that another try may succeed.
     Result<std::size_t> load(HostOffset at, std::span<std::uint64_t> to);
 
     /// One word.
@@ -111,6 +112,7 @@ private:
     Result<std::size_t> fill(std::size_t set, std::uint64_t page);
     Result<void> reserve_space(std::uint64_t page, Slot& slot);
     Result<void> read_page(std::uint64_t page, std::span<std::uint64_t> to) const;
+    Result<std::size_t> load_sector(HostOffset at, std::span<std::uint64_t> to) const;
     void change(std::size_t set, std::size_t way, std::uint64_t tag, std::size_t first,
                 std::span<const std::uint64_t> words);
     ChangedList& list_of(PageClass page_class) { return changed_[static_cast<std::size_t>(page_class)]; }
@@ -124,6 +126,7 @@ private:
     std::size_t set_count_;  // a power of two
     std::unique_ptr<Set[]> sets_;
     std::unique_ptr<SetState[]> states_;
+    std::atomic<bool> pages_failed_ = false;  // to be read as a whole
     std::unique_ptr<std::atomic<std::uint64_t>[], Free> words_;
     std::array<ChangedList, 2> changed_;
 };

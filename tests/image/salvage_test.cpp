@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 
 #include "fuzz/image_builder.h"
 #include "hostile.h"
@@ -49,7 +51,8 @@ Readable read_each_sector(Disk& disk) {
     for (std::uint64_t at = 0; at < disk.size(); at += sector_bytes) {
         const auto sector =
             std::span(result.contents).subspan(at, std::min<std::uint64_t>(sector_bytes, disk.size() - at));
-        const auto read = disk.read({at}, sector);
+        auto read = disk.read({at}, sector);
+        if (!read) read = disk.read({at}, sector);
         result.lost.push_back(!read);
         if (read) continue;
         std::ranges::fill(sector, std::byte{0});
@@ -201,7 +204,7 @@ TEST(SalvageTest, WhatCanBeReadIsSavedAndTheRestIsListed) {
         }
         if (testing::Test::HasFailure()) return;
     }
-    EXPECT_GT(damaged, 20U) << "too little was damaged to show anything";
+    EXPECT_GT(damaged, 5U) << "too little was damaged to show anything";
 }
 
 TEST(SalvageTest, OfDataOnlyTheBadSectorsAreLost) {
@@ -221,6 +224,62 @@ TEST(SalvageTest, OfDataOnlyTheBadSectorsAreLost) {
     EXPECT_EQ(losses.ranges[0].bytes.start.value, 7 * sector_bytes);
     EXPECT_EQ(losses.ranges[0].bytes.length, 3 * sector_bytes);
     EXPECT_EQ(losses.ranges[0].why.code, Errc::io);
+}
+
+TEST(SalvageTest, OfATableOnlyWhatABadSectorMapsIsLost) {
+    const NewImageFiles files{memory_storage({}, "image"), nullptr};
+    const auto source = must(open_image(memory_storage(repeated(1 << 20, 1)), {.format = Format::raw}));
+    CreateOptions create;
+    create.cluster_size = 4096;
+    must(convert_image(*source, files, create));
+    // Its L2 table lies behind its data; its fourth sector maps 64 clusters from 768 KiB on.
+    std::array<std::byte, 8> word = {};
+    must(files.image->read({40}, word));
+    must(files.image->read({load_be<std::uint64_t>(word, 0)}, word));
+    const auto table = load_be<std::uint64_t>(word, 0) & format::offset_mask;
+    const auto disk = must(open_image(
+        std::make_shared<BadSectors>(files.image, std::vector<std::uint64_t>{table / sector_bytes + 3}), {}));
+    Losses losses;
+    const auto target = raw_target(repeated(1 << 20, 2));
+    must(copy_disk(*disk, *target, {.salvage = &losses}));
+    ASSERT_EQ(losses.ranges.size(), 1U);
+    EXPECT_EQ(losses.ranges[0].bytes.start.value, 768 * KiB);
+    EXPECT_EQ(losses.ranges[0].bytes.length, 256 * KiB);
+    EXPECT_EQ(losses.ranges[0].why.code, Errc::io);
+    EXPECT_TRUE(contents_of_disk(*target) == joined({repeated(768 * KiB, 1), repeated(256 * KiB, 0)}));
+}
+
+TEST(SalvageTest, WhatFailsForAMomentIsNotLost) {
+    class FailsEverySecondTime final : public PassThrough {
+    public:
+        using PassThrough::PassThrough;
+        Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+            if (count_++ % 2 == 0) return std::unexpected(Error{Errc::io, name(), "not now"});
+            return inner().read(at, to);
+        }
+
+    private:
+        mutable std::atomic<unsigned> count_ = 0;
+    };
+    const auto disk = must(open_image(std::make_shared<FailsEverySecondTime>(memory_storage(repeated(1 << 20, 1))),
+                                      {.format = Format::raw}));
+    Losses losses;
+    const auto target = raw_target(repeated(1 << 20, 2));
+    must(copy_disk(*disk, *target, {.workers = 1, .salvage = &losses}));
+    EXPECT_EQ(losses.bytes, 0U);
+    EXPECT_TRUE(contents_of_disk(*target) == repeated(1 << 20, 1));
+}
+
+TEST(SalvageTest, ARawDiskThatIsCutWhileItIsOpenIsNotZeros) {
+    const auto storage = memory_storage(repeated(1 << 20, 1));
+    const auto disk = must(open_image(storage, {.format = Format::raw}));
+    must(storage->resize(700'000));
+    const auto target = raw_target(repeated(1 << 20, 2));
+    EXPECT_TRUE(fails(copy_disk(*disk, *target), Errc::io, {"1048576 bytes"}));
+    Losses losses;
+    must(copy_disk(*disk, *target, {.salvage = &losses}));
+    EXPECT_EQ(losses.bytes, (1U << 20) - 700'000U);
+    EXPECT_TRUE(contents_of_disk(*target) == joined({repeated(700'000, 1), repeated((1 << 20) - 700'000, 0)}));
 }
 
 TEST(SalvageTest, OnlyDamageIsPassedOver) {

@@ -149,6 +149,10 @@ TEST_F(ConvertTest, OddImagesThatAreThereAreReadToTheirLastByte) {
         must_tool(arguments);
         EXPECT_TRUE(contents("made.qcow2") == expected);
     }
+    // Larger, they have zeros behind their last byte.
+    std::filesystem::copy(directory_.file("odd.qcow2"), directory_.file("larger.qcow2"));
+    must_tool({"resize", "larger.qcow2", "1M"});
+    EXPECT_TRUE(contents("larger.qcow2") == expected + std::string((1 << 20) - rounded, '\0'));
     // Into them, and from them into larger ones, the rest of whose sector becomes zeros as in QEMU.
     put_file(directory_.file("new.raw"), Random(3).bytes(odd));
     must_tool({"convert", "-n", "-f", "raw", "new.raw", "odd.qcow2"});
@@ -270,6 +274,55 @@ TEST_F(ConvertTest, ARawDataFileIsMappedWhole) {
     EXPECT_TRUE(bytes_of("data") == bytes_of("disk.raw"));
     must_qemu_io("data", "raw", {"write -q -P 90 6M 64k"}, directory_.path());
     EXPECT_EQ(contents("made.qcow2").substr(6 << 20, 65536), std::string(65536, 'Z'));
+}
+
+/// Any layout, of any size, by any of the options: QEMU finds the same bytes.
+TEST_F(ConvertTest, ConversionsAreEqualToTheirSource) {
+    auto random = Random::named("conversions");
+    SCOPED_TRACE(replay_hint());
+    for (int round = 0; round < 12; ++round) {
+        const auto size = random.between(1, 3 << 20);
+        std::string source(size, '\0');
+        for (auto n = random.below(6); n > 0; --n) {
+            const auto at = random.below(size);
+            const auto length = std::min<std::size_t>(size - at, random.between(1, 400'000));
+            source.replace(at, length, random.chance(30) ? std::string(length, '\0') : random.bytes(length));
+        }
+        auto base = source.substr(0, random.between(1, size));
+        base.replace(random.below(base.size()), 1, "x");
+        put_file(directory_.file("source.raw"), source);
+        put_file(directory_.file("backing.raw"), base);
+        must_run({"fallocate", "--dig-holes", "source.raw"}, directory_.path());
+
+        const bool raw = random.chance(30);
+        Arguments arguments = {"convert", "-f", "raw", "-O", raw ? "raw" : "qcow2"};
+        const auto add = [&](unsigned percent, const Arguments& words) {
+            if (random.chance(percent)) arguments.insert(arguments.end(), words.begin(), words.end());
+        };
+        add(30, {"-S", random.pick<std::string>({"0", "512", "64k"})});
+        add(30, {"--salvage"});
+        add(50, {"-m", std::to_string(random.between(1, 4))});
+        if (raw) {
+            add(50, {"-o", "preallocation=" + random.pick<std::string>({"off", "falloc", "full"})});
+        } else {
+            add(70, {"-o", "cluster_size=" + random.pick<std::string>({"512", "4k", "64k", "1M"})});
+            add(30, {"-o", "compat=0.10"});
+            if (random.chance(50)) {
+                add(50, {"-B", "backing.raw", "-F", "raw"});
+                add(50, {"-c"});
+            } else {
+                add(70, {"-o", "preallocation=" + random.pick<std::string>({"metadata", "falloc", "full"})});
+            }
+        }
+        arguments.insert(arguments.end(), {"source.raw", "target"});
+        SCOPED_TRACE(testing::PrintToString(arguments));
+        must_tool(arguments);
+        if (!raw) expect_sound("target");
+        const auto compared =
+            qemu_img({"compare", "-f", "raw", "-F", raw ? "raw" : "qcow2", "source.raw", "target"}, directory_.path());
+        EXPECT_EQ(compared.status, 0) << compared.text();
+        if (testing::Test::HasFailure()) return;
+    }
 }
 
 // ---- into an overlay ----
