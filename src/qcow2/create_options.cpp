@@ -38,8 +38,8 @@ Result<void> verify(const CreateOptions& o) {
     if (o.data_file_raw && !o.backing_name.empty()) {
         return impossible("data_file_raw", "a raw data file holds everything by itself; it excludes a backing file");
     }
-    if (!o.backing_name.empty() && o.preallocation != Preallocation::off) {
-        return impossible("preallocation", "it would hide the backing file under zeros");
+    if (!o.backing_name.empty() && o.preallocation != Preallocation::off && !o.extended_l2) {
+        return impossible("preallocation", "it would hide the backing file under zeros; with extended_l2 it does not");
     }
     return {};
 }

@@ -254,6 +254,19 @@ TEST_F(ConvertTest, PreallocationIsAsInQemu) {
         for (const std::string more : {"", ",cluster_size=4k", ",compat=0.10", ",extended_l2=on"})
             compare("qcow2", "preallocation=" + how + more);
     }
+    // With subclusters also over a backing file, which stays visible, and data over it.
+    put_file(directory_.file("backing.raw"), bytes_of("disk.raw").replace(2 << 20, 200'000, 200'000, 'x'));
+    for (const std::string how : {"metadata", "falloc", "full"}) {
+        const auto options = "extended_l2=on,preallocation=" + how;
+        must_tool({"convert", "-f", "raw", "-O", "qcow2", "-B", "backing.raw", "-F", "raw", "-o", options, "disk.raw",
+                   "ours"});
+        expect_sound("ours");
+        EXPECT_TRUE(contents("ours") == bytes_of("disk.raw"));
+        if (how != "metadata") EXPECT_GE(occupied("ours"), 8U << 20);
+        must_qemu_io("backing.raw", "raw", {"write -q -P 90 6M 64k"}, directory_.path());
+        EXPECT_EQ(contents("ours").substr(6 << 20, 65536), std::string(65536, 'Z'));
+        must_qemu_io("backing.raw", "raw", {"write -q -P 0 6M 64k"}, directory_.path());
+    }
     must_tool({"convert", "-f", "raw", "-O", "qcow2", "-o", "preallocation=falloc,data_file=data", "disk.raw", "ours"});
     EXPECT_GE(occupied("data"), 8U << 20);
     EXPECT_TRUE(contents("ours") == bytes_of("disk.raw"));
