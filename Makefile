@@ -33,7 +33,7 @@ test-asan test-tsan: test-%: ## The same tests under the address and undefined-b
 torture: ## Try to make images lose something for TORTURE_SECONDS (3600), each time from another seed
 	@scripts/install-dependencies build test
 	@cmake --preset release-tests >/dev/null
-	@cmake --build --preset release-tests -j $(JOBS) --target engine_test memory_test server_test
+	@cmake --build --preset release-tests -j $(JOBS) --target qcow engine_test memory_test server_test
 	@scripts/torture build/release $(TORTURE_SECONDS) $(JOBS)
 
 soak: ## Eight threads on every kind of image under the thread sanitizer, for SOAK_SECONDS (3600), from another seed each time
