@@ -6,9 +6,31 @@
 #include "engine/crash_explorer.h"
 #include "engine/works.h"
 #include "support/effort.h"
+#include "support/faulty.h"
 
 namespace qcow::test {
 namespace {
+
+/// Room that comes and goes. Thread-safe.
+class Weather {
+public:
+    explicit Weather(std::uint64_t seed) : random_(seed) {}
+
+    void change() {
+        const std::lock_guard lock(mutex_);
+        if (random_.chance(10)) {
+            room->set(std::nullopt);
+        } else if (random_.chance(15)) {
+            room->set(random_.below(24));
+        }
+    }
+
+    const std::shared_ptr<FreeBlocks> room = std::make_shared<FreeBlocks>();
+
+private:
+    std::mutex mutex_;
+    Random random_;
+};
 
 /// What was done, and to which files.
 struct Recorded {
@@ -18,6 +40,7 @@ struct Recorded {
     Kept kept;
     StorageLog log = {};
     std::unique_ptr<SectorModel> model = nullptr;
+    std::uint64_t refused = 0;  // for want of room
 
     [[nodiscard]] History history(const StorageLog& shown) const {
         History history{shown, before, *model, kept, work.kind.dirty};
@@ -37,14 +60,24 @@ std::unique_ptr<Recorded> record(const Work& work, Random& random) {
     result->model = std::make_unique<SectorModel>(sectors, work.mix.resized_most);
     // Where threads meet flushes, these must not be over at once.
     const std::chrono::microseconds flush_time(work.threads > 1 ? 200 : 0);
+    Weather weather(random.below(~std::uint64_t{0}));
     Files recorded;
-    for (const auto& [name, storage] : prepared.files)
-        recorded[name] = std::make_shared<RecordingStorage>(storage, name, log, flush_time);
+    for (const auto& [name, storage] : prepared.files) {
+        recorded[name] =
+            std::make_shared<SparseStorage>(std::make_shared<RecordingStorage>(storage, name, log, flush_time),
+                                            weather.room, SparseStorage::Zeros::holes);
+    }
     const auto image = value_of(open_kind(work.kind, recorded, true));
     Guest guest(*image, *result->model, [&] { return log.mark(); }, work.kind.discards_read_as_zeros());
     guest.adopt();
     if (work.kind.open.write.cache == CacheMode::writethrough) guest.expect_writethrough();
-    perform(work, guest, random, [](const auto& call) { value_of(call()); });
+    perform(work, guest, random, [&](const auto& call) {
+        if (work.full) weather.change();
+        const Result<void> done = call();
+        if (!done && !(work.full && done.error().code == Errc::no_space)) value_of(done);
+    });
+    result->refused = weather.room->refused();
+    if (guest.failed_flushes() != 0) throw std::runtime_error("a flush failed for want of room");
     if (auto wrong = guest.verify(0, guest.sectors())) throw std::runtime_error(*wrong);
     if (work.close) value_of(guest.close());
     return result;
@@ -102,6 +135,7 @@ TEST_P(CrashTest, LosesNothing) {
         ASSERT_FALSE(report.violation) << "round " << round << ": " << *report.violation << "\n" << replay_hint();
         ASSERT_GE(report.states, options.samples);
         expect_moved(*recorded);
+        ASSERT_TRUE(!c.full || recorded->refused != 0);
         ASSERT_TRUE(c.threads == 1 || c.job != Work::Job::none || changes_during_flushes(recorded->log) >= 10);
     }
     RecordProperty("states", static_cast<int>(states));

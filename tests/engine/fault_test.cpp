@@ -25,13 +25,22 @@ constexpr unsigned steps = 40;
 std::vector<FaultCase> fault_cases() {
     std::vector<FaultCase> result;
     for (auto work : works()) {
-        if (work.threads > 1 && work.job == Work::Job::none) continue;
+        if ((work.threads > 1 && work.job == Work::Job::none) || work.full) continue;
         work.threads = 1;
         work.steps = std::min(work.steps, steps);
         work.kind.open.cache_bytes = 1;  // tables are read and written all the time
         work.kind.create.size = std::min(work.kind.create.size, std::uint64_t{512} << 10);
         for (const auto operation : {Operation::read, Operation::write, Operation::space, Operation::flush})
             result.push_back({work, operation});
+    }
+    return result;
+}
+
+/// The same, each once; what takes no blocks cannot want any.
+std::vector<FaultCase> full_cases() {
+    std::vector<FaultCase> result;
+    for (auto& c : fault_cases()) {
+        if (c.operation == Operation::space) result.push_back(std::move(c));
     }
     return result;
 }
@@ -70,6 +79,25 @@ TEST_P(FaultTest, NothingIsLostOrCorrupt) {
 
 INSTANTIATE_TEST_SUITE_P(Each, FaultTest, testing::ValuesIn(fault_cases()),
                          [](const auto& test) { return name_of(test.param); });
+
+class FullTest : public testing::TestWithParam<FaultCase> {};
+
+TEST_P(FullTest, OnlyWhatNeedsRoomFails) {
+    const auto& work = GetParam().work;
+    auto random = Random::named(work.name + " full");
+    const auto setting = setting_of(work.kind, random, work.mix.resized_most);
+    SCOPED_TRACE(replay_hint());
+    const auto perform_on = [&](FaultyRun& run) {
+        Random same(run_seed());
+        run.perform(work, same);
+    };
+    std::uint64_t count = 0;
+    ASSERT_NO_THROW(count = fill_at_each(setting, perform_on, (sanitized ? 3 : 12) * effort(), random));
+    std::cout << "covered " << count << " full file systems in memory\n";
+}
+
+INSTANTIATE_TEST_SUITE_P(Each, FullTest, testing::ValuesIn(full_cases()),
+                         [](const auto& test) { return test.param.work.name; });
 
 /// Small, with tables that are read and written all the time.
 ImageKind small_kind(const std::string& name) {
@@ -141,6 +169,7 @@ TEST_P(FullDiskTest, WorkGoesOnWhenThereIsRoomAgain) {
         run.faults->set_room(std::nullopt);
         full += run.hits() != 0 ? 1 : 0;
         const auto errors = run.errors().size();
+        ASSERT_EQ(run.guest().failed_flushes(), 0U) << run.errors().back().message();
         ASSERT_NO_THROW(run.work(mix_for(kind), steps));
         const auto unread = run.guest().verify(0, run.guest().sectors());
         ASSERT_FALSE(unread) << *unread;
@@ -148,6 +177,7 @@ TEST_P(FullDiskTest, WorkGoesOnWhenThereIsRoomAgain) {
         ASSERT_EQ(run.errors().size(), errors) << run.errors().back().message();
         const auto wrong = run.verdict(random);
         ASSERT_FALSE(wrong) << *wrong;
+        ASSERT_EQ(run.leaks(), 0U);
     }
     EXPECT_GT(full, 5 * effort());
 }

@@ -24,6 +24,7 @@ public:
         bool discards_read_as_zeros = true;
         bool dirty = false;
         Kept kept = {};
+        SparseStorage::Zeros zeros = SparseStorage::Zeros::blocks;  ///< what there is room for at first
     };
 
     explicit FaultyRun(const Setting& setting)
@@ -35,7 +36,8 @@ public:
             // A flush fails below the log, which then knows what may be lost; everything else never gets that far.
             const auto flushes = std::make_shared<FaultyStorage>(storage, flush_faults);
             const auto recorded = std::make_shared<RecordingStorage>(flushes, name, log_);
-            faulty_[name] = std::make_shared<FaultyStorage>(recorded, faults);
+            const auto sparse = std::make_shared<SparseStorage>(recorded, room, setting.zeros);
+            faulty_[name] = std::make_shared<FaultyStorage>(sparse, faults);
         }
         adopt(*value_of(setting_.open(files_, false)), model_);
     }
@@ -108,8 +110,16 @@ public:
         return explorer.explore({.samples = 2, .most = 4, .return_every = 0}).violation;
     }
 
+    /// The clusters that leak, when everything is closed.
+    [[nodiscard]] std::uint64_t leaks() const {
+        const auto image = value_of(setting_.open(files_, false));
+        const auto report = image->check({.workers = 1});
+        return report ? report->leaks : 0;
+    }
+
     [[nodiscard]] std::uint64_t hits() const { return faults->hits() + flush_faults->hits(); }
     [[nodiscard]] const std::vector<Error>& errors() const { return errors_; }
+    [[nodiscard]] bool is_open() const { return guest_ != nullptr; }
     [[nodiscard]] Guest& guest() { return *guest_; }
 
     /// Of one thread: the calls that met a fault and succeeded, and those that failed first, without having met any.
@@ -118,6 +128,7 @@ public:
 
     std::shared_ptr<Faults> faults = std::make_shared<Faults>();
     std::shared_ptr<Faults> flush_faults = std::make_shared<Faults>();
+    std::shared_ptr<FreeBlocks> room = std::make_shared<FreeBlocks>();
 
 private:
     Setting setting_;
@@ -180,6 +191,70 @@ inline std::uint64_t fail_each(const FaultyRun::Setting& setting, Faults::Operat
                                                          fault.percent_done, e.what()));
                 }
                 ++done;
+            }
+        }
+    }
+    return done;
+}
+
+/// Does the same work again and again, opening and closing included, and lets the file system be full after each number
+/// of blocks in turn, or after `most` of them at random: half of the time for good, and half until the work is half
+/// done. Only what needs room may fail, and in the end nothing leaks. Returns how often that was; what is wrong is an
+/// exception.
+inline std::uint64_t fill_at_each(FaultyRun::Setting setting, const std::function<void(FaultyRun&)>& work,
+                                  std::uint64_t most, Random& random) {
+    const auto must_succeed = [](FaultyRun& run, const char* what, const auto& part) {
+        const auto before = run.errors().size();
+        part();
+        if (run.errors().size() != before)
+            throw std::runtime_error(fmt::format("{}: {}", what, run.errors().back().message()));
+    };
+    const auto perform = [&](FaultyRun& run, bool lifted) {
+        run.open();
+        if (!run.is_open()) {
+            if (setting.dirty) return;  // all is counted anew, which may take room
+            throw std::runtime_error("cannot be opened: " + run.errors().back().message());
+        }
+        work(run);
+        if (lifted) {
+            run.room->set(std::nullopt);
+            must_succeed(run, "with room again", [&] { work(run); });
+            const auto overwrite = [&] { run.note([&] { return run.guest().write(0, 1); }); };
+            must_succeed(run, "with room again", overwrite);
+            run.room->set(0);
+            must_succeed(run, "in place", overwrite);
+        }
+        must_succeed(run, "a flush", [&] { run.note([&] { return run.guest().flush(); }); });
+        if (run.guest().failed_flushes() != 0)
+            throw std::runtime_error("a flush failed: " + run.errors().back().message());
+        if (auto wrong = run.guest().verify(0, run.guest().sectors())) throw std::runtime_error(*wrong);
+        must_succeed(run, "closing", [&] { run.close(); });
+    };
+    std::uint64_t done = 0;
+    for (const auto zeros : {SparseStorage::Zeros::blocks, SparseStorage::Zeros::holes}) {
+        setting.zeros = zeros;
+        FaultyRun dry(setting);
+        perform(dry, false);
+        if (!dry.errors().empty()) throw std::runtime_error("with room: " + dry.errors().front().message());
+        const auto blocks = dry.room->taken();
+        const auto wanted = std::min(blocks, most);
+        for (std::uint64_t i = 0; i < wanted; ++i) {
+            const auto room = wanted == blocks ? i : random.below(blocks);
+            const bool lifted = i % 2 == 0;
+            try {
+                FaultyRun run(setting);
+                run.room->set(room);
+                perform(run, lifted);
+                if (run.room->refused() == 0) continue;  // what was freed sufficed
+                ++done;
+                for (const auto& error : run.errors())
+                    if (error.code != Errc::no_space) throw std::runtime_error("another error: " + error.message());
+                if (const auto wrong = run.verdict(random)) throw std::runtime_error(*wrong);
+                if (run.leaks() != 0) throw std::runtime_error(fmt::format("{} clusters leak", run.leaks()));
+            } catch (const std::exception& e) {
+                throw std::runtime_error(fmt::format("room for {} of {} blocks{}{}: {}", room, blocks,
+                                                     zeros == SparseStorage::Zeros::holes ? ", zeros are holes" : "",
+                                                     lifted ? ", then as many as there are wanted" : "", e.what()));
             }
         }
     }

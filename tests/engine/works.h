@@ -24,6 +24,7 @@ struct Work {
     unsigned threads = 1;
     bool close = true;    ///< in order; else the image is dropped with writes that were not flushed
     Job job = Job::none;  ///< done first, and flushed
+    bool full = false;    ///< room comes and goes meanwhile
 };
 
 inline void PrintTo(const Work& work, std::ostream* out) { *out << work.name; }
@@ -97,11 +98,13 @@ inline std::vector<Work> works() {
         result.push_back({fmt::format("ConvertCompressed_{}", kind), small(kind), everything, 10, 2, true,
                           Work::Job::convert_compressed});
     }
-    for (const auto* kind : {"v3_512", "snapshot_4k", "compressed_snapshot", "extended_snapshot", "refcounts_1"}) {
-        auto dirty = small(kind);
-        dirty.dirty = true;
-        result.push_back({fmt::format("Dirty_{}", kind), dirty, everything, 10});
+    for (const auto* kind :
+         {"v3_512", "snapshot_4k", "compressed_snapshot", "extended_snapshot", "data_file", "tiny_cache"}) {
+        const auto& mix = small(kind).can_compress() ? everything : uncompressed;
+        result.push_back({fmt::format("Full_{}", kind), small(kind), mix, 50, 1, true, Work::Job::none, true});
     }
+    const Mix rarely_flushed{.write = 10, .zero = 2, .discard = 2, .flush = 1};
+    result.push_back({"FullThreads", small("snapshot_4k"), rarely_flushed, 20, 4, true, Work::Job::none, true});
     result.push_back({"NeverFlushed", small("v3_4k"), {.discard = 2, .flush = 0}, 60, 1, false});
     return result;
 }

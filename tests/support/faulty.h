@@ -1,14 +1,133 @@
 #pragma once
-// A Storage that fails when it is told to.
+// A Storage that fails when it is told to, or when there is no room.
 
 #include <algorithm>
 #include <array>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 #include "storage/pass_through.h"
+#include "support/bytes.h"
+#include "support/result.h"
 
 namespace qcow::test {
+
+/// The free blocks of a file system, which several files share. They may be taken away and given back at any time.
+class FreeBlocks {
+public:
+    static constexpr std::uint64_t block_bytes = 4096;
+
+    /// From now on there are so many; nothing: as many as anybody wants.
+    void set(std::optional<std::uint64_t> blocks) {
+        const std::lock_guard lock(mutex_);
+        free_ = blocks;
+    }
+
+    /// How many of `wanted` there are.
+    std::uint64_t take(std::uint64_t wanted) {
+        const std::lock_guard lock(mutex_);
+        const auto given = free_ ? std::min(wanted, *free_) : wanted;
+        if (free_) *free_ -= given;
+        taken_ += given;
+        if (given < wanted) ++refused_;
+        return given;
+    }
+
+    void give(std::uint64_t blocks) {
+        const std::lock_guard lock(mutex_);
+        if (free_) *free_ += blocks;
+    }
+
+    [[nodiscard]] std::uint64_t taken() const {
+        const std::lock_guard lock(mutex_);
+        return taken_;
+    }
+    [[nodiscard]] std::uint64_t refused() const {
+        const std::lock_guard lock(mutex_);
+        return refused_;
+    }
+
+private:
+    mutable std::mutex mutex_;
+    std::optional<std::uint64_t> free_;
+    std::uint64_t taken_ = 0;
+    std::uint64_t refused_ = 0;
+};
+
+/// A file in those blocks. What is written where none are takes some, what is punched or cut off gives them back, and
+/// overwriting takes none. A request that finds too few does as much as it can, and keeps the blocks that it has got.
+class SparseStorage final : public PassThrough {
+public:
+    /// Blocks of which there are only zeros at first are holes, or are not.
+    enum class Zeros : bool { blocks, holes };
+
+    SparseStorage(std::shared_ptr<Storage> inner, std::shared_ptr<FreeBlocks> free, Zeros zeros)
+        : PassThrough(std::move(inner)), free_(std::move(free)) {
+        Bytes bytes(must(this->inner().size()));
+        must(this->inner().read({0}, bytes));
+        for (std::uint64_t at = 0; at < bytes.size(); at += block) {
+            const auto contents = std::span(bytes).subspan(at, std::min<std::uint64_t>(block, bytes.size() - at));
+            there_.push_back(zeros == Zeros::blocks ||
+                             std::ranges::any_of(contents, [](std::byte b) { return b != std::byte{0}; }));
+        }
+    }
+
+    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+        const std::lock_guard lock(mutex_);
+        const auto done = take(at.value, at.value + from.size());
+        if (done == at.value + from.size()) return inner().write(at, from);
+        if (done > at.value) must(inner().write(at, from.first(done - at.value)));
+        return full();
+    }
+
+    Result<void> allocate(HostOffset at, std::uint64_t length) override {
+        const std::lock_guard lock(mutex_);
+        if (take(at.value, at.value + length) < at.value + length) return full();
+        return inner().allocate(at, length);
+    }
+
+    Result<void> write_zeroes(HostOffset at, std::uint64_t length) override {
+        const std::lock_guard lock(mutex_);
+        give((at.value + block - 1) / block, (at.value + length) / block);
+        return inner().write_zeroes(at, length);
+    }
+
+    Result<void> resize(std::uint64_t size) override {
+        const std::lock_guard lock(mutex_);
+        give((size + block - 1) / block, there_.size());
+        return inner().resize(size);
+    }
+
+private:
+    static constexpr std::uint64_t block = FreeBlocks::block_bytes;
+
+    /// Returns up to where there are blocks now.
+    std::uint64_t take(std::uint64_t begin, std::uint64_t end) {
+        there_.resize(std::max<std::size_t>(there_.size(), (end + block - 1) / block));
+        for (auto i = begin / block; i * block < end; ++i) {
+            if (there_[i]) continue;
+            if (free_->take(1) == 0) return std::max(begin, i * block);
+            there_[i] = true;
+        }
+        return end;
+    }
+
+    void give(std::uint64_t first, std::uint64_t end) {
+        for (auto i = first; i < std::min<std::uint64_t>(end, there_.size()); ++i) {
+            if (there_[i]) free_->give(1);
+            there_[i] = false;
+        }
+    }
+
+    [[nodiscard]] std::unexpected<Error> full() const {
+        return std::unexpected(Error{Errc::no_space, name(), "no block is free in the test"});
+    }
+
+    std::shared_ptr<FreeBlocks> free_;
+    std::mutex mutex_;
+    std::vector<bool> there_;
+};
 
 /// What is to fail, of one file or of several together.
 class Faults {

@@ -93,9 +93,12 @@ public:
     Result<void> flush() {
         const auto begun = clock_();
         auto result = image_.flush();
+        if (!result) ++failed_flushes_;
         if (result) model_.flushed(begun, clock_());
         return result;
     }
+
+    [[nodiscard]] std::uint64_t failed_flushes() const { return failed_flushes_; }
 
     /// Flushes, too.
     Result<void> close() {
@@ -170,6 +173,7 @@ private:
     bool discards_read_as_zeros_;
     bool writethrough_ = false;
     std::atomic<Value> next_value_;
+    std::atomic<std::uint64_t> failed_flushes_ = 0;
 };
 
 }  // namespace qcow::test
