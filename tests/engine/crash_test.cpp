@@ -18,10 +18,10 @@ public:
 
     void change() {
         const std::lock_guard lock(mutex_);
-        if (random_.chance(10)) {
+        if (!std::exchange(begun_, true) || random_.chance(20)) {
+            room->set(random_.below(16));
+        } else if (random_.chance(10)) {
             room->set(std::nullopt);
-        } else if (random_.chance(15)) {
-            room->set(random_.below(24));
         }
     }
 
@@ -30,6 +30,7 @@ public:
 private:
     std::mutex mutex_;
     Random random_;
+    bool begun_ = false;
 };
 
 /// What was done, and to which files.

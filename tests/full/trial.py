@@ -311,6 +311,8 @@ class Trial:
         self.image.verify_others(self._reader(self.image.path))
         if self.image.kind.bitmap:
             what = self.image.verify_bitmap(self._reader(self.image.path))
+            if what != "true" and self.counts["servers killed"] == 0:
+                raise Complaint("the bitmap is marked as not to be trusted, although all servers were stopped in order")
             self.counts[f"bitmaps that are {what} in the end"] += 1
         return self.counts
 
