@@ -103,11 +103,11 @@ public:
         if (block_device_) {
             // The kernel zeroes whole blocks of a device.
             const std::uint64_t before = std::min(length, -at.value % device_block);
-            TRY_VOID(write_zero_bytes(at, before));
+            TRY_VOID(write_zero_bytes(*this, at, before));
             at += before;
             length -= before;
             const std::uint64_t behind = length % device_block;
-            TRY_VOID(write_zero_bytes(at + (length - behind), behind));
+            TRY_VOID(write_zero_bytes(*this, at + (length - behind), behind));
             length -= behind;
             if (length == 0) return {};
         }
