@@ -10,8 +10,8 @@
 #include "hostile.h"
 #include "qcow/concat.h"
 #include "qcow/create.h"
+#include "storage/pass_through.h"
 #include "support/bytes.h"
-#include "support/pass_through.h"
 #include "support/random.h"
 #include "support/result.h"
 
