@@ -99,7 +99,8 @@ public:
             } else {
                 SparseFile raw;
                 raw.write(random_.below(4) * 512, pattern(random_, 512 * (1 + random_.below(8))));
-                raw.fixed_size = random_.below(2) == 0 ? raw.size() : size_ + random_.below(1024);
+                // A data file is as long as the disk.
+                raw.fixed_size = random_.below(2) == 0 && !external_ ? raw.size() : size_ + random_.below(1024);
                 files.push_back(std::move(raw));
             }
         }

@@ -11,7 +11,7 @@ namespace tool {
 namespace {
 
 constexpr int corrupt = 2;
-constexpr int leaks_only = 3;
+constexpr int harmless = 3;
 
 struct Options {
     Source source;
@@ -26,6 +26,7 @@ std::string_view severity_name(qcow::CheckFinding::Severity severity) {
         case qcow::CheckFinding::Severity::leak: return "leak";
         case qcow::CheckFinding::Severity::corruption: return "corruption";
         case qcow::CheckFinding::Severity::error: return "error";
+        case qcow::CheckFinding::Severity::postponed: return "postponed";
     }
     return "";
 }
@@ -36,6 +37,8 @@ void print_report_json(const qcow::CheckReport& report, const std::string& path,
                  {"check-errors", report.errors},
                  {"corruptions", report.corruptions},
                  {"leaks", report.leaks},
+                 {"dirty", report.dirty},
+                 {"postponed", report.postponed},
                  {"image-end-offset", report.image_end},
                  {"total-clusters", report.total_clusters},
                  {"allocated-clusters", report.allocated_clusters},
@@ -51,16 +54,35 @@ double percent(std::uint64_t part, std::uint64_t whole) {
     return whole == 0 ? 0 : 100.0 * static_cast<double>(part) / static_cast<double>(whole);
 }
 
+/// What to do with what was found.
+void print_advice(const qcow::CheckReport& report, const std::string& path) {
+    if (report.dirty) {
+        fmt::print("The image was not closed: its last writer kept refcounts in memory. That is no damage.\n");
+        if (report.mended_by_writing()) {
+            fmt::print("Opening it for writing counts them anew: qcow resize {} +0\n", qcow::printable(path));
+        } else {
+            fmt::print("Opening it for writing would count them anew, but is refused because of the rest.\n");
+        }
+    }
+    if (report.corruptions > 0) {
+        fmt::print(
+            "Do not write to the image. Copy out what is readable (qcow convert --salvage), and restore it from a "
+            "backup if there is one.\n");
+    } else if (report.leaks > 0) {
+        fmt::print("Leaks waste space and endanger nothing.\n");
+    }
+}
+
 void print_report(const qcow::CheckReport& report, const std::string& path) {
     using Severity = qcow::CheckFinding::Severity;
+    auto more = report.leaks + report.corruptions + report.errors;
     for (const auto& f : report.findings) {
+        if (f.severity == Severity::postponed) continue;  // how many there are is enough
         fmt::print("{}: {}: {}\n",
                    paint(severity_name(f.severity), f.severity == Severity::leak ? Colour::yellow : Colour::red),
                    qcow::printable(f.place), qcow::printable(f.what));
+        if (more > 0) --more;
     }
-    const auto more =
-        report.leaks + report.corruptions + report.errors -
-        std::min<std::uint64_t>(report.findings.size(), report.leaks + report.corruptions + report.errors);
     if (more > 0) fmt::print("... and {} more\n", more);
     fmt::print("{} of {} clusters allocated ({:.1f}%), {:.1f}% of those compressed, {:.1f}% fragmented\n",
                report.allocated_clusters, report.total_clusters,
@@ -70,19 +92,14 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
     fmt::print("in use up to host offset {:#x} ({})\n", report.image_end, human(report.image_end));
     if (report.clean()) {
         fmt::print("{}: {}\n", qcow::printable(path), paint("clean", Colour::green));
-        return;
+    } else {
+        auto sums = fmt::format("{} corruptions, {} leaked clusters, {} things that could not be checked",
+                                report.corruptions, report.leaks, report.errors);
+        if (report.dirty) sums += fmt::format(", {} postponed refcounts", report.postponed);
+        fmt::print("{}: {}\n", qcow::printable(path),
+                   paint(sums, report.corruptions + report.errors > 0 ? Colour::red : Colour::yellow));
     }
-    fmt::print("{}: {}\n", qcow::printable(path),
-               paint(fmt::format("{} corruptions, {} leaked clusters, {} things that could not be checked",
-                                 report.corruptions, report.leaks, report.errors),
-                     report.corruptions + report.errors > 0 ? Colour::red : Colour::yellow));
-    if (report.corruptions > 0) {
-        fmt::print(
-            "Do not write to the image. Copy out what is readable (qcow convert --salvage), and restore it from a "
-            "backup if there is one.\n");
-    } else if (report.leaks > 0) {
-        fmt::print("Leaks waste space and endanger nothing.\n");
-    }
+    print_advice(report, path);
 }
 
 qcow::Result<int> run(const Options& options) {
@@ -116,21 +133,24 @@ qcow::Result<int> run(const Options& options) {
     }
     if (report->corruptions > 0) return corrupt;
     if (report->errors > 0) return failed;
-    return report->leaks > 0 ? leaks_only : ok;
+    return report->leaks + report->postponed > 0 ? harmless : ok;
 }
 
 }  // namespace
 
 void declare_check(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
-    auto& app =
-        declare(root, status, "check", "Verify an image's metadata; nothing is changed",
-                "Counts every reference to every cluster and holds them against the refcounts; verifies all tables,\n"
-                "snapshots and bitmaps, and that the backing chain can be opened.\n"
-                "Exit status: 0 clean, 1 the check itself failed, 2 corrupt, 3 leaked clusters but nothing worse.\n"
-                "Example:\n"
-                "  qcow check --json disk.qcow2 | jq .corruptions",
-                [options] { return run(*options); });
+    auto& app = declare(
+        root, status, "check", "Verify an image's metadata; nothing is changed",
+        "Counts every reference to every cluster and holds them against the refcounts; verifies all tables,\n"
+        "snapshots and bitmaps, and that the backing chain can be opened.\n"
+        "An image that was not closed may have old refcounts (\"postponed\"): they are no damage, and opening it\n"
+        "for writing mends them.\n"
+        "Exit status: 0 clean, 1 the check itself failed, 2 corrupt, 3 leaked clusters or postponed refcounts,\n"
+        "but nothing worse.\n"
+        "Example:\n"
+        "  qcow check --json disk.qcow2 | jq .corruptions",
+        [options] { return run(*options); });
     add_source_options(app, options->source);
     app.add_flag("--json", options->json, "Print JSON");
     app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");

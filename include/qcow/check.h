@@ -14,6 +14,7 @@ struct CheckFinding {
         leak,        ///< space that nothing uses: wasteful, harmless
         corruption,  ///< metadata that contradict each other: data are lost or will be
         error,       ///< something could not be verified
+        postponed,   ///< an old refcount in an image that was not closed: opening the image for writing mends it
     };
     Severity severity = Severity::error;
     std::string place;
@@ -24,6 +25,10 @@ struct CheckReport {
     std::uint64_t leaks = 0;  ///< host clusters
     std::uint64_t corruptions = 0;
     std::uint64_t errors = 0;
+    std::uint64_t postponed = 0;  ///< host clusters
+    bool dirty = false;           ///< its last writer kept refcounts in memory, and did not close it
+    /// Host clusters past the end of the file that are counted all the same. They take no space, until the file grows.
+    std::uint64_t counted_past_end = 0;
     std::vector<CheckFinding> findings;  ///< the first CheckOptions::max_findings of them
 
     std::uint64_t total_clusters = 0;       ///< of the virtual disk
@@ -32,7 +37,11 @@ struct CheckReport {
     std::uint64_t fragmented_clusters = 0;  ///< of those, not stored behind their predecessor
     std::uint64_t image_end = 0;            ///< host offset behind the last cluster in use
 
-    [[nodiscard]] bool clean() const { return leaks == 0 && corruptions == 0 && errors == 0; }
+    [[nodiscard]] bool clean() const { return leaks == 0 && corruptions == 0 && errors == 0 && postponed == 0; }
+
+    /// Opening the image for writing makes it clean: the refcounts of a dirty image are counted anew then. What else is
+    /// wrong with it makes that fail.
+    [[nodiscard]] bool mended_by_writing() const { return dirty && corruptions == 0 && errors == 0; }
 };
 
 struct CheckOptions {

@@ -28,7 +28,7 @@ Result<void> Below::read(GuestOffset at, std::span<std::byte> to) const {
 Result<Extent> Below::extent(GuestOffset at, std::uint64_t limit) const {
     if (!image_ && !backing_name_.empty()) return not_opened(at);
     if (!image_ || at.value >= image_->size())
-        return Extent{.start = at, .length = limit, .kind = Extent::Kind::unallocated, .depth = image_ ? 1U : 0U};
+        return Extent{.start = at, .length = limit, .kind = Extent::Kind::unallocated};
     Extent extent = TRY(image_->extent(at, std::min(limit, image_->size() - at.value)));
     ++extent.depth;
     return extent;

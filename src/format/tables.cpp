@@ -37,6 +37,8 @@ Result<SnapshotEntry> parse_snapshot(std::span<const std::byte> in, unsigned ver
     const std::size_t extra_length = load_be<std::uint32_t>(in, 36);
 
     const std::size_t total = fixed + extra_length + id_length + name_length;
+    if (total > max_snapshot_bytes)
+        return fail(Errc::corrupt, "", fmt::format("an entry of {} bytes is longer than 1 MiB", total));
     if (total > in.size()) return too_short(total, in.size());
     if (version >= 3 && extra_length < 16) {
         return fail(Errc::corrupt, "",

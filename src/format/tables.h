@@ -12,8 +12,9 @@
 
 namespace qcow::format {
 
-/// Larger tables do not exist in practice; opening them would only cost memory.
-inline constexpr std::uint64_t max_snapshot_table_bytes = std::uint64_t{16} << 20;
+/// As in QEMU. Larger tables would only cost memory.
+inline constexpr std::uint64_t max_snapshot_table_bytes = std::uint64_t{64} << 20;
+inline constexpr std::uint64_t max_snapshot_bytes = std::uint64_t{1} << 20;  // of an entry: names need 128 KiB
 inline constexpr std::uint64_t max_bitmap_directory_bytes = std::uint64_t{16} << 20;
 
 struct SnapshotEntry {
@@ -29,6 +30,7 @@ Result<SnapshotEntry> parse_snapshot(std::span<const std::byte> in, unsigned ver
 struct BitmapEntry {
     /// Where the 32-bit flags lie in the encoded entry: never across two sectors, so that they can be changed in place.
     static constexpr std::size_t flags_at = 12;
+    static constexpr std::size_t table_entries_at = 8;  // the same; the table's offset is the first field
     static constexpr std::uint32_t in_use_flag = 1;
     static constexpr std::uint32_t enabled_flag = 2;
     static constexpr std::uint32_t extra_data_compatible_flag = 4;

@@ -53,6 +53,7 @@ public:
         : core_(core),
           options_(options),
           geometry_(core.rules.geometry),
+          dirty_(core.current_header().has(format::incompatible::dirty)),
           file_size_(file_size),
           file_clusters_(geometry_.clusters(file_size)),
           references_(references),
@@ -66,6 +67,7 @@ public:
         TRY_VOID(add_table("refcount table", header.refcount_table,
                            std::uint64_t{header.refcount_table_clusters} << geometry_.cluster_bits));
         TRY_VOID(add_encryption());
+        TRY_VOID(verify_data_file());
         if ((header.autoclear & format::autoclear::raw_external_data) != 0 && !core_.rules.external_data) {
             corrupt(0, "header field autoclear_features (byte 88)", "raw external data without an external data file");
         }
@@ -83,6 +85,8 @@ public:
         TRY_VOID(compare_refcounts());
 
         CheckReport report;
+        report.dirty = dirty_;
+        report.counted_past_end = counted_past_end_;
         report.total_clusters = geometry_.clusters(core_.header.size);
         report.allocated_clusters = tally_.allocated;
         report.compressed_clusters = tally_.compressed;
@@ -116,6 +120,13 @@ private:
         findings_.add(Severity::corruption, order, place, what, count);
     }
 
+    /// The same of something that leads to other clusters, and cannot be followed: what lies there is not counted.
+    template <class Place, class What>
+    void corrupt_way(std::uint64_t order, const Place& place, const What& what, std::uint64_t count = 1) {
+        uncounted_ = true;
+        corrupt(order, place, what, count);
+    }
+
     /// Whether something is wrong with the image, and not with looking at it.
     static bool is_flaw(const Error& error) { return error.code != Errc::io && error.code != Errc::no_memory; }
 
@@ -128,7 +139,7 @@ private:
     template <class What>
     Result<bool> add_range(const What& what, HostOffset begin, std::uint64_t bytes) {
         if (begin.value >= file_size_ || bytes > file_clusters_ * geometry_.cluster_size() - begin.value) {
-            corrupt(begin.value, what, [&] {
+            corrupt_way(begin.value, what, [&] {
                 return fmt::format("its {} bytes at host offset {:#x} reach past the end of the file ({} bytes)", bytes,
                                    begin.value, file_size_);
             });
@@ -144,7 +155,7 @@ private:
     Result<bool> add_table(const What& what, HostOffset begin, std::uint64_t bytes) {
         if (bytes == 0) return true;
         if (!is_aligned(begin.value, geometry_.cluster_size())) {
-            corrupt(begin.value, what, [&] {
+            corrupt_way(begin.value, what, [&] {
                 return fmt::format("host offset {:#x} is not a multiple of the cluster size", begin.value);
             });
             return false;
@@ -160,7 +171,7 @@ private:
         const std::uint64_t clusters = std::min(geometry_.clusters(bytes), file_clusters_);
         const std::uint64_t taken = references_.next_used(first, first + clusters);
         if (taken >= first + clusters || taken >= references_.clusters()) return add_table(what, begin, bytes);
-        corrupt(begin.value, what, [&] {
+        corrupt_way(begin.value, what, [&] {
             return fmt::format("its {} bytes at host offset {:#x} overlap other metadata at {:#x}", bytes, begin.value,
                                taken << geometry_.cluster_bits);
         });
@@ -201,6 +212,19 @@ private:
         return {};
     }
 
+    Result<void> verify_data_file() {
+        if (!core_.rules.external_data || !core_.data) return {};
+        data_file_size_ = TRY(core_.data->size());
+        const bool raw = (core_.header.autoclear & format::autoclear::raw_external_data) != 0;
+        if (raw && *data_file_size_ < core_.header.size) {
+            corrupt(0, "header field size (byte 24)", [&] {
+                return fmt::format("the disk has {} bytes, but its raw data file {} only {}: the file was cut",
+                                   core_.header.size, printable(core_.data->name()), *data_file_size_);
+            });
+        }
+        return {};
+    }
+
     Result<void> add_refcount_blocks() {
         const auto& header = core_.header;
         blocks_.resize((std::uint64_t{header.refcount_table_clusters} << geometry_.cluster_bits) / 8);
@@ -230,7 +254,7 @@ private:
         auto bitmaps = read_bitmaps(core_);
         if (!bitmaps) {
             if (!is_flaw(bitmaps.error())) return std::unexpected(std::move(bitmaps).error());
-            corrupt(extension.directory.value, bitmaps.error().place, bitmaps.error().what);
+            corrupt_way(extension.directory.value, bitmaps.error().place, bitmaps.error().what);
             return {};
         }
         TRY(add_table("bitmap directory", extension.directory, extension.directory_size));
@@ -275,7 +299,7 @@ private:
         auto table = read_snapshots(core_);
         if (!table) {
             if (!is_flaw(table.error())) return std::unexpected(std::move(table).error());
-            corrupt(core_.header.snapshot_table.value, table.error().place, table.error().what);
+            corrupt_way(core_.header.snapshot_table.value, table.error().place, table.error().what);
             return {};
         }
         TRY(add_table("snapshot table", core_.header.snapshot_table, table->bytes));
@@ -286,7 +310,7 @@ private:
             };
             if (auto verified = verify_snapshot_l1(core_, snapshot); !verified) {
                 if (!is_flaw(verified.error())) return verified;
-                corrupt(snapshot.l1_table.value, place, verified.error().what);
+                corrupt_way(snapshot.l1_table.value, place, verified.error().what);
                 continue;
             }
             TRY_VOID(add_l1_table(place, snapshot.l1_table, snapshot.l1_entries, false));
@@ -306,14 +330,14 @@ private:
                 return {};
             }
             if (!is_aligned(entry.l2_table().value, geometry_.cluster_size())) {
-                corrupt(table.value + index * 8, place, [&] {
+                corrupt_way(table.value + index * 8, place, [&] {
                     return fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size",
                                        entry.l2_table().value);
                 });
                 return {};
             }
             if (!lies_within(entry.l2_table().value, geometry_.cluster_size(), file_size_)) {
-                corrupt(table.value + index * 8, place, [&] {
+                corrupt_way(table.value + index * 8, place, [&] {
                     return fmt::format("the L2 table at {:#x} reaches past the end of the file ({} bytes)",
                                        entry.l2_table().value, file_size_);
                 });
@@ -413,8 +437,11 @@ private:
         };
         if (const auto flaw = core_.rules.flaw(entry)) {
             const auto what = [&] { return fmt::format("{} ({:#018x})", flaw->what, entry.word); };
+            if (flaw->unreadable) {
+                corrupt_way(entry_offset, place, what, count);
+                return {};
+            }
             corrupt(entry_offset, place, what, count);
-            if (flaw->unreadable) return {};
         }
         if (entry.compressed()) {
             const auto range = entry.compressed_range(geometry_.cluster_bits);
@@ -441,6 +468,7 @@ private:
                 };
                 corrupt(entry_offset, place, what, count);
             }
+            verify_in_data_file(place, entry_offset, entry, count);
             return {};
         }
         // A preallocated cluster may lie right behind the end of the file.
@@ -453,16 +481,41 @@ private:
                 return fmt::format("the cluster at host offset {:#x} lies past the end of the file ({} bytes)",
                                    (first + inside) << geometry_.cluster_bits, file_size_);
             };
-            corrupt(entry_offset, place, what, count - inside);
+            corrupt_way(entry_offset, place, what, count - inside);
         }
         const auto copied = !reference.active ? 0 : entry.copied() ? References::copied : References::not_copied;
         return references_.add(first, inside, reference.count, References::data | copied);
     }
 
+    /// The data of `count` entries alike, one behind the other in the data file.
+    template <class Place>
+    void verify_in_data_file(Place place, std::uint64_t entry_offset, L2Entry entry, std::uint64_t count) {
+        const std::uint64_t cluster_size = geometry_.cluster_size();
+        const std::uint64_t first = entry.cluster().value;
+        const std::uint64_t disk_end = core_.header.size;
+        if (!data_file_size_ || *data_file_size_ >= disk_end || first >= disk_end) return;
+        std::uint64_t used = core_.rules.run(entry, 0).kind == ClusterKind::data ? cluster_size : 0;
+        if (geometry_.extended_l2) {
+            const auto allocated = static_cast<std::uint32_t>(entry.bitmap);
+            used = static_cast<std::uint64_t>(std::bit_width(allocated)) << geometry_.subcluster_bits();
+        }
+        if (used == 0) return;
+        const std::uint64_t wanted = std::min(count, geometry_.clusters(disk_end - first));
+        const std::uint64_t there =
+            *data_file_size_ < first + used ? 0 : (*data_file_size_ - first - used) / cluster_size + 1;
+        if (there >= wanted) return;
+        const auto what = [&] {
+            return fmt::format(
+                "the cluster at host offset {:#x} lies past the end of the external data file ({} bytes)",
+                first + there * cluster_size, *data_file_size_);
+        };
+        corrupt(entry_offset, place, what, wanted - there);
+    }
+
     template <class Place>
     Result<void> add_compressed(Place place, const format::CompressedRange& range, std::uint64_t count) {
         if (range.offset.value >= file_size_) {
-            corrupt(range.offset.value, place, [&] {
+            corrupt_way(range.offset.value, place, [&] {
                 return fmt::format(
                     "the compressed cluster at host offset {:#x} lies past the end of the file ({} bytes)",
                     range.offset.value, file_size_);
@@ -577,7 +630,13 @@ private:
     }
 
     void compare(std::uint64_t cluster, std::uint64_t refcount, References references, std::uint64_t& end) {
-        if (refcount == 0 && references.word == 0) return;
+        if (references.word == 0) {
+            if (refcount == 0) return;
+            if (cluster >= file_clusters_) {
+                ++counted_past_end_;
+                return;
+            }
+        }
         end = std::max(end, cluster + 1);
         const std::uint64_t counted = references.count();
         const std::uint32_t uses = references.word & References::uses;
@@ -599,16 +658,28 @@ private:
                 return fmt::format("overlap: it is used as {}, {} times in all", use_names(uses), counted);
             });
         }
-        if (refcount < counted) {
+        const std::uint64_t stored = refcount;
+        const std::uint64_t comparable = std::min<std::uint64_t>(stored, References::max_count);
+        if (comparable > counted && uncounted_) {
+            findings_.add(Severity::error, at, place, [&] {
+                return fmt::format(
+                    "could not be counted: refcount {}, and {} references that are known; it may belong "
+                    "to what is damaged",
+                    stored, counted);
+            });
+        } else if (comparable != counted && dirty_ && counted <= format::max_refcount(core_.header.refcount_order)) {
+            findings_.add(Severity::postponed, at, place,
+                          [&] { return fmt::format("refcount {}, but {} references", stored, counted); });
+            refcount = counted;  // as it will be
+        } else if (comparable < counted) {
             const auto what = [&] {
-                return fmt::format("refcount {} is less than its {} references ({})", refcount, counted,
-                                   use_names(uses));
+                return fmt::format("refcount {} is less than its {} references ({})", stored, counted, use_names(uses));
             };
             corrupt(at, place, what);
             note_undercounted(at, place, what);
-        } else if (refcount > counted) {
+        } else if (comparable > counted) {
             findings_.add(Severity::leak, at, place,
-                          [&] { return fmt::format("leaked: refcount {}, but {} references", refcount, counted); });
+                          [&] { return fmt::format("leaked: refcount {}, but {} references", stored, counted); });
         }
         const auto* const table = uses == References::l2_table ? "L1" : "L2";
         if (refcount != 1 && (references.word & References::copied) != 0) {
@@ -646,6 +717,7 @@ private:
     const Core& core_;
     const CheckOptions& options_;
     const format::Geometry& geometry_;
+    const bool dirty_;
     std::uint64_t file_size_;
     std::uint64_t file_clusters_;
     ReferenceMap& references_;
@@ -655,6 +727,9 @@ private:
     std::vector<HostOffset> blocks_;  // by index in the refcount table; 0: none, or one that cannot be read
     std::vector<L2Reference> l2_references_;
     Tally tally_;
+    std::atomic<std::uint64_t> counted_past_end_ = 0;
+    std::atomic<bool> uncounted_ = false;          // there is more that refers to clusters than could be followed
+    std::optional<std::uint64_t> data_file_size_;  // of an external data file that was opened
     std::uint64_t image_end_clusters_ = 0;
     std::mutex undercounted_mutex_;
     std::optional<std::pair<std::uint64_t, Error>> undercounted_;  // the first in the file, and where it lies

@@ -1,6 +1,7 @@
 #include "qcow2/findings.h"
 
 #include <algorithm>
+#include <iterator>
 #include <tuple>
 
 namespace qcow::qcow2 {
@@ -11,16 +12,20 @@ bool Findings::count_one(CheckFinding::Severity severity, std::uint64_t count) {
         case CheckFinding::Severity::leak: leaks_ += count; break;
         case CheckFinding::Severity::corruption: corruptions_ += count; break;
         case CheckFinding::Severity::error: errors_ += count; break;
+        case CheckFinding::Severity::postponed: postponed_ += count; break;
     }
-    return kept_.size() < max_kept_;
+    return list_of(severity).size() < max_kept_;
 }
 
 void Findings::keep(Kept finding) {
     const std::lock_guard lock(mutex_);
-    if (kept_.size() < max_kept_) kept_.push_back(std::move(finding));
+    auto& list = list_of(finding.finding.severity);
+    if (list.size() < max_kept_) list.push_back(std::move(finding));
 }
 
 void Findings::move_to(CheckReport& report) {
+    const auto room = static_cast<std::ptrdiff_t>(std::min(max_kept_ - kept_.size(), kept_postponed_.size()));
+    std::move(kept_postponed_.begin(), kept_postponed_.begin() + room, std::back_inserter(kept_));
     // By text where the place is the same, so that it does not matter which thread was first.
     std::ranges::sort(kept_, {},
                       [](const Kept& kept) { return std::tie(kept.order, kept.finding.place, kept.finding.what); });
@@ -28,6 +33,7 @@ void Findings::move_to(CheckReport& report) {
     report.leaks += leaks_;
     report.corruptions += corruptions_;
     report.errors += errors_;
+    report.postponed += postponed_;
 }
 
 }  // namespace qcow::qcow2

@@ -40,6 +40,10 @@ private:
         }
     }
 
+    std::vector<Kept>& list_of(CheckFinding::Severity severity) {
+        return severity == CheckFinding::Severity::postponed ? kept_postponed_ : kept_;
+    }
+
     /// Whether it is to be kept.
     bool count_one(CheckFinding::Severity severity, std::uint64_t count);
     void keep(Kept finding);
@@ -47,9 +51,11 @@ private:
     std::mutex mutex_;
     std::size_t max_kept_;
     std::vector<Kept> kept_;
+    std::vector<Kept> kept_postponed_;  // which take no room from the others
     std::uint64_t leaks_ = 0;
     std::uint64_t corruptions_ = 0;
     std::uint64_t errors_ = 0;
+    std::uint64_t postponed_ = 0;
 };
 
 }  // namespace qcow::qcow2

@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 
+#include "base/endian.h"
 #include "base/try.h"
 #include "qcow/text.h"
 
@@ -23,24 +25,20 @@ Result<SnapshotTable> read_snapshots(const Core& core) {
     SnapshotTable table;
     const auto header = core.current_header();
     if (header.snapshot_count == 0) return table;
-    const auto file_size = TRY(core.file->size());
-    // How long the table is shows only as it is parsed; nothing is longer than the file.
-    const std::uint64_t bytes =
-        std::min(file_size - std::min(file_size, header.snapshot_table.value), format::max_snapshot_table_bytes);
-
-    // Read in growing steps: a table is usually short, and the file behind it long.
-    std::vector<std::byte> buffer;
+    // How long the table is shows only as it is parsed; a piece of it is in memory, which has at least an entry.
+    std::vector<std::byte> piece;
+    std::uint64_t piece_at = 0;
     for (std::uint32_t i = 0; i < header.snapshot_count; ++i) {
         const auto parse = [&] {
-            return format::parse_snapshot(std::span(buffer).subspan(table.bytes), core.header.version, header.size);
+            return format::parse_snapshot(std::span(piece).subspan(table.bytes - piece_at), core.header.version,
+                                          header.size);
         };
         auto entry = parse();
-        while (!entry && buffer.size() < bytes && entry.error().code == Errc::corrupt) {
-            auto more =
-                TRY(read_bytes(*core.file, header.snapshot_table,
-                               std::min<std::uint64_t>(bytes, std::max<std::uint64_t>(64 * KiB, buffer.size() * 4))));
-            if (more.size() <= buffer.size()) break;  // the file has become shorter meanwhile
-            buffer = std::move(more);
+        if (!entry) {
+            piece =
+                TRY(read_bytes(*core.file, header.snapshot_table + table.bytes,
+                               std::min(format::max_snapshot_bytes, format::max_snapshot_table_bytes - table.bytes)));
+            piece_at = table.bytes;
             entry = parse();
         }
         const auto place = [&] {
@@ -93,6 +91,18 @@ Result<std::vector<format::BitmapEntry>> read_bitmaps(const Core& core) {
             fmt::format("{} bytes are left behind the last of {} entries", rest.size(), extension.count));
     }
     return result;
+}
+
+Result<std::vector<std::byte>> copy_words(const Core& core, HostOffset table, std::uint64_t entries,
+                                          std::uint64_t bytes) {
+    std::vector<std::byte> copy(bytes);
+    std::array<std::uint64_t, 512> words;
+    for (std::uint64_t i = 0; i < entries;) {
+        const auto loaded = TRY(
+            core.words.load(table + i * 8, std::span(words).first(std::min<std::uint64_t>(words.size(), entries - i))));
+        for (std::size_t k = 0; k < loaded; ++k, ++i) store_be(copy, i * 8, words[k]);
+    }
+    return copy;
 }
 
 Result<void> verify_snapshot_l1(const Core& core, const format::SnapshotEntry& snapshot) {

@@ -18,6 +18,10 @@ Result<SnapshotTable> read_snapshots(const Core& core);
 /// The bitmaps that the header's extension announces; none where it is not to be believed.
 Result<std::vector<format::BitmapEntry>> read_bitmaps(const Core& core);
 
+/// `entries` words of a table as they are now, in the cache or in the file, with zeros behind them: `bytes` in all.
+Result<std::vector<std::byte>> copy_words(const Core& core, HostOffset table, std::uint64_t entries,
+                                          std::uint64_t bytes);
+
 /// An L1 table that a snapshot names: aligned, within the file, large enough for the snapshot's disk.
 Result<void> verify_snapshot_l1(const Core& core, const format::SnapshotEntry& snapshot);
 

@@ -59,17 +59,16 @@ Result<void> View::read(GuestOffset at, std::span<std::byte> to) const {
 
 Result<void> View::read_data(HostOffset host, GuestOffset at, std::span<std::byte> to) const {
     const std::size_t there = TRY(core_->data->read(host, to));
-    if (there == to.size() || core_->rules.external_data)
-        return {};  // an external data file may be shorter than the disk
-    // The last cluster of a file need not be there to its end.
+    if (there == to.size()) return {};
     const auto& geometry = core_->rules.geometry;
-    const std::uint64_t file_clusters = geometry.clusters(TRY(core_->data->size()));
-    if (geometry.clusters(host.value + to.size()) <= file_clusters) return {};
-    const std::uint64_t file_end = file_clusters * geometry.cluster_size();
+    std::uint64_t file_end = TRY(core_->data->size());
+    // The last cluster of an image file need not be there to its end.
+    if (!core_->rules.external_data) file_end = geometry.clusters(file_end) * geometry.cluster_size();
+    if (host.value + to.size() <= file_end) return {};
     const std::uint64_t in_file = file_end - std::min(host.value, file_end);
     return unreadable({Errc::corrupt, core_->data->name(),
                        fmt::format("the data of guest offset {:#x} would lie at host offset {:#x}, past the end of the "
-                                   "file; is the image a truncated copy?",
+                                   "file; is the file a truncated copy?",
                                    at.value + there, host.value + there)},
                       at + in_file, to.size() - in_file);
 }

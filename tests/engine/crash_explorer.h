@@ -247,7 +247,7 @@ private:
             if (report.error().code == Errc::unsupported && image.format() == Format::raw) return std::nullopt;
             return "cannot be checked: " + report.error().message();
         }
-        leaks = report->leaks;
+        leaks = report->leaks + report->counted_past_end;
         if (report->corruptions + report->errors == 0) return std::nullopt;
         std::string text = fmt::format("corrupt ({} bytes)", value_of(files.at(image_name)->size()));
         for (const auto& finding : report->findings) {
