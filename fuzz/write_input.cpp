@@ -154,7 +154,8 @@ public:
         auto original = original_files_.open(std::nullopt);
         if (succeeded(original)) {
             original_ = *std::move(original);
-            sound_ = check(*original_).clean() && is_readable(*original_);
+            const auto report = check(*original_);
+            sound_ = report.clean() && report.counted_past_end == 0 && is_readable(*original_);
         }
         guard_.emplace(files_.image(), guest_);
         if (!open()) return;
@@ -184,6 +185,7 @@ private:
             return false;
         }
         image_ = *std::move(opened);
+        smallest_size_ = std::min(smallest_size_, image_->size());
         ++reopened_;
         return true;
     }
@@ -316,7 +318,10 @@ private:
         const std::uint64_t coverage = block * block / 16;
         const std::uint64_t change = std::max(old, size) - std::min(old, size);
         if (change / coverage > max_l1_change) return;
-        if (size > old && image_->backing() != nullptr && change / block > max_zeroed_clusters) return;
+        const auto info = image_->info();
+        const bool records = image_->backing() != nullptr || (info && info->data_file_raw);
+        if (size > old && records && change / block > max_zeroed_clusters) return;
+        if (shrink) smallest_size_ = std::min(smallest_size_, size);
         const auto result = image_->resize(size, shrink ? Image::Shrink::allow : Image::Shrink::refuse);
         if (!succeeded(result)) {
             QCOW_REQUIRE(image_->size() == old || (shrink && image_->size() == size));
@@ -430,9 +435,12 @@ private:
             const auto old = dirty_runs(*original_, name);
             const auto now = dirty_runs(image, name);
             if (!old || !now) continue;
-            for (const auto& run : *old) QCOW_REQUIRE(is_dirty(*now, run.start.value, run.start.value + run.length));
+            for (const auto& run : *old) {
+                const auto end = std::min(run.start.value + run.length, smallest_size_);
+                if (run.start.value < end) QCOW_REQUIRE(is_dirty(*now, run.start.value, end));
+            }
             if (!before->bitmaps[i].enabled) continue;
-            model_.each(0, std::min(image.size(), max_bitmap_range),
+            model_.each(0, std::min({image.size(), smallest_size_, max_bitmap_range}),
                         [&](std::uint64_t first, std::uint64_t last, Contents contents) {
                             if (contents.kind != Kind::original && contents.kind != Kind::unknown)
                                 QCOW_REQUIRE(is_dirty(*now, first, last));
@@ -468,7 +476,8 @@ private:
     std::optional<Guard> guard_;
     std::shared_ptr<Image> image_;
     GuestModel model_;
-    bool sound_ = false;  // a check found nothing wrong with it at first
+    std::uint64_t smallest_size_ = ~std::uint64_t{0};  // that the disk ever had: bitmaps forget what lies behind
+    bool sound_ = false;                               // a check found nothing wrong with it at first
     std::uint8_t number_ = 0;
     unsigned reopened_ = 0;
     unsigned power_losses_ = 0;

@@ -26,6 +26,8 @@ void declare_discard(CLI::App& root, int& status) {
         root, status, "discard", "Give up the storage of bytes that are no longer needed",
         "Whole clusters in the range become zeros; other bytes of it stay as they are. To make all of\n"
         "them zeros: qcow zero.\n"
+        "Version 2 (compat=0.10) cannot mark clusters as zeros: where the backing file has data, which would come to\n"
+        "light, all stays as it is.\n"
         "Example:\n"
         "  qcow discard disk.qcow2 1G 4G",
         [options] { return change(options->target, [&](qcow::Image& image) { return discard(image, *options); }); });

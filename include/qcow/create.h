@@ -32,7 +32,8 @@ struct CreateOptions {
     std::string backing_name;    ///< as it is to stand in the header; empty: no backing file
     std::string backing_format;  ///< "raw", "qcow" or "qcow2"
     std::string data_file_name;  ///< as it is to stand in the header; empty: data lie in the image
-    bool data_file_raw = false;  ///< the data file is to be a raw image by itself
+    /// The data file is to be a raw image by itself: all of the disk is mapped to it, so that both are always the same.
+    bool data_file_raw = false;
 
     friend bool operator==(const CreateOptions&, const CreateOptions&) = default;
 };

@@ -57,6 +57,7 @@ constexpr std::uint64_t compressed_word(const CompressedRange& range, unsigned c
 struct L2Entry {
     std::uint64_t word = 0;
     std::uint64_t bitmap = 0;  // extended entries: bits 0-31 allocated, 32-63 reads as zeros
+    friend bool operator==(const L2Entry&, const L2Entry&) = default;
 
     [[nodiscard]] bool compressed() const { return (word & compressed_bit) != 0; }
     [[nodiscard]] bool copied() const { return (word & copied_bit) != 0; }

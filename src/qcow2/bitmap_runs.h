@@ -2,18 +2,14 @@
 // What the bits of a persistent bitmap say.
 // Source: the qcow2 specification, "Bitmaps extension".
 
-#include <atomic>
 #include <functional>
-#include <vector>
 
 #include "base/endian.h"
 #include "format/tables.h"
 #include "qcow2/core.h"
+#include "qcow2/recorded_bits.h"
 
 namespace qcow::qcow2 {
-
-/// Bits that are set in memory and not yet in the file: bit n is bit n % 64 of word n / 64.
-using RecordedBits = std::vector<std::atomic<std::uint64_t>>;
 
 /// Word `index` of the bits in a file, which begin with the lowest bit of the first byte.
 inline std::uint64_t load_bits(std::span<const std::byte> bits, std::size_t index) {

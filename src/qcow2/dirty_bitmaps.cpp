@@ -14,37 +14,37 @@ Result<void> DirtyBitmaps::load() {
     const auto bitmaps = TRY(read_bitmaps(core_));
     if (bitmaps.empty()) return {};
     const std::uint64_t size = core_.current_header().size;
-    std::uint64_t memory = std::max<std::uint64_t>(core_.cache_bytes / 4, min_memory);
+    memory_ = std::max<std::uint64_t>(core_.cache_bytes / 4, min_memory);
     HostOffset at = core_.header.bitmaps->directory;
     for (std::size_t i = 0; i < bitmaps.size(); ++i) {
         const auto& entry = bitmaps[i];
         const HostOffset flags_at = at + BitmapEntry::flags_at;
         at += entry.encoded_bytes;
         if (!entry.info.enabled || entry.info.in_use) continue;
-        Bitmap bitmap{entry, i, flags_at};
-        const std::uint64_t words = divide_up(divide_up(size, entry.info.granularity), 64);
-        if (words <= memory / 8 && verify_bitmap(core_, entry)) {
+        auto& bitmap = enabled_.emplace_back(entry, i, flags_at);
+        const std::uint64_t bits = divide_up(size, entry.info.granularity);
+        if (divide_up(bits, 64) <= memory_ / 8 && verify_bitmap(core_, entry)) {
+            bitmap.recorded.resize(bits);
             bitmap.kept = true;
-            bitmap.recorded = RecordedBits(words);
-            bitmap.has_place = std::vector<std::atomic<bool>>(divide_up(words, core_.header.cluster_size() / 8));
-            memory -= words * 8;
+            bitmap.has_place.resize(entry.table_entries);
+            memory_ -= bitmap.recorded.words() * 8;
         }
-        enabled_.push_back(std::move(bitmap));
     }
     return {};
 }
 
-Result<void> DirtyBitmaps::write_flags(const Bitmap& bitmap, std::uint32_t flags) {
+Result<void> DirtyBitmaps::write_flags(HostOffset flags_at, std::uint32_t flags) {
     std::array<std::byte, 4> bytes;
     store_be(bytes, 0, flags);
-    return core_.file->write(bitmap.flags_at, bytes);
+    return core_.file->write(flags_at, bytes);
 }
 
 Result<void> DirtyBitmaps::mark_in_use() {
     ever_marked_ = true;
     if (enabled_.empty()) return {};
     marked_ = true;
-    for (const auto& bitmap : enabled_) TRY_VOID(write_flags(bitmap, bitmap.entry.flags | BitmapEntry::in_use_flag));
+    for (const auto& bitmap : enabled_)
+        TRY_VOID(write_flags(bitmap.flags_at, bitmap.entry.flags | BitmapEntry::in_use_flag));
     return write_back_.sync();
 }
 
@@ -52,7 +52,7 @@ Result<void> DirtyBitmaps::record(GuestOffset at, std::uint64_t length) {
     if (length == 0) return {};
     const std::uint64_t cluster_words = core_.header.cluster_size() / 8;
     for (auto& bitmap : enabled_) {
-        if (!bitmap.kept) continue;
+        if (!bitmap.kept.load(std::memory_order_acquire)) continue;
         const std::uint64_t first = at.value >> bitmap.entry.granularity_bits;
         const std::uint64_t last = (at.value + length - 1) >> bitmap.entry.granularity_bits;
         for (std::uint64_t word = first / 64; word <= last / 64; ++word) {
@@ -61,8 +61,7 @@ Result<void> DirtyBitmaps::record(GuestOffset at, std::uint64_t length) {
             if (word == last / 64) mask &= ~std::uint64_t{0} >> (63 - last % 64);
             // Mostly they are set, and a line that is only read can be in every core's cache.
             if ((bitmap.recorded[word].load(std::memory_order_relaxed) & mask) == mask) continue;
-            if (!bitmap.has_place[word / cluster_words].load(std::memory_order_acquire))
-                TRY_VOID(make_place(bitmap, word / cluster_words));
+            if (!bitmap.has_place.test(word / cluster_words)) TRY_VOID(make_place(bitmap, word / cluster_words));
             bitmap.recorded[word].fetch_or(mask, std::memory_order_relaxed);
         }
     }
@@ -72,7 +71,7 @@ Result<void> DirtyBitmaps::record(GuestOffset at, std::uint64_t length) {
 /// Sees to it that the bits for which there is one entry in the bitmap's table can be written without more space.
 Result<void> DirtyBitmaps::make_place(Bitmap& bitmap, std::uint64_t index) {
     const std::lock_guard lock(place_mutex_);
-    if (bitmap.has_place[index]) return {};
+    if (bitmap.has_place.test(index)) return {};
     const auto entry = bitmap_table_entry(core_, bitmap.entry, index);
     if (!entry && entry.error().code != Errc::corrupt) return std::unexpected(entry.error());
     if (!entry || entry->all_ones()) {
@@ -80,9 +79,9 @@ Result<void> DirtyBitmaps::make_place(Bitmap& bitmap, std::uint64_t index) {
     } else if (entry->cluster().value != 0) {
         TRY_VOID(core_.file->allocate(entry->cluster(), core_.header.cluster_size()));
     } else {
-        TRY_VOID(add_cluster(bitmap.entry.table + index * 8));
+        TRY_VOID(add_cluster(bitmap.entry.table + index * 8, {}));
     }
-    bitmap.has_place[index].store(true, std::memory_order_release);
+    bitmap.has_place.set(index);
     return {};
 }
 
@@ -91,9 +90,10 @@ Result<void> DirtyBitmaps::save() {
     TRY_VOID(write_back_.verify_writable());
     const std::uint64_t cluster_words = core_.header.cluster_size() / 8;
     for (const auto& bitmap : enabled_) {
-        const std::span recorded(bitmap.recorded);
-        for (std::uint64_t first = 0; first < recorded.size(); first += cluster_words) {
-            const auto words = recorded.subspan(first, std::min(cluster_words, recorded.size() - first));
+        if (!bitmap.kept) continue;
+        for (std::uint64_t first = 0; first < bitmap.recorded.words(); first += cluster_words) {
+            std::vector<std::uint64_t> words(std::min(cluster_words, bitmap.recorded.words() - first));
+            for (std::size_t i = 0; i < words.size(); ++i) words[i] = bitmap.recorded[first + i];
             TRY_VOID(save_cluster(bitmap, first / cluster_words, words));
         }
     }
@@ -102,7 +102,7 @@ Result<void> DirtyBitmaps::save() {
 
 /// The bits for which there is one entry in the bitmap's table.
 Result<void> DirtyBitmaps::save_cluster(const Bitmap& bitmap, std::uint64_t index,
-                                        std::span<const std::atomic<std::uint64_t>> recorded) {
+                                        std::span<const std::uint64_t> recorded) {
     if (std::ranges::all_of(recorded, [](const auto& word) { return word == 0; })) return {};
     const auto entry = TRY(bitmap_table_entry(core_, bitmap.entry, index));
     if (entry.all_ones()) return {};
@@ -119,12 +119,13 @@ Result<void> DirtyBitmaps::save_cluster(const Bitmap& bitmap, std::uint64_t inde
     return changes ? core_.file->write(entry.cluster(), bits) : Result<void>();
 }
 
-/// Gives an entry of a bitmap's table a cluster, of zeros. Nobody trusts the bitmap now, so the order does not matter.
-Result<void> DirtyBitmaps::add_cluster(HostOffset table_entry) {
+/// Gives an entry of a bitmap's table a cluster, of these bits, or zeros. Nobody trusts the bitmap now, so the order does
+/// not matter.
+Result<void> DirtyBitmaps::add_cluster(HostOffset table_entry, std::span<const std::byte> bits) {
     const HostOffset cluster = TRY(allocator_.take_table());
     const std::uint64_t bytes = core_.header.cluster_size();
     auto added = [&]() -> Result<void> {
-        TRY_VOID(core_.file->allocate(cluster, bytes));
+        TRY_VOID(bits.empty() ? core_.file->allocate(cluster, bytes) : core_.file->write(cluster, bits));
         TRY_VOID(metadata_.add(cluster, bytes, MetadataMap::Kind::bitmaps));
         auto stored = write_back_.store(table_entry, {&cluster.value, 1}, WordCache::PageClass::mapping);
         if (!stored) metadata_.remove(cluster, bytes);
@@ -137,11 +138,11 @@ Result<void> DirtyBitmaps::add_cluster(HostOffset table_entry) {
 Result<void> DirtyBitmaps::clear_in_use() {
     if (!marked_) return {};
     for (const auto& bitmap : enabled_) {
-        if (bitmap.kept) TRY_VOID(write_flags(bitmap, bitmap.entry.flags));
+        if (bitmap.kept) TRY_VOID(write_flags(bitmap.flags_at, bitmap.entry.flags));
     }
     TRY_VOID(write_back_.sync());
     for (auto& bitmap : enabled_) {
-        for (auto& word : bitmap.recorded) word = 0;
+        for (std::uint64_t word = 0; word < bitmap.recorded.words(); ++word) bitmap.recorded[word] = 0;
     }
     marked_ = false;
     return {};

@@ -2,6 +2,7 @@
 // The persistent bitmaps of an image that is being written.
 
 #include <cstdint>
+#include <deque>
 #include <mutex>
 #include <vector>
 
@@ -20,7 +21,8 @@ namespace qcow::qcow2 {
 /// Enabled bitmaps that cannot be kept are marked and stay so: what is damaged or not understood, and what does not fit
 /// into memory. For all bits there is a quarter of the image's share of the cache budget, on top of it, and at least
 /// min_memory (which does for a disk of 2 TiB and bits for 64 KiB); earlier bitmaps of the directory come first.
-/// Disabled ones, and those that are in_use already, stay as they are.
+/// Disabled ones, and those that are in_use already, stay as they are. When the disk gets another size, all that are
+/// not in_use do, too.
 class DirtyBitmaps {
 public:
     static constexpr std::uint64_t min_memory = 4 * MiB;
@@ -44,6 +46,16 @@ public:
     /// What save() did is durable. So is this.
     Result<void> clear_in_use();
 
+    // The disk gets another size. One thread at a time; requests up to the smaller size may be in flight.
+
+    /// Marks every bitmap that is true, and takes the space that they need for so many bytes. Durable. Errc::no_space,
+    /// limit_exceeded: nothing has changed.
+    Result<void> begin_resize(std::uint64_t size);
+    /// The header has the new size, durably: now the bitmaps are of that size, new bits clean. Durable.
+    Result<void> finish_resize(std::uint64_t size);
+    /// The header has the old size.
+    Result<void> cancel_resize();
+
     /// What was recorded for this entry of the directory; null: it is not kept. Thread-safe.
     [[nodiscard]] const RecordedBits* recorded(std::size_t index) const;
 
@@ -52,26 +64,51 @@ public:
 
 private:
     struct Bitmap {
+        Bitmap(const format::BitmapEntry& from, std::size_t position, HostOffset flags)
+            : entry(from), index(position), flags_at(flags) {}
         format::BitmapEntry entry;
         std::size_t index = 0;
         HostOffset flags_at;
-        bool kept = false;
+        std::atomic<bool> kept = false;
         RecordedBits recorded = {};
-        std::vector<std::atomic<bool>> has_place = {};  // by entries of the bitmap's table
+        RecordedBits has_place = {};  // one for each entry of the bitmap's table
+    };
+
+    /// A bitmap that could be believed when its size began to change.
+    struct Resizing {
+        format::BitmapEntry entry;  // as it was
+        HostOffset at;              // of the entry
+        Bitmap* enabled = nullptr;  // null: it is disabled, and marked only meanwhile
+        HostOffset new_table = {};  // 0: the old one does
+        std::uint64_t new_table_bytes = 0;
+        bool given_up = false;
+        [[nodiscard]] HostOffset flags_at() const { return at + format::BitmapEntry::flags_at; }
     };
 
     [[nodiscard]] const Bitmap* find(std::size_t index) const;
-    Result<void> write_flags(const Bitmap& bitmap, std::uint32_t flags);
-    Result<void> save_cluster(const Bitmap& bitmap, std::uint64_t index,
-                              std::span<const std::atomic<std::uint64_t>> recorded);
+    Result<void> write_flags(HostOffset flags_at, std::uint32_t flags);
+    Result<void> save_cluster(const Bitmap& bitmap, std::uint64_t index, std::span<const std::uint64_t> recorded);
     Result<void> make_place(Bitmap& bitmap, std::uint64_t index);
-    Result<void> add_cluster(HostOffset table_entry);
+    Result<void> add_cluster(HostOffset table_entry, std::span<const std::byte> bits);
+
+    [[nodiscard]] std::uint64_t entries_for(const format::BitmapEntry& entry, std::uint64_t size) const;
+    [[nodiscard]] std::uint64_t table_bytes(std::uint64_t entries) const;
+    Result<void> find_true_bitmaps(std::uint64_t size);
+    Result<void> prepare(Resizing& bitmap, std::uint64_t size);
+    Result<void> clear_behind_end(const format::BitmapEntry& entry);
+    Result<void> extend_table(Resizing& bitmap, std::uint64_t entries);
+    Result<void> change_entries(std::uint64_t size);
+    Result<void> retire_old(const Resizing& bitmap, std::uint64_t entries);
+    Result<void> unmark_disabled();
 
     Core& core_;
     WriteBack& write_back_;
     MetadataMap& metadata_;
     Allocator& allocator_;
-    std::vector<Bitmap> enabled_;  // that were not in use when the image was opened, by their indices
+    std::deque<Bitmap> enabled_;  // that were not in use when the image was opened, by their indices
+    std::uint64_t memory_ = 0;    // that is left for bits
+    std::vector<Resizing> resizing_;
+    std::unique_lock<std::mutex> no_places_;  // of place_mutex_, while tables move
     bool marked_ = false;
     std::mutex place_mutex_;
     std::atomic<bool> ever_marked_ = false;

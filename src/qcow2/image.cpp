@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <mutex>
+#include <shared_mutex>
 
 #include "base/within_memory.h"
 #include "disk/range.h"
@@ -134,7 +136,9 @@ public:
             TRY_VOID(verify_request({0}, 0));
             size = rounded_size(size);
             if (size < this->size() && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
+            const std::unique_lock lock(bitmaps_mutex_);
             auto resized = writer_->resize(size);
+            bitmaps_.forget();
             size_ = core_->current_header().size;  // it may fail after the image has been cut
             return resized;
         });
@@ -143,6 +147,7 @@ public:
     Result<void> close() override {
         if (!writer_) return {};
         auto settled = writer_->settle();
+        if (settled) settled = writer_->cut_file();
         writer_.reset();
         bitmaps_.forget();
         return settled;
@@ -167,6 +172,7 @@ public:
     Result<void> each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
                             const std::function<Result<void>(const DirtyRun&)>& visit) override {
         return within_memory([&]() -> Result<void> {
+            const std::shared_lock lock(bitmaps_mutex_);
             TRY_VOID(verify_range(*this, begin, length));
             const auto* found = TRY(bitmaps_.find(bitmap));
             const auto* recorded = writer_ ? writer_->bitmaps().recorded(found->index) : nullptr;
@@ -255,6 +261,7 @@ private:
     std::shared_ptr<Core> core_;
     View active_;
     std::atomic<std::uint64_t> size_;
+    std::shared_mutex bitmaps_mutex_;  // held alone while their size changes
     KnownBitmaps bitmaps_;
     WriteOptions options_;
     std::unique_ptr<Writer> writer_;  // null: read-only

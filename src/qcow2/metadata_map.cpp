@@ -184,6 +184,11 @@ void MetadataMap::remove(HostOffset at, std::uint64_t length) {
     }
 }
 
+std::uint64_t MetadataMap::end() const {
+    const std::lock_guard lock(mutex_);
+    return runs_.empty() ? 0 : runs_.rbegin()->second.end;
+}
+
 std::string_view MetadataMap::find(HostOffset at, std::uint64_t length) const {
     const std::uint64_t end = end_of(at, length);
     for (std::uint64_t cluster = at.value >> cluster_bits_; cluster < end; ++cluster) {

@@ -43,6 +43,9 @@ public:
     Result<void> add(HostOffset at, std::uint64_t length, Kind kind);
     void remove(HostOffset at, std::uint64_t length);
 
+    /// The cluster behind the last one that holds metadata.
+    [[nodiscard]] std::uint64_t end() const;
+
     /// The first metadata in [at, at + length), as words for a message; empty: none.
     [[nodiscard]] std::string_view find(HostOffset at, std::uint64_t length) const;
 

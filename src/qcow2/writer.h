@@ -43,6 +43,9 @@ public:
     /// Flushes and gives back everything that is only reserved. No other request may be in flight.
     Result<void> settle();
 
+    /// After settle(), and for the last time: a file whose disk became smaller ends with the last cluster in use.
+    Result<void> cut_file();
+
     /// Requests that read hold one of these, so that nothing that they may be using is reused.
     Epochs& epochs() { return epochs_; }
 
@@ -50,7 +53,9 @@ public:
 
 private:
     using L2Entry = format::L2Entry;
-    enum class Zeroing : std::uint8_t { release, keep, discard };
+    /// What becomes of what lies there: `release` and `keep` record zeros, the latter in the place that there is;
+    /// `discard` records them where something was; `forget` leaves nothing, where nothing shines through.
+    enum class Zeroing : std::uint8_t { release, keep, discard, forget };
 
     /// Guest clusters that one L2 table maps, by number.
     struct Clusters {
@@ -87,7 +92,8 @@ private:
     void retire(std::span<const L2Entry> entries);
 
     Result<std::uint64_t> zero_clusters(Clusters clusters, Zeroing zeroing);
-    Result<bool> zero_subclusters(GuestOffset begin, GuestOffset end, Zeroing zeroing);
+    Result<std::pair<GuestOffset, GuestOffset>> zero_units(GuestOffset at, std::uint64_t length, Zeroing zeroing);
+    Result<void> zero_data_file(GuestOffset at, std::uint64_t length);
     Result<void> zero_part(GuestOffset at, std::uint64_t length, Zeroing zeroing);
     Result<void> zero_range(GuestOffset at, std::uint64_t length, Zeroing zeroing);
     Result<void> zero_request(GuestOffset at, std::uint64_t length, Zeroing zeroing);
@@ -99,6 +105,7 @@ private:
 
     Result<void> grow(std::uint64_t old_size, std::uint64_t size);
     Result<void> shrink(std::uint64_t size);
+    Result<void> drop_l2_table(GuestOffset at);
     Result<void> grow_l1(std::uint64_t entries);
     Result<void> move_l1(HostOffset table, std::uint32_t entries);
     Result<void> set_header_size(std::uint64_t size);
@@ -113,6 +120,7 @@ private:
     Epochs epochs_;
     std::atomic<std::uint64_t> size_;  // of the disk; ahead of the header's while it grows
     bool raw_data_;                    // the external data file is to be a raw image by itself
+    bool shrunk_ = false;
     Allocator allocator_;
     DirtyBitmaps bitmaps_;
     GroupCommit group_;

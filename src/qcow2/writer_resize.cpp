@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "base/try.h"
+#include "qcow2/tables.h"
 #include "qcow2/writer.h"
 
 namespace qcow::qcow2 {
@@ -16,7 +17,6 @@ Result<void> Writer::resize(std::uint64_t size) {
     const std::lock_guard lock(resize_mutex_);
     const auto header = core_->current_header();
     const auto refuse = [&](std::string what) { return fail(Errc::unsupported, core_->file->name(), std::move(what)); };
-    if (core_->header.bitmaps) return refuse("it has bitmaps, which are of the old size; remove them first");
     if (core_->header.version < 3 && header.snapshot_count != 0)
         return refuse("it has snapshots, and version 2 cannot record that theirs is another size; use version 3");
     const std::uint64_t most = (format::max_l1_bytes / 8) * rules_.geometry.l2_coverage();
@@ -27,7 +27,10 @@ Result<void> Writer::resize(std::uint64_t size) {
     if (size == header.size) return {};
     return write_back_.attempt([&]() -> Result<void> {
         TRY_VOID(begin_writing({0}, 0));
-        return size > header.size ? grow(header.size, size) : shrink(size);
+        TRY_VOID(bitmaps_.begin_resize(size));
+        auto resized = size > header.size ? grow(header.size, size) : shrink(size);
+        auto bitmaps = core_->current_header().size == size ? bitmaps_.finish_resize(size) : bitmaps_.cancel_resize();
+        return resized ? bitmaps : resized;
     });
 }
 
@@ -39,17 +42,19 @@ Result<void> Writer::set_header_size(std::uint64_t size) {
 Result<void> Writer::grow(std::uint64_t old_size, std::uint64_t size) {
     const std::uint64_t old_tables_end = core_->current_header().l1_entries * rules_.geometry.l2_coverage();
     TRY_VOID(grow_l1(divide_up(size, rules_.geometry.l2_coverage())));
-    if (raw_data_) TRY_VOID(core_->data->resize(size));
+    if (rules_.external_data) TRY_VOID(core_->data->resize(size));
     size_ = size;
-    // What the last cluster has behind the old end was nobody's, and a longer backing file would come to light.
     auto zeroed = [&]() -> Result<void> {
-        const std::uint64_t cluster_end = std::min(size, rules_.geometry.clusters(old_size) << cluster_bits_);
-        TRY_VOID(zero_range({old_size}, cluster_end - old_size, Zeroing::release));
-        if (core_->below.exists()) {
-            TRY_VOID(zero_range({cluster_end}, size - cluster_end, Zeroing::release));
-        } else if (const std::uint64_t end = std::min(size, old_tables_end); end > cluster_end) {
-            // Nor what tables have there: another program may have left entries behind a smaller size.
-            TRY_VOID(zero_range({cluster_end}, end - cluster_end, Zeroing::discard));
+        const auto& backing = core_->below.image();
+        const bool shines_through = core_->below.exists() && !(backing && backing->size() <= old_size);
+        if (shines_through || raw_data_) {
+            TRY_VOID(zero_range({old_size}, size - old_size, Zeroing::release));
+        } else {
+            // What the last cluster has behind the old end was nobody's, nor what tables have there: another program
+            // may have left entries behind a smaller size. The rest is not recorded, or a large disk would take space.
+            const std::uint64_t cluster_end = rules_.geometry.clusters(old_size) << cluster_bits_;
+            const std::uint64_t end = std::min(size, std::max(cluster_end, old_tables_end));
+            TRY_VOID(zero_range({old_size}, end - old_size, Zeroing::forget));
         }
         return flush();
     }();
@@ -65,10 +70,13 @@ Result<void> Writer::shrink(std::uint64_t size) {
         return named;
     }
     // The header is durable: what it no longer covers can go.
+    shrunk_ = true;
     const std::uint64_t end = rules_.geometry.clusters(old_size);
     for (std::uint64_t first = rules_.geometry.clusters(size); first < end;) {
         std::uint64_t last = std::min(end, l2_end(cluster_at(first)));
-        if (TRY(l1_entry(cluster_at(first))).allocated()) {
+        if (rules_.geometry.l2_index(cluster_at(first)) == 0) {
+            TRY_VOID(drop_l2_table(cluster_at(first)));
+        } else if (TRY(l1_entry(cluster_at(first))).allocated()) {
             last = std::min(last, page_end(cluster_at(first)));
             const RangeLocks::Guard guard(clusters_, first, last);
             const auto old = TRY(load_entries({first, last}));
@@ -78,8 +86,23 @@ Result<void> Writer::shrink(std::uint64_t size) {
         first = last;
         TRY_VOID(flush_if_full());
     }
-    if (raw_data_) TRY_VOID(core_->data->resize(size));
+    if (rules_.external_data) TRY_VOID(core_->data->resize(size));
     return flush();
+}
+
+/// Gives up the table that maps from here on, with all that it leads to.
+Result<void> Writer::drop_l2_table(GuestOffset at) {
+    const std::uint64_t first = at.value >> cluster_bits_;
+    const RangeLocks::Guard guard(clusters_, first, l2_end(at));
+    const std::lock_guard lock(l2_locks_[rules_.geometry.l1_index(at) % l2_locks_.size()]);
+    const auto l1 = TRY(l1_entry(at));
+    if (!l1.allocated()) return {};
+    const auto old = TRY(load_entries({first, l2_end(at)}));
+    constexpr std::uint64_t none = 0;
+    TRY_VOID(write_back_.store(active_.mapping().l1_entry_at(at), {&none, 1}, WordCache::PageClass::mapping));
+    retire(old);
+    allocator_.retire_table(l1.l2_table(), bit(cluster_bits_));
+    return {};
 }
 
 /// Moves the L1 table to where it has room for so many entries.
@@ -110,14 +133,7 @@ Result<void> Writer::move_l1(HostOffset table, std::uint32_t entries) {
     locks.reserve(l2_locks_.size());
     for (auto& lock : l2_locks_) locks.emplace_back(lock);
     core_->words.forget(table, bytes);
-    std::vector<std::byte> copy(bytes);
-    std::array<std::uint64_t, 512> words;
-    for (std::uint64_t i = 0; i < header.l1_entries;) {
-        const auto wanted = std::min<std::uint64_t>(words.size(), header.l1_entries - i);
-        const auto loaded = TRY(core_->words.load(header.l1_table + i * 8, std::span(words).first(wanted)));
-        for (std::size_t k = 0; k < loaded; ++k, ++i) store_be(copy, i * 8, words[k]);
-    }
-    TRY_VOID(core_->file->write(table, copy));
+    TRY_VOID(core_->file->write(table, TRY(copy_words(*core_, header.l1_table, header.l1_entries, bytes))));
     // Entries that were only in the cache may refer to tables that had to be written first.
     TRY_VOID(write_back_.write_all());
     TRY_VOID(write_back_.sync());

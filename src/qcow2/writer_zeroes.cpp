@@ -70,31 +70,40 @@ Result<void> Writer::zero_range(GuestOffset at, std::uint64_t length, Zeroing ze
     return {};
 }
 
-/// Less than a cluster: subclusters by the entry, where there are any; the rest is written.
+/// Less than a cluster: by the entry where it can say it; the rest is written.
 Result<void> Writer::zero_part(GuestOffset at, std::uint64_t length, Zeroing zeroing) {
-    if (TRY(reads_as_zeros(at, length))) return {};
-    const std::uint64_t unit = bit(rules_.geometry.subcluster_bits());
-    const GuestOffset begin{align_down(at.value + unit - 1, unit)};
-    const GuestOffset end{align_down(at.value + length, unit)};
-    if (!rules_.geometry.extended_l2 || begin >= end) return write_zero_bytes(at, length);
-    TRY_VOID(write_zero_bytes(at, begin - at));
-    if (!TRY(zero_subclusters(begin, end, zeroing))) TRY_VOID(write_zero_bytes(begin, end - begin));
-    return write_zero_bytes(end, at + length - end);
+    if ((rules_.version < 3 || zeroing == Zeroing::forget) && TRY(reads_as_zeros(at, length))) return {};
+    const GuestOffset end = at + length;
+    const auto [marked, marked_end] = TRY(zero_units(at, length, zeroing));
+    if (marked > at) TRY_VOID(write_zero_bytes(at, marked - at));
+    return marked_end < end ? write_zero_bytes(marked_end, end - marked_end) : Result<void>();
 }
 
-/// [begin, end) are subclusters of one cluster. False: the entry cannot say it.
-Result<bool> Writer::zero_subclusters(GuestOffset begin, GuestOffset end, Zeroing zeroing) {
-    const std::uint64_t cluster = begin.value >> cluster_bits_;
+/// Marks units of one cluster (subclusters, where there are any) as zeros: those that lie in the range, and those that
+/// lie there in part and are zeros otherwise. Gives where they begin and end; an empty range at the end where there are
+/// none.
+Result<std::pair<GuestOffset, GuestOffset>> Writer::zero_units(GuestOffset at, std::uint64_t length, Zeroing zeroing) {
+    const GuestOffset end = at + length;
+    const std::pair none{end, end};
+    if (rules_.version < 3 || raw_data_) return none;
+    const std::uint64_t cluster = at.value >> cluster_bits_;
     const std::uint64_t unit = bit(rules_.geometry.subcluster_bits());
+    // What is no data does not become data meanwhile.
     const RangeLocks::Guard guard(clusters_, cluster, cluster + 1);
+    GuestOffset first{align_down(at.value, unit)};
+    GuestOffset last{align_down(end.value + unit - 1, unit)};
+    if (!TRY(reads_as_zeros(first, at - first))) first += unit;
+    if (!TRY(reads_as_zeros(end, last - end))) last = {last.value - unit};
+    if (first >= last) return none;
     const auto old = TRY(load_entries({cluster, cluster + 1}));
     const std::uint64_t mask =
-        format::subcluster_mask((begin - cluster_at(cluster)) / unit, (end - cluster_at(cluster)) / unit);
+        format::subcluster_mask((first - cluster_at(cluster)) / unit, (last - cluster_at(cluster)) / unit);
     const auto entry = TRY(zeroed(cluster, old.front(), mask, zeroing));
-    if (!entry) return false;
-    TRY_VOID(store_entries(cluster, {&*entry, 1}, false));
-    if (rules_.external_data) TRY_VOID(core_->data->write_zeroes({begin.value}, end - begin));
-    return true;
+    if (!entry) return none;
+    if (rules_.external_data) TRY_VOID(zero_data_file(first, last - first));
+    if (*entry != old.front()) TRY_VOID(store_entries(cluster, {&*entry, 1}, false));
+    if (!rules_.has_cluster(*entry)) retire(old);
+    return std::pair{first, last};
 }
 
 Result<void> Writer::write_zero_bytes(GuestOffset at, std::uint64_t length) {
@@ -108,6 +117,12 @@ Result<void> Writer::write_zero_bytes(GuestOffset at, std::uint64_t length) {
     return {};
 }
 
+/// In an external file the place is fixed, so there is no other moment for this; nobody else maps it meanwhile.
+Result<void> Writer::zero_data_file(GuestOffset at, std::uint64_t length) {
+    if (!raw_data_) return core_->data->write_zeroes({at.value}, length);
+    return make_zeros(*core_->data, {at.value}, std::min(length, size_.load() - at.value));
+}
+
 /// What an entry becomes when these subclusters (bits; 1 without subclusters) of its are zeroed. Nothing: it cannot say
 /// so.
 Result<std::optional<L2Entry>> Writer::zeroed(std::uint64_t cluster, L2Entry old, std::uint64_t subclusters,
@@ -115,8 +130,9 @@ Result<std::optional<L2Entry>> Writer::zeroed(std::uint64_t cluster, L2Entry old
     const bool extended = rules_.geometry.extended_l2;
     const std::uint64_t all = extended ? low_bits(32) : 1;
     const bool own_place = !needs_new_cluster(old);
-    // A raw data file is read by others, who see places and not entries: it keeps its mapping.
-    const bool keeps_place = own_place && (zeroing == Zeroing::keep || subclusters != all || raw_data_);
+    // A raw data file is read by others, who see places and not entries: it has the zeros, and every entry leads there.
+    if (raw_data_) return L2Entry{cluster_at(cluster).value | format::copied_bit, extended ? all : 0};
+    const bool keeps_place = own_place && (zeroing == Zeroing::keep || subclusters != all);
     if (subclusters != all && !own_place && (old.compressed() || rules_.has_cluster(old))) return std::nullopt;
     if (rules_.version < 3) {
         // No zero flag: only where nothing shines through.
@@ -129,8 +145,8 @@ Result<std::optional<L2Entry>> Writer::zeroed(std::uint64_t cluster, L2Entry old
     }
     L2Entry entry;
     if (keeps_place) entry.word = old.word;
-    // What is discarded needs no mark where there is nothing below.
-    const bool marks = zeroing != Zeroing::discard || keeps_place || core_->below.exists();
+    const bool nothing_there = old == L2Entry{} && !core_->below.exists();
+    const bool marks = zeroing != Zeroing::forget && !(zeroing == Zeroing::discard && nothing_there);
     if (!extended) {
         if (marks) entry.word |= format::zero_bit;
         return entry;
@@ -143,8 +159,10 @@ Result<std::optional<L2Entry>> Writer::zeroed(std::uint64_t cluster, L2Entry old
 /// Clusters of one L2 table, from the front; gives how many it has done. 0: the entry of the first cannot say it.
 Result<std::uint64_t> Writer::zero_clusters(Clusters clusters, Zeroing zeroing) {
     const GuestOffset begin = cluster_at(clusters.first);
-    // A disk is mostly holes: a table that is not there need not be made to say so.
-    if (!TRY(l1_entry(begin)).allocated() && TRY(reads_as_zeros(begin, cluster_at(clusters.end) - begin))) {
+    // A table that is not there is made only for what has to be recorded: a disk is mostly holes.
+    const bool records = rules_.version >= 3 && (zeroing == Zeroing::release || zeroing == Zeroing::keep);
+    if (!records && !raw_data_ && !TRY(l1_entry(begin)).allocated() &&
+        TRY(reads_as_zeros(begin, cluster_at(clusters.end) - begin))) {
         return clusters.end - clusters.first;
     }
     clusters.end = std::min(clusters.end, page_end(begin));
@@ -156,17 +174,16 @@ Result<std::uint64_t> Writer::zero_clusters(Clusters clusters, Zeroing zeroing) 
         const std::uint64_t all = rules_.geometry.extended_l2 ? low_bits(32) : 1;
         const auto next = TRY(zeroed(clusters.first + entries.size(), entry, all, zeroing));
         if (!next) break;
-        changes |= next->word != entry.word || next->bitmap != entry.bitmap;
+        changes |= *next != entry;
         entries.push_back(*next);
     }
     if (entries.empty()) return 0;
-    if (changes) TRY_VOID(store_entries(clusters.first, entries, false));
+    if (rules_.external_data) TRY_VOID(zero_data_file(begin, entries.size() << cluster_bits_));
+    if (changes) TRY_VOID(store_entries(clusters.first, entries, raw_data_));
     for (std::size_t i = 0; i < entries.size(); ++i) {
         if (rules_.has_cluster(entries[i])) old[i] = {};
     }
     retire(std::span(old).first(entries.size()));
-    // In an external file the place is fixed, so there is no other moment for this; nobody else maps it meanwhile.
-    if (rules_.external_data) TRY_VOID(core_->data->write_zeroes({begin.value}, entries.size() << cluster_bits_));
     return entries.size();
 }
 

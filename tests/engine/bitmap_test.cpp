@@ -166,6 +166,37 @@ TEST_P(BitmapTest, HasEveryChange) {
     }
 }
 
+/// New bits are clean; a bit of which a part is left stays.
+TEST_P(BitmapTest, FollowsTheSize) {
+    SCOPED_TRACE(replay_hint());
+    image_ = with_bitmaps(GetParam(), random_, some_bitmaps);
+    for (unsigned session = 0; session < 3 * effort(); ++session) {
+        const auto image = value_of(open_kind(GetParam(), image_.files, true));
+        for (int i = 0; i < 4; ++i) {
+            for (int k = 0; k < 2; ++k) change(*image);
+            image_.size = random_.between(1, 20000) * sector_bytes;
+            value_of(image->resize(image_.size, Image::Shrink::allow));
+            for (auto& model : image_.models) {
+                model.bits.resize((image_.size + model.spec.granularity - 1) / model.spec.granularity);
+            }
+            ASSERT_NO_FATAL_FAILURE(expect_bits(*image));
+            if (random_.chance(30)) expect_clean(*image);
+        }
+        value_of(image->close());
+        expect_clean(*value_of(open_kind(GetParam(), image_.files, false)));
+    }
+    const TemporaryDirectory directory;
+    save(image_.files, directory.path());
+    const auto checked = qemu_img({"check", "-f", "qcow2", image_name}, directory.path());
+    EXPECT_EQ(checked.status, 0) << checked.text();
+    EXPECT_EQ(flags_in_qemu(directory.path()),
+              (std::set<std::string>{"coarse: auto", "fine: auto", "frozen: ", "one bit: auto"}));
+    for (const auto& model : image_.models) {
+        const auto difference = model.difference(bits_in_qemu(model.spec, image_.size, directory.path()));
+        EXPECT_FALSE(difference) << "QEMU: " << *difference;
+    }
+}
+
 std::vector<ImageKind> kinds_that_have_bitmaps() {
     auto kinds = image_kinds();
     std::erase_if(kinds, [](const ImageKind& kind) { return kind.create.version < 3; });
@@ -236,7 +267,6 @@ TEST_F(BitmapMarksTest, WithoutAChangeNothingIsWritten) {
     const auto before = contents_of(*image_.files.at(image_name));
     const auto image = open(image_.files);
     value_of(image->discard({1}, 100));
-    EXPECT_TRUE(fails(image->resize(image->size() + 512), Errc::unsupported, {"bitmaps"}));
     EXPECT_FALSE(bitmap_info(*image, "fine").in_use);
     value_of(image->close());
     EXPECT_TRUE(contents_of(*image_.files.at(image_name)) == before);
@@ -409,19 +439,23 @@ TEST_F(BitmapMarksTest, ThreadsRecordTogether) {
 // ---- Power losses and errors ----
 
 /// What is wrong with the bitmaps of files that somebody stopped writing: in those that are not in use there must be
-/// all that is dirty from the beginning, and whatever has changed since.
+/// all that is dirty from the beginning, and whatever has changed since. `contents`: what was there at first, as far as
+/// it has always been part of the disk.
 std::optional<std::string> wrong_bits(const ImageKind& kind, const Files& files, const Bitmapped& before,
                                       const Bytes& contents) {
     const auto image = value_of(open_kind(kind, files, false));
+    const bool resized = contents.size() < before.size;
     Bytes now(contents.size());
     value_of(image->read({0}, now));
+    if (const auto report = value_of(image->check({.workers = 1})); report.corruptions + report.errors != 0)
+        return report.findings.front().place + ": " + report.findings.front().what;
     for (const auto& model : before.models) {
         if (bitmap_info(*image, model.spec.name).in_use) {
-            if (!model.spec.enabled) return "a disabled bitmap is in use";
+            if (!model.spec.enabled && !resized) return "a disabled bitmap is in use";
             continue;
         }
         const auto bits = bits_of(*image, model.spec);
-        for (std::size_t i = 0; i < bits.size(); ++i) {
+        for (std::size_t i = 0; i * model.spec.granularity < now.size(); ++i) {
             const auto at = i * model.spec.granularity;
             const auto length = std::min<std::uint64_t>(model.spec.granularity, now.size() - at);
             const bool changed = model.spec.enabled && std::memcmp(now.data() + at, contents.data() + at, length) != 0;
@@ -457,6 +491,20 @@ Result<void> work(Image& image, Random& random) {
     return image.close();
 }
 
+/// The same between changes of the size, to this one at least.
+constexpr std::uint64_t smallest_size = 300 * KiB;
+Result<void> work_and_resize(Image& image, Random& random) {
+    for (const std::uint64_t size : {3 * MiB + 512, smallest_size, 1 * MiB, 9 * MiB, 700 * KiB}) {
+        const Bytes bytes(random.between(1, 20) * sector_bytes, static_cast<std::byte>(random.between(1, 255)));
+        const auto at = random.below((image.size() - bytes.size()) / sector_bytes) * sector_bytes;
+        if (auto wrote = image.write({at}, bytes); !wrote) return wrote;
+        if (auto resized = image.resize(size, Image::Shrink::allow); !resized) return resized;
+    }
+    return image.close();
+}
+
+using Work = Result<void> (*)(Image&, Random&);
+
 struct CrashedBits {
     unsigned states = 0;
     unsigned trusted = 0;  ///< of those
@@ -465,15 +513,16 @@ struct CrashedBits {
 
 /// Power losses at every moment of the work; `left_out`: whether a flush did nothing, given by when it began and ended.
 using LeftOut = std::function<bool(const StorageLog& log, std::size_t begun, std::size_t ended)>;
-CrashedBits crash(const ImageKind& kind, Random& random, const LeftOut& left_out = {}) {
+CrashedBits crash(const ImageKind& kind, Random& random, const LeftOut& left_out = {}, Work worker = work) {
     const auto prepared = with_bitmaps(kind, random, {{"fine", 512}, {"frozen", 4 * KiB, false}, {"coarse", 64 * KiB}});
-    const auto contents = contents_of_disk(kind, prepared.files);
+    auto contents = contents_of_disk(kind, prepared.files);
+    if (worker == work_and_resize) contents.resize(smallest_size);
     const auto before = copy_of(prepared.files);
     StorageLog log;
     Files recorded;
     for (const auto& [name, file] : prepared.files)
         recorded[name] = std::make_shared<RecordingStorage>(file, name, log);
-    value_of(work(*value_of(open_kind(kind, recorded, true)), random));
+    value_of(worker(*value_of(open_kind(kind, recorded, true)), random));
 
     const auto shown = log.without_flushes(
         [&](std::size_t ended) { return left_out && left_out(log, log.events()[ended].begun, ended); });
@@ -509,7 +558,21 @@ TEST(BitmapCrashTest, ABitmapIsRightOrInUse) {
     std::cout << "covered " << states << " states after power loss, in " << trusted << " of them the bits were valid\n";
 }
 
-/// Flags are the only thing that is written in four bytes.
+TEST(BitmapCrashTest, ABitmapIsRightOrInUseWhileTheSizeChanges) {
+    unsigned states = 0;
+    unsigned trusted = 0;
+    for (const auto& kind : {small_kind(MiB + 512, 512), small_kind(MiB, 64 * KiB)}) {
+        auto random = Random::named(fmt::format("resized bitmaps/{}", kind.create.cluster_size));
+        const auto result = crash(kind, random, {}, work_and_resize);
+        ASSERT_FALSE(result.wrong) << *result.wrong << "\n" << replay_hint();
+        states += result.states;
+        trusted += result.trusted;
+    }
+    EXPECT_GT(trusted, 0U);
+    std::cout << "covered " << states << " states after power loss, in " << trusted << " of them the bits were valid\n";
+}
+
+/// Of all that is written, flags are the only thing of four bytes, where the size does not change.
 bool changes_flags(const StorageEvent& event) {
     return event.kind == StorageEvent::Kind::write && event.bytes.size() == 4;
 }
@@ -537,26 +600,31 @@ TEST(BitmapFaultTest, ABitmapIsRightOrInUse) {
     auto random = Random::named("bitmap faults");
     const auto prepared = with_bitmaps(kind, random, {{"fine", 512}, {"frozen", 4 * KiB, false}, {"coarse", 64 * KiB}});
     const auto contents = contents_of_disk(kind, prepared.files);
+    auto always_there = contents;
+    always_there.resize(smallest_size);
     unsigned faults = 0;
-    for (const auto operation : {Faults::Operation::write, Faults::Operation::space, Faults::Operation::flush}) {
-        for (const auto times : {std::uint64_t{1}, ~std::uint64_t{0}}) {
-            for (std::uint64_t after = 0;; ++after) {
-                SCOPED_TRACE(fmt::format("operation {}, {} times after {}", static_cast<int>(operation), times, after));
-                auto files = copy_of(prepared.files);
-                const auto injected = std::make_shared<Faults>();
-                {
-                    Files faulty;
-                    for (const auto& [name, file] : files)
-                        faulty[name] = std::make_shared<FaultyStorage>(file, injected);
-                    const auto image = value_of(open_kind(kind, faulty, true));
-                    injected->arm({operation, after, times, Errc::no_space});
-                    Random same(7);
-                    static_cast<void>(work(*image, same));
+    for (const auto worker : {work, work_and_resize}) {
+        for (const auto operation : {Faults::Operation::write, Faults::Operation::space, Faults::Operation::flush}) {
+            for (const auto times : {std::uint64_t{1}, ~std::uint64_t{0}}) {
+                for (std::uint64_t after = 0;; ++after) {
+                    SCOPED_TRACE(
+                        fmt::format("operation {}, {} times after {}", static_cast<int>(operation), times, after));
+                    auto files = copy_of(prepared.files);
+                    const auto injected = std::make_shared<Faults>();
+                    {
+                        Files faulty;
+                        for (const auto& [name, file] : files)
+                            faulty[name] = std::make_shared<FaultyStorage>(file, injected);
+                        const auto image = value_of(open_kind(kind, faulty, true));
+                        injected->arm({operation, after, times, Errc::no_space});
+                        Random same(7);
+                        static_cast<void>(worker(*image, same));
+                    }
+                    const auto wrong = wrong_bits(kind, files, prepared, worker == work ? contents : always_there);
+                    ASSERT_FALSE(wrong) << *wrong;
+                    if (injected->hits() == 0) break;
+                    ++faults;
                 }
-                const auto wrong = wrong_bits(kind, files, prepared, contents);
-                ASSERT_FALSE(wrong) << *wrong;
-                if (injected->hits() == 0) break;
-                ++faults;
             }
         }
     }

@@ -1,0 +1,113 @@
+// Cutting off what a smaller disk no longer needs at the end of the file.
+
+#include <algorithm>
+#include <set>
+
+#include "base/try.h"
+#include "format/refcount.h"
+#include "qcow2/writer.h"
+
+namespace qcow::qcow2 {
+namespace {
+
+/// How many refcounts a block has up to its last one that is not 0.
+std::uint64_t counted_end(std::span<const std::byte> block, unsigned order) {
+    const auto last = std::find_if(block.rbegin(), block.rend(), [](std::byte byte) { return byte != std::byte{0}; });
+    std::uint64_t end = divide_up(static_cast<std::uint64_t>(block.rend() - last) * 8, bit(order));
+    while (end > 0 && format::refcount_at(block, end - 1, order) == 0) --end;
+    return end;
+}
+
+/// Works on the file alone, in which all refcounts have been written: nobody else may be changing it.
+class Cut {
+public:
+    Cut(Core& core, WriteBack& write_back, MetadataMap& metadata)
+        : core_(core),
+          write_back_(write_back),
+          metadata_(metadata),
+          cluster_size_(core.header.cluster_size()),
+          order_(core.header.refcount_order),
+          per_block_(format::refcounts_per_block(core.header.cluster_bits, order_)) {}
+
+    Result<void> run() {
+        TRY_VOID(find_end());
+        TRY_VOID(drop_blocks());
+        // Whatever the refcounts say.
+        const std::uint64_t end = std::max(end_, metadata_.end()) * cluster_size_;
+        if (TRY(core_.file->size()) > end) TRY_VOID(core_.file->resize(end));
+        return write_back_.sync();
+    }
+
+private:
+    /// The refcounts of a block, without those of the blocks that are dropped.
+    Result<std::vector<std::byte>> load_block(std::uint64_t index) {
+        std::vector<std::byte> block(cluster_size_);
+        TRY(core_.file->read({table_[index]}, block));
+        const auto first = index * per_block_;
+        for (auto at = dropped_.lower_bound(first); at != dropped_.end() && *at < first + per_block_; ++at)
+            format::set_refcount(block, *at - first, order_, 0);
+        return block;
+    }
+
+    /// Finds the last cluster in use, and the refcount blocks that count nothing behind it but themselves.
+    Result<void> find_end() {
+        const auto header = core_.current_header();
+        std::vector<std::byte> bytes(header.refcount_table_clusters * cluster_size_);
+        TRY(core_.file->read(header.refcount_table, bytes));
+        for (std::size_t at = 0; at < bytes.size(); at += 8)
+            table_.push_back(format::RefcountTableEntry{load_be<std::uint64_t>(bytes, at)}.block().value);
+        for (std::uint64_t index = table_.size(); index-- > 0 && end_ == 0;) {
+            if (table_[index] == 0) continue;
+            dropped_.insert(table_[index] / cluster_size_);
+            const auto counted = counted_end(TRY(load_block(index)), order_);
+            if (counted == 0) {
+                indices_.push_back(index);
+            } else {
+                dropped_.erase(table_[index] / cluster_size_);
+                end_ = index * per_block_ + counted_end(TRY(load_block(index)), order_);
+            }
+        }
+        return {};
+    }
+
+    /// First nothing leads to them, then they are free.
+    Result<void> drop_blocks() {
+        if (indices_.empty()) return {};
+        const auto table = core_.current_header().refcount_table;
+        for (const auto index : indices_) {
+            TRY_VOID(core_.file->write(table + index * 8, std::array<std::byte, 8>{}));
+            metadata_.remove({table_[index]}, cluster_size_);
+            table_[index] = 0;
+        }
+        TRY_VOID(write_back_.sync());
+        for (auto at = dropped_.begin(); at != dropped_.end();) {
+            const std::uint64_t index = *at / per_block_;
+            if (table_[index] != 0) TRY_VOID(core_.file->write({table_[index]}, TRY(load_block(index))));
+            at = dropped_.lower_bound((index + 1) * per_block_);
+        }
+        return {};
+    }
+
+    Core& core_;
+    WriteBack& write_back_;
+    MetadataMap& metadata_;
+    const std::uint64_t cluster_size_;
+    const unsigned order_;
+    const std::uint64_t per_block_;
+    std::vector<std::uint64_t> table_;    // of refcount blocks: host offsets
+    std::vector<std::uint64_t> indices_;  // in the table, of the blocks that are dropped
+    std::set<std::uint64_t> dropped_;     // clusters in which these lie
+    std::uint64_t end_ = 0;               // cluster behind the last one in use
+};
+
+}  // namespace
+
+Result<void> Writer::cut_file() {
+    if (!shrunk_) return {};
+    return write_back_.attempt([&]() -> Result<void> {
+        TRY_VOID(write_back_.verify_writable());
+        return Cut(*core_, write_back_, metadata_).run();
+    });
+}
+
+}  // namespace qcow::qcow2
