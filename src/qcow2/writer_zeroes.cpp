@@ -132,8 +132,9 @@ Result<std::optional<L2Entry>> Writer::zeroed(std::uint64_t cluster, L2Entry old
     const bool own_place = !needs_new_cluster(old);
     // A raw data file is read by others, who see places and not entries: it has the zeros, and every entry leads there.
     if (raw_data_) return L2Entry{cluster_at(cluster).value | format::copied_bit, extended ? all : 0};
-    const bool keeps_place = own_place && (zeroing == Zeroing::keep || subclusters != all);
-    if (subclusters != all && !own_place && (old.compressed() || rules_.has_cluster(old))) return std::nullopt;
+    // A part of a cluster is marked where the cluster is, also where a snapshot shares that.
+    if (subclusters != all && old.compressed()) return std::nullopt;
+    const bool keeps_place = subclusters != all ? rules_.has_cluster(old) : own_place && zeroing == Zeroing::keep;
     if (rules_.version < 3) {
         // No zero flag: only where nothing shines through.
         const std::uint64_t size = size_.load();

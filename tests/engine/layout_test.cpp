@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "base/bits.h"
+#include "engine/image_kinds.h"
 #include "qcow/create.h"
 #include "support/bytes.h"
 #include "support/disks.h"
@@ -94,6 +95,33 @@ TEST(LayoutTest, AShortSessionThatIsKilledLeaksLittle) {
         value_of(image->flush());
         EXPECT_LE(leaks_when_killed(file), 4 * written);
     }
+}
+
+/// The entry says which subclusters are zeros. So the cluster need not be copied, though a snapshot has it, too.
+TEST(LayoutTest, ZeroedSubclustersOfASharedClusterCostNoCopy) {
+    ImageKind kind;
+    kind.create.size = 1 * MiB;
+    kind.create.extended_l2 = true;
+    kind.contents = ImageKind::Contents::plain;
+    kind.snapshot = true;
+    auto random = Random::named("shared");
+    const auto prepared = prepare(kind, random);
+    const auto image = value_of(open_kind(kind, prepared.files, true));
+    std::uint64_t at = 0;
+    while (!value_of(image->extent({at}, 64 * KiB)).host) at += 64 * KiB;
+    const auto before = value_of(image->extent({at}, 2 * KiB));
+    value_of(image->write_zeroes({at + 26 * KiB}, 2 * KiB));
+    EXPECT_EQ(value_of(image->extent({at}, 2 * KiB)).host, before.host);
+    EXPECT_EQ(value_of(image->extent({at + 26 * KiB}, 64 * KiB)).kind, Extent::Kind::zero);
+    auto expected = prepared.contents;
+    std::fill_n(expected.begin() + static_cast<std::ptrdiff_t>(at + 26 * KiB), 2 * KiB, std::byte{0});
+    Bytes found(expected.size());
+    value_of(image->read({0}, found));
+    EXPECT_TRUE(found == expected);
+    value_of(value_of(image->snapshot("first"))->read({0}, found));
+    EXPECT_TRUE(found == prepared.contents);
+    value_of(image->close());
+    EXPECT_TRUE(value_of(image->check({})).clean());
 }
 
 /// What is cut or given up at the end of the file makes it shorter; what others put there stays.
