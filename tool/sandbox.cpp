@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <grp.h>
+#include <linux/fiemap.h>
 #include <linux/fs.h>
 #include <linux/landlock.h>
 #include <netinet/in.h>
@@ -260,7 +261,8 @@ Obstacle enter_seccomp(bool removes) {
     }
     for (const std::uint64_t command : {F_GETFL, F_SETFL, F_OFD_GETLK, F_OFD_SETLK})
         filter.allow(SCMP_SYS(fcntl), argument(1, SCMP_CMP_EQ, command));
-    filter.allow(SCMP_SYS(ioctl), argument(1, SCMP_CMP_EQ, BLKGETSIZE64));
+    for (const std::uint64_t command : {std::uint64_t{BLKGETSIZE64}, std::uint64_t{FS_IOC_FIEMAP}})
+        filter.allow(SCMP_SYS(ioctl), argument(1, SCMP_CMP_EQ, command));
     filter.allow(SCMP_SYS(newfstatat),
                  has_bits(3, AT_EMPTY_PATH, AT_EMPTY_PATH));  // fstat in other words; the path cannot be looked at
     filter.allow(SCMP_SYS(tgkill), argument(0, SCMP_CMP_EQ, static_cast<std::uint64_t>(getpid())));  // abort

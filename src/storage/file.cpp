@@ -1,5 +1,6 @@
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <linux/fiemap.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
 #include <sys/ioctl.h>
@@ -124,9 +125,10 @@ public:
         TRY_VOID(verify_writable());
         if (length == 0) return {};
         if (block_device_) return resize(at.value + length);  // its space is there
-        const int error = posix_fallocate(fd_.get(), static_cast<off_t>(at.value), static_cast<off_t>(length));
-        if (error != 0) return system_error(fmt::format("cannot reserve {} bytes", length), path_, error);
-        return unshare(at, length);
+        auto reserved = reserve(at, length);
+        // A full XFS refuses it also where there is nothing to do.
+        if (!reserved && reserved.error().code == Errc::no_space && TRY(has_own_space(at, length))) return {};
+        return reserved;
     }
 
     Result<void> resize(std::uint64_t size) override {
@@ -199,6 +201,12 @@ private:
         return {};
     }
 
+    Result<void> reserve(HostOffset at, std::uint64_t length) {
+        const int error = posix_fallocate(fd_.get(), static_cast<off_t>(at.value), static_cast<off_t>(length));
+        if (error != 0) return system_error(fmt::format("cannot reserve {} bytes", length), path_, error);
+        return unshare(at, length);
+    }
+
     /// Extents that the file shares with another one would need space when they are written.
     Result<void> unshare(HostOffset at, std::uint64_t length) {
         if (!may_share_.load(std::memory_order_relaxed)) return {};
@@ -209,6 +217,28 @@ private:
             return system_error(fmt::format("cannot reserve {} bytes", length), path_, errno);
         may_share_.store(false, std::memory_order_relaxed);  // this file system cannot say
         return {};
+    }
+
+    /// Whether all of it lies within the file, in extents that no other file shares. False where that cannot be told.
+    [[nodiscard]] Result<bool> has_own_space(HostOffset at, std::uint64_t length) const {
+        constexpr std::uint32_t most = 32;  // extents that are asked for at once
+        const std::uint64_t end = at.value + length;
+        if (end > TRY(size())) return false;
+        alignas(fiemap) std::array<std::byte, sizeof(fiemap) + most * sizeof(fiemap_extent)> memory;
+        for (std::uint64_t known = at.value; known < end;) {
+            auto* map = new (memory.data()) fiemap{};
+            map->fm_start = known;
+            map->fm_length = end - known;
+            map->fm_extent_count = most;
+            if (ioctl(fd_.get(), FS_IOC_FIEMAP, map) != 0 || map->fm_mapped_extents == 0) return false;
+            for (const auto& extent : std::span(map->fm_extents, map->fm_mapped_extents)) {
+                const std::uint64_t extent_end = extent.fe_logical + extent.fe_length;
+                const bool goes_on = extent.fe_logical <= known && known < extent_end;
+                if (!goes_on || (extent.fe_flags & FIEMAP_EXTENT_SHARED) != 0) return false;
+                known = extent_end;
+            }
+        }
+        return true;
     }
 
     FileDescriptor fd_;
