@@ -23,10 +23,10 @@ std::string_view text(std::span<const std::byte> bytes) {
 }
 
 /// What was understood of a header is what is written of it, and read again.
-void encode(const format::Header& header, std::uint64_t file_size) {
+void encode(const format::Header& header) {
     const auto encoded = format::encode_header(header);
     if (!succeeded(encoded)) return;
-    const auto again = format::parse_header(*encoded, file_size);
+    const auto again = format::parse_header(*encoded);
     QCOW_REQUIRE(succeeded(again));
     QCOW_REQUIRE(again->version == header.version && again->cluster_bits == header.cluster_bits);
     QCOW_REQUIRE(again->size == header.size && again->crypt == header.crypt);
@@ -55,19 +55,26 @@ void header(std::span<const std::byte> in, std::uint64_t file_size) {
     const auto bytes = format::header_bytes(in);
     if (!succeeded(bytes)) return;
     QCOW_REQUIRE(*bytes >= 512 && *bytes <= format::max_cluster_size);
-    const auto header = format::parse_header(in, file_size);
+    const auto header = format::parse_header(in);
     if (!succeeded(header)) return;
     QCOW_REQUIRE(header->backing_name.size() <= format::max_name_length);
     QCOW_REQUIRE(std::uint64_t{header->l1_entries} * 8 <= format::max_l1_bytes);
     const format::Geometry geometry(*header);
     QCOW_REQUIRE(header->size == 0 || geometry.l1_index({header->size - 1}) < header->l1_entries);
     QCOW_REQUIRE(header->l1_entries == 0 ||
-                 lies_within(header->l1_table.value, std::uint64_t{header->l1_entries} * 8, file_size));
+                 lies_within(header->l1_table.value, std::uint64_t{header->l1_entries} * 8, format::max_host_offset));
+    if (succeeded(format::verify_refcount_table(*header, header->cluster_bits, file_size))) {
+        QCOW_REQUIRE(header->refcount_table_clusters != 0);
+        QCOW_REQUIRE(lies_within(header->refcount_table.value,
+                                 std::uint64_t{header->refcount_table_clusters} << header->cluster_bits, file_size));
+    }
+    if (succeeded(format::verify_snapshot_table(*header, header->cluster_bits, file_size)))
+        QCOW_REQUIRE(header->snapshot_count == 0 || header->snapshot_table.value < file_size);
     for (const auto& feature : format::features_of(*header)) {
         QCOW_REQUIRE(!feature.name.empty());
         QCOW_REQUIRE(feature.known || feature.kind != Feature::Kind::incompatible);
     }
-    encode(*header, file_size);
+    encode(*header);
     update(in, *header);
 }
 

@@ -8,10 +8,20 @@
 #include <cstdio>
 #include <filesystem>
 
+#include "qcow/file_name.h"
 #include "qcow/text.h"
 #include "usage.h"
 
 namespace tool {
+
+const CLI::Validator path_of_new_file(
+    [](std::string& name) -> std::string {
+        const auto parsed = qcow::parse_file_name(name);
+        if (!parsed) return parsed.error().message();
+        name = parsed->path;
+        return {};
+    },
+    "");
 
 void complain(const std::string& message) {
     std::fflush(stdout);
@@ -79,17 +89,39 @@ qcow::Gate gate_for(const std::string& path, bool untrusted, bool force_share, b
     return qcow::files_beneath(std::filesystem::path(path).parent_path().string(), force_share, direct);
 }
 
+void add_format_option(CLI::App& app, std::string& format, const std::string& name, const std::string& description) {
+    one_of(app.add_option(name, format, description), {"raw", "qcow", "qcow2"});
+}
+
 void add_format_option(CLI::App& app, std::string& format) {
-    one_of(app.add_option("-f,--format", format, "Format of the image; otherwise it is guessed from its first bytes"),
-           {"raw", "qcow", "qcow2"});
+    add_format_option(app, format, "-f,--format", "Format of the image; otherwise it is guessed from its first bytes");
 }
 
 void warn(const std::string& message) { complain("warning: " + message); }
 
 }  // namespace
 
+qcow::Result<void> name_source(Source& source, const std::string& name) {
+    auto parsed = qcow::parse_file_name(name);
+    if (!parsed) return std::unexpected(std::move(parsed).error());
+    source.path = std::move(parsed->path);
+    if (source.format.empty() && parsed->format) source.format = qcow::format_name(*parsed->format);
+    source.no_backing |= parsed->alone;
+    return {};
+}
+
 void add_source_options(CLI::App& app, Source& source) {
-    app.add_option("IMAGE", source.path, "The image: a file or block device")->required()->check(name_text);
+    // Before --format, which outdoes what the name says.
+    app.add_option("IMAGE", source.path, "The image: a file or block device")
+        ->required()
+        ->check(name_text)
+        ->transform(CLI::Validator(
+            [&source](std::string& name) -> std::string {
+                if (auto named = name_source(source, name); !named) return named.error().message();
+                name = source.path;
+                return {};
+            },
+            ""));
     add_open_options(app, source);
 }
 
@@ -97,7 +129,16 @@ void add_open_options(CLI::App& app, Source& source) {
     add_format_option(app, source.format);
     app.add_flag("-U,--force-share", source.force_share,
                  "Read although another process may be writing it; what is seen may be inconsistent");
-    app.add_flag("--no-backing", source.no_backing, "Refuse to open backing and data files that the image names");
+    auto* backing = app.add_option("--backing", source.backing,
+                                   "Take this file for the backing file, whatever the image calls its own")
+                        ->type_name("FILE")
+                        ->check(name_text);
+    add_format_option(app, source.backing_format, "--backing-format",
+                      "The format of the backing file, instead of what the image records; of one that --backing names\n"
+                      "and the image records nothing of, it is guessed");
+    app.add_flag("--no-backing", source.no_backing,
+                 "Read the image alone: what it does not hold itself reads as zeros, whatever its backing file holds")
+        ->excludes(backing);
     add_untrusted_option(app, source.untrusted);
 }
 
@@ -129,10 +170,22 @@ void add_workers_option(CLI::App& app, unsigned& workers) {
 qcow::OpenOptions open_options(const Source& source) {
     qcow::OpenOptions options;
     options.format = qcow::format_from_name(source.format);
-    options.gate = source.no_backing ? qcow::no_files()
-                                     : gate_for(source.path, source.untrusted, source.force_share, source.direct);
+    options.gate = gate_for(source.path, source.untrusted, source.force_share, source.direct);
+    options.backing_format = qcow::format_from_name(source.backing_format);
     options.warn = warn;
     return options;
+}
+
+qcow::Result<void> add_backing(qcow::OpenOptions& options, const Source& source) {
+    if (source.no_backing) options.backing = nullptr;
+    if (source.backing.empty()) return {};
+    const auto named = qcow::parse_file_name(source.backing);
+    if (!named) return std::unexpected(named.error());
+    auto storage = qcow::open_file(named->path, {.writable = false, .force_share = source.force_share});
+    if (!storage) return std::unexpected(std::move(storage).error().in("backing file"));
+    options.backing = *std::move(storage);
+    if (!options.backing_format) options.backing_format = named->format;
+    return {};
 }
 
 qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow) {
@@ -142,6 +195,7 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, boo
     if (!storage) return std::unexpected(std::move(storage).error());
     auto options = open_options(source);
     options.follow = follow;
+    if (auto added = add_backing(options, source); !added) return std::unexpected(std::move(added).error());
     return qcow::open_image(*std::move(storage), options);
 }
 
@@ -151,7 +205,19 @@ qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Im
 }
 
 void add_target_options(CLI::App& app, Target& target) {
-    app.add_option("IMAGE", target.path, "The image: a file or block device")->required()->check(name_text);
+    app.add_option("IMAGE", target.path, "The image: a file or block device")
+        ->required()
+        ->check(name_text)
+        ->transform(CLI::Validator(
+            [&target](std::string& name) -> std::string {
+                const auto parsed = qcow::parse_file_name(name);
+                if (!parsed) return parsed.error().message();
+                if (parsed->alone) return "an image without its backing file is not written";
+                name = parsed->path;
+                if (parsed->format) target.format = qcow::format_name(*parsed->format);
+                return {};
+            },
+            ""));
     add_format_option(app, target.format);
     add_cache_option(app, target.cache);
     add_untrusted_option(app, target.untrusted);

@@ -52,9 +52,20 @@ struct Source {
     std::string snapshot;  // id or name; empty: the active state
     bool force_share = false;
     bool direct = false;  // past the system's cache, where something is written
+    std::string backing;  // in place of the backing file that the image names; empty: that one
+    std::string backing_format;
     bool no_backing = false;
     bool untrusted = false;
 };
+
+/// Makes the source the image of this name: its path, and its format if the name says one and `format` is empty.
+qcow::Result<void> name_source(Source& source, const std::string& name);
+
+/// Gives the options the backing file that is to take the place of the one that the image names, if there is one.
+qcow::Result<void> add_backing(qcow::OpenOptions& options, const Source& source);
+
+/// Turns the name of a file that is to be made into its path.
+extern const CLI::Validator path_of_new_file;
 
 /// The positional IMAGE and the options of add_open_options.
 void add_source_options(CLI::App& app, Source& source);

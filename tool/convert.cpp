@@ -114,7 +114,7 @@ qcow::Result<Sources> open_sources(const Options& options, qcow::FilesInUse& in_
     std::vector<std::shared_ptr<qcow::Disk>> disks;
     for (const auto& path : paths) {
         Source source = options.source;
-        source.path = path;
+        if (auto named = name_source(source, path); !named) return std::unexpected(std::move(named).error());
         auto image = open_source(source);
         if (!image) return std::unexpected(std::move(image).error());
         const auto role = paths.size() == 1 ? "the source" : fmt::format("source {}", sources.images.size() + 1);
@@ -318,7 +318,10 @@ void declare_convert(CLI::App& root, int& status) {
         ->required()
         ->check(name_text)
         ->option_text("... TARGET")
-        ->each([options](const std::string& path) { options->target = path; });
+        ->each([options](const std::string& name) {
+            options->target = name;
+            path_of_new_file(options->target);  // what cannot be a name cannot be made either
+        });
     add_open_options(app, options->source);
     one_of(app.add_option("-O,--target-format", options->target_format,
                           "Format of the target: raw unless said; with -n, it is guessed from the first bytes"),
@@ -330,12 +333,12 @@ void declare_convert(CLI::App& root, int& status) {
         ->check(whole_number(1, 19))
         ->needs(compress);
     add_new_image_options(app, options->image);
-    app.add_option("-B,--backing", options->image.backing,
+    app.add_option("-B,--target-backing", options->image.backing,
                    "Store only what differs from this image, and make it the backing file; with -n it must be that\n"
                    "already")
         ->type_name("FILE")
         ->check(name_text);
-    add_backing_format_option(app, options->image);
+    add_backing_format_option(app, "-F,--target-backing-format", options->image);
     app.add_option("-S,--sparse", options->sparse,
                    "Raw targets, and -n: runs of zeros of at least this size become holes; 0: every byte is written,\n"
                    "to any target, so that all of it has storage")

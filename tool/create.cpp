@@ -103,7 +103,8 @@ void declare_create(CLI::App& root, int& status) {
     app.add_option("IMAGE", options->path,
                    "The file to make, or a block device; a file that has the name is replaced, unless it is in use")
         ->required()
-        ->check(name_text);
+        ->check(name_text)
+        ->transform(path_of_new_file);
     app.add_option("SIZE", options->size,
                    "Size of the disk, a multiple of 512 or rounded up to one; that of\n"
                    "the backing file if absent")
@@ -112,7 +113,7 @@ void declare_create(CLI::App& root, int& status) {
     app.add_option("-b,--backing", options->image.backing, "The backing file, as seen from the image's directory")
         ->type_name("FILE")
         ->check(name_text);
-    add_backing_format_option(app, options->image);
+    add_backing_format_option(app, "-F,--backing-format", options->image);
     add_new_image_options(app, options->image);
     app.add_flag("-u,--unchecked", options->unchecked, "Do not look whether the backing file can be opened");
     add_untrusted_option(app, options->untrusted);

@@ -3,10 +3,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <initializer_list>
 #include <utility>
 
+#include "qcow/file_name.h"
 #include "qemu_words.h"
 #include "text.h"
 
@@ -168,8 +168,8 @@ void add_new_image_options(CLI::App& app, NewImageArguments& arguments) {
         });
 }
 
-void add_backing_format_option(CLI::App& app, NewImageArguments& arguments) {
-    one_of(app.add_option("-F,--backing-format", arguments.backing_format, "The format of the backing file"),
+void add_backing_format_option(CLI::App& app, const std::string& name, NewImageArguments& arguments) {
+    one_of(app.add_option(name, arguments.backing_format, "The format of the new image's backing file"),
            {"raw", "qcow", "qcow2"});
 }
 
@@ -190,6 +190,14 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
     }
     if (!arguments.backing.empty()) options.backing_name = arguments.backing;
     if (!arguments.backing_format.empty()) options.backing_format = arguments.backing_format;
+    for (auto* name : {&options.backing_name, &options.data_file_name}) {
+        if (name->empty()) continue;
+        const auto parsed = qcow::parse_file_name(*name);
+        if (!parsed) return std::unexpected(parsed.error());
+        if (name == &options.backing_name && options.backing_format.empty() && parsed->format)
+            options.backing_format = qcow::format_name(*parsed->format);
+        *name = qcow::recorded_file_name(name == &options.data_file_name ? parsed->path : *name);
+    }
     if (options.backing_name.empty() && !options.backing_format.empty())
         return std::unexpected(
             qcow::Error{qcow::Errc::invalid_argument, "backing file", "its format is given, and its name is not"});
@@ -197,7 +205,8 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
 }
 
 std::string beside(const std::string& image_path, const std::string& name) {
-    return (std::filesystem::path(image_path).parent_path() / name).string();
+    const auto parsed = qcow::parse_file_name(name, image_path);
+    return parsed ? parsed->path : name;
 }
 
 }  // namespace tool

@@ -25,7 +25,7 @@ struct NewImageOptions : qcow::CreateOptions {
 void add_new_image_options(CLI::App& app, NewImageArguments& arguments);
 
 /// Adds -F.
-void add_backing_format_option(CLI::App& app, NewImageArguments& arguments);
+void add_backing_format_option(CLI::App& app, const std::string& name, NewImageArguments& arguments);
 
 /// The help text on -o.
 extern const char* const new_image_help;
@@ -33,7 +33,8 @@ extern const char* const new_image_help;
 /// Understands them. Errc::invalid_argument names the option that is wrong, and what it can be.
 qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments);
 
-/// The name that an image has given to another file, as a path from here.
+/// The file that an image at `image_path` records by this name, which parse_create_options has let through, as a path
+/// from here.
 std::string beside(const std::string& image_path, const std::string& name);
 
 }  // namespace tool

@@ -57,8 +57,9 @@ std::string reference_text(const qcow::ReferenceInfo& reference) {
 }
 
 std::string encryption_text(const qcow::EncryptionInfo& encryption) {
-    std::string text =
-        fmt::format("{}, {}, {}-bit key", encryption.method, printable(encryption.cipher), encryption.key_bits);
+    std::string text = encryption.method;
+    if (encryption.key_bits != 0)
+        text += fmt::format(", {}, {}-bit key", printable(encryption.cipher), encryption.key_bits);
     if (!encryption.hash.empty()) text += ", " + printable(encryption.hash);
     if (encryption.slots != 0) {
         text += fmt::format(", {} of {} key slots used ({})", encryption.used_slots.size(), encryption.slots,
@@ -72,6 +73,13 @@ std::uint64_t clusters(std::uint64_t bytes, std::uint64_t cluster_size) {
 }
 
 }  // namespace
+
+std::vector<std::string> warnings_of(const qcow::ImageInfo& info) {
+    std::vector<std::string> warnings;
+    for (const auto* error : {&info.encryption_error, &info.snapshots_error, &info.bitmaps_error})
+        if (*error) warnings.push_back((*error)->message());
+    return warnings;
+}
 
 Json snapshots_json(const qcow::ImageInfo& info) {
     Json result = Json::array();
@@ -143,6 +151,7 @@ Json info_json(const qcow::ImageInfo& info) {
     json["unknown-extensions"] = Json::array();
     for (const auto& e : info.unknown_extensions)
         json["unknown-extensions"].push_back({{"type", e.type}, {"length", e.length}});
+    json["warnings"] = warnings_of(info);
     return json;
 }
 

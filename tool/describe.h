@@ -6,6 +6,9 @@
 
 namespace tool {
 
+/// What could not be read of what the metadata say.
+std::vector<std::string> warnings_of(const qcow::ImageInfo& info);
+
 Json info_json(const qcow::ImageInfo& info);
 Json snapshots_json(const qcow::ImageInfo& info);
 Json usage_json(const qcow::Usage& usage, std::uint64_t cluster_size);

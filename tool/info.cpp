@@ -31,6 +31,7 @@ qcow::Result<int> run(const Options& options) {
     for (auto layer = *image; layer; layer = options.chain ? layer->backing() : nullptr) {
         auto info = layer->info();
         if (!info) return std::unexpected(std::move(info).error());
+        for (const auto& warning : warnings_of(*info)) complain("warning: " + warning);
         if (layer == *image) cluster_size = info->cluster_size;
         if (options.json) {
             json.push_back(info_json(*info));

@@ -1,5 +1,7 @@
 // qcow: the command line of qcowkit. Written against the public headers alone.
 
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
@@ -10,6 +12,14 @@
 #include "usage.h"
 
 namespace {
+
+/// A backing chain takes a descriptor a file. Systems allow more of them than they give a process at first.
+void allow_long_chains() {
+    rlimit limit = {};
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+    limit.rlim_cur = limit.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &limit);
+}
 
 int run(int argc, char** argv) {
     int status = tool::ok;
@@ -40,6 +50,7 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
     std::signal(SIGXFSZ, SIG_IGN);  // a limit on the size of files is an error like that of a full file system
     try {
+        allow_long_chains();
         return run(argc, argv);
     } catch (const std::exception& error) {
         std::fputs("qcow: ", stderr);

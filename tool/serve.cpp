@@ -133,10 +133,11 @@ bool only_reads(const Options& options) { return options.read_only || !options.s
 
 qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, const std::string& path) {
     auto source = options.source;
-    source.path = path;
+    if (auto named = name_source(source, path); !named) return std::unexpected(std::move(named).error());
     if (only_reads(options)) return open_source(source);
     source.direct = options.cache == "none";
     auto open = open_options(source);
+    if (auto added = add_backing(open, source); !added) return std::unexpected(std::move(added).error());
     open.writable = true;
     open.write.discard = options.discard == "unmap";
     open.write.cache = options.cache == "writethrough" ? qcow::CacheMode::writethrough
@@ -245,6 +246,8 @@ qcow::Result<int> run(const Options& options) {
             return std::unexpected(std::move(added).error());
         auto disk = disk_of(*image, options.source);
         if (!disk) return std::unexpected(std::move(disk).error());
+        // Not by every request of a client: an encrypted image cannot be read at all.
+        if (auto readable = (*disk)->read({0}, {}); !readable) return std::unexpected(std::move(readable).error());
         images.push_back(*image);
         exports.push_back({export_name(options, i),
                            i < options.descriptions.size() ? options.descriptions[i] : std::string(), *disk,

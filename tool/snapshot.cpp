@@ -17,6 +17,7 @@ qcow::Result<int> run(const Options& options) {
     if (!image) return std::unexpected(std::move(image).error());
     const auto info = (*image)->info();
     if (!info) return std::unexpected(info.error());
+    if (info->snapshots_error) return std::unexpected(*info->snapshots_error);
     if (options.json) {
         print_json(snapshots_json(*info));
     } else {

@@ -51,7 +51,8 @@ public:
     [[nodiscard]] virtual std::uint64_t block_size() const = 0;
 
     /// Fills `to` with the guest's bytes from `at` on. The range must lie within size(): Errc::invalid_argument.
-    /// On any error the contents of `to` are unspecified; other ranges stay readable.
+    /// On any error the contents of `to` are unspecified; other ranges stay readable. A read of no bytes fails where
+    /// none could succeed, as of an encrypted disk: zeros and holes are told by extent() there, too.
     virtual Result<void> read(GuestOffset at, std::span<std::byte> to) = 0;
 
     /// The run of alike bytes that begins at `at` (< size()), at most `limit` bytes (> 0). It may end earlier than the

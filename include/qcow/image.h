@@ -89,8 +89,16 @@ struct OpenOptions {
     /// refcounts rebuilt; one that is marked corrupt is refused.
     bool writable = false;
     WriteOptions write = {};  ///< where it is writable
-    /// Nothing: told from the first bytes. Anything that is not qcow or qcow2 is then raw.
-    std::optional<Format> format;
+    /// Nothing: told from the contents. What is not qcow or qcow2 is then raw; but not what has the signature of
+    /// something else (VMDK, VHD, LUKS, gzip, a web page, ...), nor what is called "x.qcow2" and looks like nothing:
+    /// Errc::unsupported, with its name and the remedy. The same holds for backing files without a recorded format.
+    std::optional<Format> format = {};
+    /// What lies below the image, in place of the file that its header names. Null: nothing, so that what the image
+    /// does not hold itself reads as zeros; only for reading (Errc::invalid_argument), and `warn` is told.
+    std::optional<std::shared_ptr<Storage>> backing = {};
+    /// The format of the backing file, named by the header or given here; nothing: what the header records, else told
+    /// from the contents.
+    std::optional<Format> backing_format = {};
     /// What happens to backing files and external data files. Nothing is opened that it does not open.
     Gate gate = no_files();
     /// False: this image alone. What it says of itself can be asked; reading what lies in other files fails.
@@ -179,6 +187,10 @@ struct ImageInfo {
     std::vector<BitmapInfo> bitmaps;
     bool bitmaps_stale = false;  ///< there are bitmaps, but a writer that does not know them has been here
     std::vector<ExtensionInfo> unknown_extensions;
+    // Why these could not be read, where they are damaged. The rest is right all the same.
+    std::optional<Error> encryption_error;
+    std::optional<Error> snapshots_error;
+    std::optional<Error> bitmaps_error;
 };
 
 /// Guests count disks in sectors. A new or resized image has a whole number of them. Of an image that has not, the last
@@ -200,7 +212,7 @@ public:
     /// The names of the files that this layer lies in, as they were opened: the image, and its data file if it has one.
     [[nodiscard]] virtual std::vector<std::string> files() const = 0;
 
-    /// Everything that can be said without a walk. Errc::corrupt where a table cannot be read.
+    /// Everything that can be said without a walk.
     [[nodiscard]] virtual Result<ImageInfo> info() const = 0;
 
     /// The layer below; nothing where there is none or it was not followed.
@@ -241,7 +253,8 @@ public:
 };
 
 /// Opens an image, and the chain below it as far as `options` allow. Memory is bounded by the cache budget and the
-/// length of the chain (256 files at most), whatever the image claims.
+/// length of the chain (4096 files at most; where a process may not have as many open, Errc::limit_exceeded), whatever
+/// the image claims. Reading needs the header and the mapping: refcounts, snapshots and bitmaps may be damaged.
 QCOW_API Result<std::shared_ptr<Image>> open_image(std::shared_ptr<Storage> storage, const OpenOptions& options = {});
 
 }  // namespace qcow

@@ -4,34 +4,91 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "base/try.h"
 
 namespace qcow {
+
+/// The destructor of a layer runs that of its Below, and so on. So that these do not nest as deeply as the chain is
+/// long, the innermost leaves its layer to the outermost.
+Below::~Below() {
+    static thread_local std::shared_ptr<Layer>* next = nullptr;
+    if (next != nullptr && *next == nullptr) {
+        *next = std::move(image_);
+        return;
+    }
+    std::shared_ptr<Layer> left;
+    auto* const outer = std::exchange(next, &left);
+    while (image_) {
+        image_.reset();
+        image_ = std::move(left);
+    }
+    next = outer;
+}
+
 std::unexpected<Error> Below::not_opened(GuestOffset at) const {
     return fail(Errc::not_found, fmt::format("guest offset {:#x}", at.value),
                 fmt::format("it lies in the backing file \"{}\", which was not opened", backing_name_));
 }
 
-Result<void> Below::read(GuestOffset at, std::span<std::byte> to) const {
-    std::size_t there = 0;
-    if (image_) {
-        there = at.value >= image_->size() ? 0 : std::min<std::uint64_t>(to.size(), image_->size() - at.value);
-        if (there != 0) TRY_VOID(image_->read(at, to.first(there)));
-    } else if (!backing_name_.empty()) {
-        return not_opened(at);
+/// The front of `to`, from the next layer alone.
+Result<Layer::Part> Below::read_part(GuestOffset at, std::span<std::byte> to) const {
+    if (!image_ && !backing_name_.empty()) return not_opened(at);
+    if (!image_ || at.value >= image_->size()) {
+        std::memset(to.data(), 0, to.size());
+        return Layer::Part{to.size()};
     }
-    std::memset(to.data() + there, 0, to.size() - there);
-    return {};
+    return image_->read_part(at, to.first(std::min<std::uint64_t>(to.size(), image_->size() - at.value)));
+}
+
+Result<void> Below::read(GuestOffset at, std::span<std::byte> to) const {
+    struct Request {
+        const Below* below = nullptr;
+        GuestOffset at;
+        std::span<std::byte> to;
+    };
+    std::vector<Request> waiting;  // what remains of requests to layers further up
+    for (Request now{this, at, to};;) {
+        if (now.to.empty()) {
+            if (waiting.empty()) return {};
+            now = waiting.back();
+            waiting.pop_back();
+            continue;
+        }
+        const auto part = TRY(now.below->read_part(now.at, now.to));
+        const Request rest{now.below, now.at + part.length, now.to.subspan(part.length)};
+        if (part.held) {
+            now = rest;
+        } else {
+            if (!rest.to.empty()) waiting.push_back(rest);
+            now = {now.below->image_->below(), now.at, now.to.first(part.length)};
+        }
+    }
 }
 
 Result<Extent> Below::extent(GuestOffset at, std::uint64_t limit) const {
-    if (!image_ && !backing_name_.empty()) return not_opened(at);
-    if (!image_ || at.value >= image_->size())
-        return Extent{.start = at, .length = limit, .kind = Extent::Kind::unallocated};
-    Extent extent = TRY(image_->extent(at, std::min(limit, image_->size() - at.value)));
-    ++extent.depth;
-    return extent;
+    const Below* below = this;
+    for (unsigned depth = 0;; ++depth) {
+        const auto& image = below->image_;
+        if (!image && !below->backing_name_.empty()) return below->not_opened(at);
+        if (!image || at.value >= image->size())
+            return Extent{.start = at, .length = limit, .kind = Extent::Kind::unallocated, .depth = depth};
+        Extent extent = TRY(image->own_extent(at, std::min(limit, image->size() - at.value)));
+        if (extent.kind != Extent::Kind::unallocated) {
+            extent.depth = depth + 1;
+            return extent;
+        }
+        limit = extent.length;
+        below = image->below();
+    }
+}
+
+Result<void> Below::verify_readable() const {
+    for (const auto* below = this; below != nullptr && below->image_; below = below->image_->below())
+        TRY_VOID(below->image_->verify_readable());
+    return {};
 }
 
 }  // namespace qcow

@@ -5,19 +5,23 @@
 #include <span>
 #include <string>
 
-#include "qcow/image.h"
+#include "disk/layer.h"
 
 namespace qcow {
 
-/// The layer below another one, which may be absent, or shorter than what lies on top of it.
+/// The layer below another one, which may be absent, or shorter than what lies on top of it. Chains are long, and a
+/// thread's stack is not: no layer calls the next one, they are asked one after the other here.
 class Below {
 public:
     /// `backing_name` is the image's name for it; empty: it has none. A name without `image`: it was not opened, and
     /// reads that need it fail.
-    Below(std::shared_ptr<Image> image, std::string backing_name)
+    Below(std::shared_ptr<Layer> image, std::string backing_name)
         : image_(std::move(image)), backing_name_(std::move(backing_name)) {}
+    Below(const Below&) = delete;
+    Below& operator=(const Below&) = delete;
+    ~Below();
 
-    [[nodiscard]] const std::shared_ptr<Image>& image() const { return image_; }
+    [[nodiscard]] const std::shared_ptr<Layer>& image() const { return image_; }
 
     /// Whether there is such a layer, opened or not.
     [[nodiscard]] bool exists() const { return image_ != nullptr || !backing_name_.empty(); }
@@ -25,13 +29,18 @@ public:
     /// Guest bytes; zeros past the end of the layer below.
     Result<void> read(GuestOffset at, std::span<std::byte> to) const;
 
-    /// The extent as seen from the layer above: one deeper.
+    /// The extent as seen from the layer above: one deeper. What lies past the end of the layer below is unallocated
+    /// in the one above.
     [[nodiscard]] Result<Extent> extent(GuestOffset at, std::uint64_t limit) const;
+
+    /// Whether all that lies below can be read: see Layer::verify_readable.
+    [[nodiscard]] Result<void> verify_readable() const;
 
 private:
     [[nodiscard]] std::unexpected<Error> not_opened(GuestOffset at) const;
+    Result<Layer::Part> read_part(GuestOffset at, std::span<std::byte> to) const;
 
-    std::shared_ptr<Image> image_;
+    std::shared_ptr<Layer> image_;
     std::string backing_name_;
 };
 

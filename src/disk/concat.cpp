@@ -31,6 +31,9 @@ public:
 
     Result<void> read(GuestOffset at, std::span<std::byte> to) override {
         TRY_VOID(verify_range(*this, at, to.size()));
+        if (to.empty()) {
+            for (const auto& part : parts_) TRY_VOID(part.disk->read({0}, {}));
+        }
         while (!to.empty()) {
             const auto& part = part_at(at);
             const std::uint64_t inside = at.value - part.start;

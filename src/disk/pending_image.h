@@ -7,7 +7,7 @@
 #include <optional>
 #include <string>
 
-#include "qcow/image.h"
+#include "disk/layer.h"
 
 namespace qcow {
 
@@ -30,12 +30,13 @@ public:
 
     /// What the image is to work with. Absent neighbours that the header names make reads of what they hold fail.
     struct Neighbours {
-        std::shared_ptr<Image> backing;
+        std::shared_ptr<Layer> backing;
+        bool alone = false;  // there is no backing file, whatever the header says
         std::shared_ptr<Storage> data_file;
         std::size_t cache_bytes = 0;
         std::optional<WriteOptions> write = {};  // nothing: read-only
     };
-    virtual Result<std::shared_ptr<Image>> open(Neighbours neighbours) = 0;
+    virtual Result<std::shared_ptr<Layer>> open(Neighbours neighbours) = 0;
 };
 
 }  // namespace qcow

@@ -70,8 +70,33 @@ Json nested(const Json& flat) {
     return result;
 }
 
+/// QEMU also takes strings in single quotes, and \' in those of either kind.
+std::string with_double_quotes(std::string_view text) {
+    std::string result;
+    char quote = 0;  // that of the string we are in
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        const char c = text[i];
+        if (quote == 0) {
+            if (c == '"' || c == '\'') quote = c;
+            result += quote == 0 ? c : '"';
+        } else if (c == quote) {
+            quote = 0;
+            result += '"';
+        } else if (c == '"') {
+            result += "\\\"";
+        } else if (c == '\\' && i + 1 < text.size()) {
+            ++i;
+            if (text[i] != '\'') result += c;
+            result += text[i];
+        } else {
+            result += c;
+        }
+    }
+    return result;
+}
+
 Result<FileName> parse_description(std::string_view text) {
-    const Json parsed = Json::parse(text, nullptr, false);
+    const Json parsed = Json::parse(with_double_quotes(text), nullptr, false);
     if (!parsed.is_object()) return bad_description("not a JSON object");
     const Json node = nested(parsed);
 
@@ -94,6 +119,8 @@ Result<FileName> parse_description(std::string_view text) {
         if (key == "driver") continue;
         if (key == "file") {
             result.path = TRY(parse_protocol_level(value));
+        } else if (key == "backing" && value.is_null()) {
+            result.alone = true;
         } else if (!is_harmless(key)) {
             return bad_description(fmt::format("option \"{}\" is not supported", key), Errc::unsupported);
         }
@@ -110,36 +137,90 @@ std::string_view scheme_of(std::string_view name) {
     return name.substr(0, colon);
 }
 
+/// No scheme has one letter.
+bool has_drive(std::string_view name) { return scheme_of(name).size() == 1; }
+
 Result<FileName> parse_local_name(std::string_view name) {
     const auto scheme = scheme_of(name);
     if (is_description(name)) return parse_description(name.substr(5));
-    if (scheme == "file") return FileName{std::string(name.substr(5)), std::nullopt};
-    if (scheme.empty()) return FileName{std::string(name), std::nullopt};
+    if (scheme == "file") return FileName{.path = std::string(name.substr(5))};
+    if (scheme.empty()) return FileName{.path = std::string(name)};
+    if (has_drive(name)) {
+        return fail(Errc::unsupported, "",
+                    fmt::format("\"{}\" is a path of Windows, which means nothing on this system", name));
+    }
     return fail(Errc::unsupported, "",
                 fmt::format("\"{}\" names something by the scheme \"{}:\", which is not supported; a file of that name "
                             "is written \"./{}\"",
                             name, scheme, name));
 }
 
-}  // namespace
-
-Result<FileName> parse_file_name(std::string_view name) {
+/// What holds for a name of any kind.
+Result<FileName> verified(std::string_view name, Result<FileName> (*parse)(std::string_view)) {
     // Also bounds how deeply a description can be nested.
     if (name.size() > max_bytes) {
         return fail(Errc::unsupported, "",
                     fmt::format("a file name of {} bytes; at most {} are supported", name.size(), max_bytes));
     }
-    auto result = TRY(parse_local_name(name));
+    auto result = TRY(parse(name));
     if (result.path.empty()) return fail(Errc::corrupt, "", "an empty file name");
     if (result.path.find('\0') != std::string::npos) return fail(Errc::corrupt, "", "a file name with a zero byte");
     return result;
 }
 
+/// Whether a person who gives this name, without a scheme that is known here, means a path.
+bool is_path(std::string_view name) { return !name.substr(scheme_of(name).size()).starts_with("://"); }
+
+Result<FileName> parse_given(std::string_view name) {
+    const auto scheme = scheme_of(name);
+    if (scheme != "file" && scheme != "json" && is_path(name)) return FileName{.path = std::string(name)};
+    return parse_local_name(name);
+}
+
+}  // namespace
+
+Result<FileName> parse_file_name(std::string_view name, FileReference::Role role) {
+    return verified(name, role == FileReference::Role::backing_file ? parse_local_name : parse_given);
+}
+
 bool is_description(std::string_view name) { return scheme_of(name) == "json"; }
+
+bool is_windows_path(std::string_view name) {
+    return has_drive(name) || (name.find('\\') != std::string_view::npos && name.find('/') == std::string_view::npos);
+}
 
 std::string resolve(std::string_view path, std::string_view from) {
     // Not normalised: "a/../b" is not "b" where a is a symbolic link.
     return (std::filesystem::path(from).parent_path() / std::filesystem::path(path)).string();
 }
 
+std::string shell_word(std::string_view word) {
+    constexpr std::string_view plain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_./:@%+=,-";
+    if (!word.empty() && word.find_first_not_of(plain) == std::string_view::npos) return std::string(word);
+    std::string quoted = "'";
+    for (const char c : word) quoted += c == '\'' ? "'\\''" : std::string(1, c);
+    return quoted + "'";
+}
+
 }  // namespace qcow::format
+
+namespace qcow {
+
+Result<FileName> parse_file_name(std::string_view name, std::string_view image) {
+    auto parsed = format::verified(name, format::parse_given);
+    if (!parsed) {
+        auto error = std::move(parsed).error();
+        if (error.code == Errc::corrupt) error.code = Errc::invalid_argument;
+        return std::unexpected(std::move(error));
+    }
+    if (!image.empty()) parsed->path = format::resolve(parsed->path, image);
+    return parsed;
+}
+
+std::string recorded_file_name(std::string_view name) {
+    const auto scheme = format::scheme_of(name);
+    const bool as_it_is = scheme.empty() || scheme == "file" || scheme == "json" || !format::is_path(name);
+    return (as_it_is ? "" : "./") + std::string(name);
+}
+
+}  // namespace qcow

@@ -19,11 +19,11 @@ std::string text(std::span<const std::byte> bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-/// A table of the header: inside the file, aligned to a cluster, clear of the header itself.
-Result<void> verify_table(const Header& h, std::string_view name, std::size_t at, HostOffset begin, std::uint64_t bytes,
-                          std::uint64_t file_size) {
+/// The place of a table that the header names: aligned to a cluster, addressable, clear of the header itself.
+Result<void> verify_place(std::string_view name, std::size_t at, HostOffset begin, std::uint64_t bytes,
+                          unsigned cluster_bits) {
     const auto offset_field = field(fmt::format("{}_offset", name), at);
-    if (!is_aligned(begin.value, h.cluster_size())) {
+    if (!is_aligned(begin.value, bit(cluster_bits))) {
         return fail(Errc::corrupt, offset_field,
                     fmt::format("{:#x} is not a multiple of the cluster size", begin.value));
     }
@@ -31,13 +31,17 @@ Result<void> verify_table(const Header& h, std::string_view name, std::size_t at
     if (!lies_within(begin.value, bytes, max_host_offset))
         return fail(Errc::corrupt, offset_field, fmt::format("{:#x} is more than the format can address", begin.value));
     if (begin.value == 0) return fail(Errc::corrupt, offset_field, "0, which is where the header lies");
-    if (!lies_within(begin.value, bytes, file_size)) {
-        return fail(Errc::corrupt, offset_field,
-                    fmt::format("a table of {} bytes at {:#x} reaches past the end of the file ({} bytes); "
-                                "is the image a truncated copy?",
-                                bytes, begin.value, file_size));
-    }
     return {};
+}
+
+/// The same of a table that has to lie within the file.
+Result<void> verify_table(std::string_view name, std::size_t at, HostOffset begin, std::uint64_t bytes,
+                          unsigned cluster_bits, std::uint64_t file_size) {
+    TRY_VOID(verify_place(name, at, begin, bytes, cluster_bits));
+    if (bytes == 0 || lies_within(begin.value, bytes, file_size)) return {};
+    return fail(Errc::corrupt, field(fmt::format("{}_offset", name), at),
+                fmt::format("a table of {} bytes at {:#x} reaches past the end of the file ({} bytes)", bytes,
+                            begin.value, file_size));
 }
 
 Result<void> parse_version3(std::span<const std::byte> in, Header& h) {
@@ -125,17 +129,19 @@ Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data
     return {};
 }
 
-/// Extensions run from the end of the header to a type of 0, or to the backing file name or the cluster's end.
+/// Extensions run from the end of the header to a type of 0, or to `limit`: the backing file name, or the end of the
+/// cluster. What the file does not have of it is zeros.
 Result<void> parse_extensions(std::span<const std::byte> in, std::size_t limit, Header& h) {
     std::size_t at = h.header_length;
-    for (std::size_t count = 0; at + 8 <= limit; ++count) {
+    for (std::size_t count = 0; at < limit && at + 8 <= in.size(); ++count) {
         const auto type = load_be<std::uint32_t>(in, at);
         const auto length = load_be<std::uint32_t>(in, at + 4);
-        if (static_cast<ExtensionType>(type) == ExtensionType::end) return {};
-        if (length > limit - at - 8) {
+        const std::size_t end = std::min(limit, in.size());
+        if (at + 8 <= end && static_cast<ExtensionType>(type) == ExtensionType::end) return {};
+        if (at + 8 > end || length > end - at - 8) {
             return fail(
                 Errc::corrupt, fmt::format("header extension {:#010x} (byte {})", type, at),
-                fmt::format("its {} bytes reach past the space for extensions, which ends at byte {}", length, limit));
+                fmt::format("its {} bytes reach past the space for extensions, which ends at byte {}", length, end));
         }
         if (count == max_extensions) {
             return fail(Errc::limit_exceeded, fmt::format("header extension {:#010x} (byte {})", type, at),
@@ -184,9 +190,9 @@ Result<void> verify_features(const Header& h) {
     return {};
 }
 
-Result<void> verify_tables(const Header& h, std::uint64_t file_size) {
-    const std::uint64_t l1_bytes = std::uint64_t{h.l1_entries} * 8;
-    if (l1_bytes > max_l1_bytes) {
+Result<void> verify_l1(const Header& h) {
+    const std::uint64_t bytes = std::uint64_t{h.l1_entries} * 8;
+    if (bytes > max_l1_bytes) {
         return fail(Errc::limit_exceeded, field("l1_size", 36),
                     fmt::format("{} entries are more than 32 MiB", h.l1_entries));
     }
@@ -195,23 +201,7 @@ Result<void> verify_tables(const Header& h, std::uint64_t file_size) {
         return fail(Errc::corrupt, field("l1_size", 36),
                     fmt::format("{} entries, but a virtual size of {} bytes needs {}", h.l1_entries, h.size, needed));
     }
-    TRY_VOID(verify_table(h, "l1_table", 40, h.l1_table, l1_bytes, file_size));
-
-    const std::uint64_t refcount_bytes = std::uint64_t{h.refcount_table_clusters} << h.cluster_bits;
-    if (h.refcount_table_clusters == 0)
-        return fail(Errc::corrupt, field("refcount_table_clusters", 56), "0: there are no refcounts");
-    if (refcount_bytes > max_refcount_table_bytes) {
-        return fail(Errc::limit_exceeded, field("refcount_table_clusters", 56),
-                    fmt::format("{} clusters are more than 8 MiB", h.refcount_table_clusters));
-    }
-    TRY_VOID(verify_table(h, "refcount_table", 48, h.refcount_table, refcount_bytes, file_size));
-
-    if (h.snapshot_count > max_snapshots) {
-        return fail(Errc::limit_exceeded, field("nb_snapshots", 60),
-                    fmt::format("{} is more than {}", h.snapshot_count, max_snapshots));
-    }
-    // An entry takes at least 40 bytes.
-    return verify_table(h, "snapshots", 64, h.snapshot_table, std::uint64_t{h.snapshot_count} * 40, file_size);
+    return verify_place("l1_table", 40, h.l1_table, bytes, h.cluster_bits);
 }
 
 }  // namespace
@@ -234,7 +224,7 @@ Result<std::size_t> header_bytes(std::span<const std::byte> start) {
     return std::size_t{1} << cluster_bits;
 }
 
-Result<Header> parse_header(std::span<const std::byte> cluster, std::uint64_t file_size) {
+Result<Header> parse_header(std::span<const std::byte> cluster) {
     const auto wanted = TRY(header_bytes(cluster));
     const auto in = cluster.first(std::min(cluster.size(), wanted));
 
@@ -259,7 +249,7 @@ Result<Header> parse_header(std::span<const std::byte> cluster, std::uint64_t fi
     h.crypt = static_cast<Crypt>(crypt);
     if (h.version == 3) TRY_VOID(parse_version3(in, h));
 
-    std::size_t limit = in.size();
+    std::size_t limit = h.cluster_size();
     if (name_offset != 0) {
         if (name_length > max_name_length || name_offset < h.header_length ||
             !lies_within(name_offset, name_length, in.size())) {
@@ -274,8 +264,28 @@ Result<Header> parse_header(std::span<const std::byte> cluster, std::uint64_t fi
     }
     TRY_VOID(parse_extensions(in, limit, h));
     TRY_VOID(verify_features(h));
-    TRY_VOID(verify_tables(h, file_size));
+    TRY_VOID(verify_l1(h));
     return h;
+}
+
+Result<void> verify_refcount_table(const HeaderState& h, unsigned cluster_bits, std::uint64_t file_size) {
+    const std::uint64_t bytes = std::uint64_t{h.refcount_table_clusters} << cluster_bits;
+    if (bytes == 0) return fail(Errc::corrupt, field("refcount_table_clusters", 56), "0: there are no refcounts");
+    if (bytes > max_refcount_table_bytes) {
+        return fail(Errc::limit_exceeded, field("refcount_table_clusters", 56),
+                    fmt::format("{} clusters are more than 8 MiB", h.refcount_table_clusters));
+    }
+    return verify_table("refcount_table", 48, h.refcount_table, bytes, cluster_bits, file_size);
+}
+
+Result<void> verify_snapshot_table(const HeaderState& h, unsigned cluster_bits, std::uint64_t file_size) {
+    if (h.snapshot_count > max_snapshots) {
+        return fail(Errc::limit_exceeded, field("nb_snapshots", 60),
+                    fmt::format("{} is more than {}", h.snapshot_count, max_snapshots));
+    }
+    // An entry takes at least 40 bytes.
+    return verify_table("snapshots", 64, h.snapshot_table, std::uint64_t{h.snapshot_count} * 40, cluster_bits,
+                        file_size);
 }
 
 std::vector<Feature> features_of(const Header& h, const HeaderState& state) {

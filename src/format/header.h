@@ -152,9 +152,15 @@ struct Header : HeaderState {
 Result<std::size_t> header_bytes(std::span<const std::byte> start);
 
 /// Parses and verifies the header, from the image's first cluster or as much of it as the file has. Everything is
-/// checked that can be checked without the file: ranges, alignment, limits, unknown incompatible features. `file_size`
-/// bounds the tables that reading needs.
-Result<Header> parse_header(std::span<const std::byte> cluster, std::uint64_t file_size);
+/// checked that can be checked without the file and that reading needs: ranges, alignment, limits, unknown incompatible
+/// features. The L1 table may lie past the end of the file.
+Result<Header> parse_header(std::span<const std::byte> cluster);
+
+/// What writing and checking need, and reading does not: a refcount table, within the limits and the file.
+Result<void> verify_refcount_table(const HeaderState& header, unsigned cluster_bits, std::uint64_t file_size);
+
+/// What snapshots need: that their table begins within the file, and that there are not too many.
+Result<void> verify_snapshot_table(const HeaderState& header, unsigned cluster_bits, std::uint64_t file_size);
 
 /// The first cluster's contents, as long as they are, for a header that parse_header would accept, without the
 /// extensions that are not known. A table of the

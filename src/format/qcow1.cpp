@@ -55,10 +55,9 @@ Result<Qcow1Header> parse_qcow1_header(std::span<const std::byte> in, std::uint6
                          Errc::limit_exceeded);
     }
     if (h.l1_entries() != 0 &&
-        (h.l1_table.value == 0 || !lies_within(h.l1_table.value, h.l1_entries() * 8, file_size))) {
+        (h.l1_table.value == 0 || !lies_within(h.l1_table.value, h.l1_entries() * 8, max_host_offset))) {
         return bad_field("l1_table_offset", 40,
-                         fmt::format("{} entries at {:#x} do not lie within the file ({} bytes)", h.l1_entries(),
-                                     h.l1_table.value, file_size));
+                         fmt::format("{} entries cannot lie at {:#x}", h.l1_entries(), h.l1_table.value));
     }
     return h;
 }

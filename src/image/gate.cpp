@@ -51,7 +51,7 @@ Gate files_beneath(const std::string& directory, bool force_share, bool direct) 
         }
         if (format::is_description(reference.name))
             return refuse("is named by a \"json:\" description, and an untrusted image may only name plain files");
-        if (fs::path(TRY(format::parse_file_name(reference.name)).path).is_absolute()) {
+        if (fs::path(TRY(format::parse_file_name(reference.name, reference.role)).path).is_absolute()) {
             return refuse(
                 "is an absolute path, and an untrusted image may only name files beneath its directory, as seen from "
                 "there");

@@ -9,6 +9,7 @@
 #include "base/within_memory.h"
 #include "disk/pending_image.h"
 #include "format/file_name.h"
+#include "format/foreign.h"
 #include "format/header.h"
 #include "qcow/image.h"
 #include "qcow/text.h"
@@ -19,8 +20,8 @@
 namespace qcow {
 namespace {
 
-constexpr std::size_t max_chain_length = 256;
-constexpr std::size_t min_layer_cache_bytes = std::size_t{256} << 10;
+constexpr std::size_t max_chain_length = 4096;
+constexpr std::size_t min_layer_cache_bytes = std::size_t{32} << 10;
 
 struct FormatEntry {
     Format format;
@@ -35,52 +36,46 @@ constexpr std::array formats = {
 
 const FormatEntry& entry_of(Format format) { return formats[static_cast<std::size_t>(format)]; }
 
-Result<Format> probe(const Storage& storage) {
-    std::array<std::byte, 8> start = {};
-    TRY(storage.read({0}, start));
-    if (load_be<std::uint32_t>(start, 0) != format::magic) return Format::raw;
-    return load_be<std::uint32_t>(start, 4) == 1 ? Format::qcow : Format::qcow2;
-}
-
-struct Layer {
+struct OpenedLayer {
     std::shared_ptr<Storage> storage;
+    Format format = Format::raw;
     std::unique_ptr<PendingImage> pending;
     std::shared_ptr<Storage> data_file;
-    bool top = false;
+    bool given = false;    // by the caller, and not by a layer above
     bool guessed = false;  // what format it has
+    bool alone = false;    // there is nothing below, whatever it says
 };
 
-Result<FileReference> reference_to(FileReference::Role role, const std::string& name, const Layer& by) {
-    auto parsed = format::parse_file_name(name);
-    if (!parsed) {
-        auto error = std::move(parsed).error();
-        return std::unexpected(std::move(error)
-                                   .in(role == FileReference::Role::backing_file
-                                           ? "backing file name (header field backing_file_offset, byte 8)"
-                                           : "data file name (header extension 0x44415441)")
-                                   .in(by.storage->name()));
-    }
-    FileReference reference{role, name, format::resolve(parsed->path, by.storage->name()), by.storage->name()};
-    reference.guessed = by.guessed;
-    return reference;
+/// The parts of a file that tell what it is.
+struct Ends {
+    std::vector<std::byte> head;
+    std::vector<std::byte> tail;
+};
+
+Result<Ends> ends_of(const Storage& storage) {
+    Ends ends;
+    const auto size = TRY(storage.size());
+    ends.head.resize(std::min<std::uint64_t>(size, format::foreign_head_bytes));
+    TRY(storage.read({0}, ends.head));
+    ends.tail.resize(std::min<std::uint64_t>(size, format::foreign_tail_bytes));
+    TRY(storage.read({size - ends.tail.size()}, ends.tail));
+    return ends;
 }
 
-/// Opens what a layer names, unless the layer is one that nobody vouches for.
-Result<std::shared_ptr<Storage>> pass_gate(const FileReference& reference, const Layer& by, const Gate& gate) {
-    if (by.guessed && !by.top) {
-        return fail(
-            Errc::refused_by_policy, by.storage->name(),
-            fmt::format("it names \"{}\", but that it is an image at all was only guessed from its contents, which a "
-                        "guest may have "
-                        "written; record the format in the overlay above it (qemu-img rebase -u -F FORMAT -b ...)",
-                        reference.name));
-    }
-    auto opened = gate(reference);
-    if (!opened) {
-        const auto* role = reference.role == FileReference::Role::backing_file ? "backing file" : "data file";
-        return std::unexpected(std::move(opened).error().in(fmt::format("{} of {}", role, by.storage->name())));
-    }
-    return opened;
+std::optional<format::Foreign> recognise(const Storage& storage) {
+    const auto ends = ends_of(storage);
+    return ends ? format::recognise_foreign(ends->head, ends->tail, storage.name()) : std::nullopt;
+}
+
+Result<FileName> parse_reference(FileReference::Role role, const std::string& name, const OpenedLayer& by) {
+    auto parsed = format::parse_file_name(name, role);
+    if (parsed) return parsed;
+    return std::unexpected(std::move(parsed)
+                               .error()
+                               .in(role == FileReference::Role::backing_file
+                                       ? "backing file name (header field backing_file_offset, byte 8)"
+                                       : "data file name (header extension 0x44415441)")
+                               .in(by.storage->name()));
 }
 
 class ChainOpener {
@@ -88,7 +83,7 @@ public:
     explicit ChainOpener(const OpenOptions& options) : options_(options) {}
 
     Result<std::shared_ptr<Image>> open(std::shared_ptr<Storage> storage) {
-        auto next = std::optional(Named{std::move(storage), options_.format});
+        auto next = std::optional(Named{.storage = std::move(storage), .format = options_.format, .given = true});
         while (next) {
             TRY_VOID(add(std::move(*next)));
             next = TRY(follow(layers_.back()));
@@ -99,8 +94,14 @@ public:
 private:
     struct Named {
         std::shared_ptr<Storage> storage;
-        std::optional<Format> format;
+        std::optional<Format> format = {};
+        bool given = false;
+        bool alone = false;
     };
+
+    void warn(const std::string& message) const {
+        if (options_.warn) options_.warn(message);
+    }
 
     Result<void> add(Named file) {
         const auto& name = file.storage->name();
@@ -110,42 +111,161 @@ private:
         }
         if (!identities_.insert(file.storage->identity()).second)
             return fail(Errc::corrupt, name, "the backing chain is a loop: this file is in it already");
-        Layer layer;
-        layer.top = layers_.empty();
+        OpenedLayer layer;
+        layer.given = file.given;
+        layer.alone = file.alone;
         layer.guessed = !file.format;
-        const Format format = file.format ? *file.format : TRY(probe(*file.storage));
-        if (layer.guessed && !layer.top && options_.warn) {
-            options_.warn(fmt::format("{}: its format is not recorded in the overlay above it; guessed to be {}",
-                                      printable(name), format_name(format)));
+        layer.format = file.format ? *file.format : TRY(probe(*file.storage));
+        if (layer.guessed && !layer.given) {
+            warn(fmt::format("{}: its format is not recorded in the overlay above it; guessed to be {}",
+                             printable(name), format_name(layer.format)));
         }
-        auto pending = entry_of(format).begin(file.storage);
-        if (!pending) return std::unexpected(std::move(pending).error().in(name));
+        auto pending = entry_of(layer.format).begin(file.storage);
+        if (!pending) {
+            auto error = std::move(pending).error();
+            if (const auto foreign = recognise(*file.storage))
+                error.what += fmt::format("; it is {}: {}", foreign->what, foreign->remedy);
+            return std::unexpected(std::move(error).in(name));
+        }
         layer.pending = *std::move(pending);
         layer.storage = std::move(file.storage);
         layers_.push_back(std::move(layer));
         return {};
     }
 
+    /// The format of a file of which nobody has said it.
+    Result<Format> probe(const Storage& storage) const {
+        const auto ends = TRY(ends_of(storage));
+        if (ends.head.size() >= 4 && load_be<std::uint32_t>(ends.head, 0) == format::magic) {
+            const bool old = ends.head.size() >= 8 && load_be<std::uint32_t>(ends.head, 4) == 1;
+            return old ? Format::qcow : Format::qcow2;
+        }
+        const auto& name = storage.name();
+        const auto* const option = layers_.empty()       ? "-f raw (-O raw of a target)"
+                                   : layers_.size() == 1 ? "--backing-format raw"
+                                                         : "the format raw, recorded in the overlay above it,";
+        if (const auto foreign = format::recognise_foreign(ends.head, ends.tail, name)) {
+            return fail(Errc::unsupported, name,
+                        fmt::format("it is {}, which is not read here: {}; {} takes its bytes for a disk's as they are",
+                                    foreign->what, foreign->remedy, option));
+        }
+        if (!format::promises_qcow2(name)) return Format::raw;
+        if (!format::looks_raw(ends.head)) {
+            return fail(
+                Errc::unsupported, name,
+                fmt::format("its name says qcow2, but it has no qcow2 header: it is something else, or damaged, "
+                            "or was not downloaded whole; {} takes it for a raw disk",
+                            option));
+        }
+        warn(fmt::format("{}: its name says qcow2, but it has no qcow2 header; it is taken for a raw disk",
+                         printable(name)));
+        return Format::raw;
+    }
+
     /// Opens the files that `layer` names: gives the backing file, if there is one to go on with.
-    Result<std::optional<Named>> follow(Layer& layer) {
+    Result<std::optional<Named>> follow(OpenedLayer& layer) {
+        if (layers_.size() == 1 && options_.backing) TRY_VOID(replace_backing(layer));
         if (!options_.follow) return std::nullopt;
-        if (const auto name = layer.pending->data_file()) {
-            auto reference = TRY(reference_to(FileReference::Role::data_file, *name, layer));
-            reference.writable = options_.writable && layers_.size() == 1;
-            layer.data_file = TRY(pass_gate(reference, layer, options_.gate));
+        const auto data_file = layer.pending->data_file();
+        const auto backing = layer.pending->backing();
+        if (layer.guessed && !layer.given && (data_file || backing))
+            return refuse_guessed(data_file ? *data_file : backing->name);
+        if (data_file) {
+            constexpr auto role = FileReference::Role::data_file;
+            const auto parsed = TRY(parse_reference(role, *data_file, layer));
+            layer.data_file = TRY(pass_gate(role, *data_file, parsed, layer));
             if (!identities_.insert(layer.data_file->identity()).second) {
                 return fail(Errc::corrupt, layer.data_file->name(), "it is used twice in the chain");
             }
         }
-        const auto backing = layer.pending->backing();
-        if (!backing) return std::nullopt;
-        const auto reference = TRY(reference_to(FileReference::Role::backing_file, backing->name, layer));
-        const auto format = TRY(format_of(*backing, layer));
-        return Named{TRY(pass_gate(reference, layer, options_.gate)), format};
+        if (layers_.size() == 1 && options_.backing && *options_.backing) return given_backing(layer);
+        if (!backing || layer.alone) return std::nullopt;
+        return named_backing(*backing, layer);
     }
 
-    static Result<std::optional<Format>> format_of(const PendingImage::Backing& backing, const Layer& by) {
-        if (!backing.format) return TRY(format::parse_file_name(backing.name)).format;
+    /// What the caller wants below the topmost layer, in place of what that says.
+    Result<void> replace_backing(OpenedLayer& top) {
+        const auto named = top.pending->backing();
+        if (*options_.backing) {
+            if (top.format != Format::raw) return {};
+            return fail(Errc::invalid_argument, top.storage->name(), "a raw disk has no backing file");
+        }
+        top.alone = true;
+        if (!named) return {};
+        if (options_.writable) {
+            return fail(Errc::invalid_argument, top.storage->name(),
+                        "without its backing file it is only read; writing would put zeros in the place of its data");
+        }
+        warn(fmt::format("{}: its backing file \"{}\" is left out: WHAT THE IMAGE DOES NOT HOLD ITSELF READS AS ZEROS",
+                         printable(top.storage->name()), printable(named->name)));
+        return {};
+    }
+
+    Result<std::optional<Named>> given_backing(const OpenedLayer& top) const {
+        const auto named = top.pending->backing();
+        if (!named) {
+            warn(fmt::format("{}: it names no backing file; what it does not hold itself is read from {}",
+                             printable(top.storage->name()), printable((*options_.backing)->name())));
+        }
+        auto format = options_.backing_format;
+        if (!format && named && named->format) format = TRY(format_of(*named, top));
+        return Named{.storage = *options_.backing, .format = format, .given = true};
+    }
+
+    Result<std::optional<Named>> named_backing(const PendingImage::Backing& backing, const OpenedLayer& layer) {
+        constexpr auto role = FileReference::Role::backing_file;
+        const auto attempt = [&]() -> Result<std::optional<Named>> {
+            const auto parsed = TRY(parse_reference(role, backing.name, layer));
+            auto format = layers_.size() == 1 ? options_.backing_format : std::nullopt;
+            if (!format) format = backing.format ? TRY(format_of(backing, layer)) : parsed.format;
+            return Named{
+                .storage = TRY(pass_gate(role, backing.name, parsed, layer)), .format = format, .alone = parsed.alone};
+        };
+        auto named = attempt();
+        if (named) return named;
+        auto error = std::move(named).error();
+        if (error.code == Errc::not_found && format::is_windows_path(backing.name))
+            error.what += " (the name looks like a path of Windows)";
+        if (error.code == Errc::limit_exceeded || error.code == Errc::no_memory)
+            return std::unexpected(std::move(error));
+        if (options_.writable) return std::unexpected(std::move(error));
+        error.what += layers_.size() == 1
+                          ? "; --backing FILE gives another one, --no-backing reads the image alone"
+                          : fmt::format("; --backing FILE gives another one to {} where that is read by itself",
+                                        format::shell_word(layer.storage->name()));
+        return std::unexpected(std::move(error));
+    }
+
+    Result<std::shared_ptr<Storage>> pass_gate(FileReference::Role role, const std::string& name,
+                                               const FileName& parsed, const OpenedLayer& by) const {
+        FileReference reference{role, name, format::resolve(parsed.path, by.storage->name()), by.storage->name()};
+        reference.guessed = by.guessed;
+        reference.writable = role == FileReference::Role::data_file && options_.writable && layers_.size() == 1;
+        auto opened = options_.gate(reference);
+        if (!opened) {
+            const auto* what = role == FileReference::Role::backing_file ? "backing file" : "data file";
+            return std::unexpected(std::move(opened).error().in(fmt::format("{} of {}", what, by.storage->name())));
+        }
+        return opened;
+    }
+
+    /// Nobody has said that the last layer is an image, and it names a file. The remedy is a copy of the overlay that
+    /// records the format.
+    [[nodiscard]] std::unexpected<Error> refuse_guessed(const std::string& name) const {
+        const auto& by = layers_.back();
+        const auto& overlay = layers_[layers_.size() - 2];
+        const auto format = format_name(by.format);
+        const auto& path = overlay.storage->name();
+        return fail(
+            Errc::refused_by_policy, by.storage->name(),
+            fmt::format("it names \"{}\", but that it is an image at all was only guessed from its contents, which "
+                        "a guest may have written; if it is one, make an overlay that records its format: qcow "
+                        "convert -O qcow2 --backing-format {} -B {} -F {} {} {}",
+                        name, format, format::shell_word(overlay.pending->backing()->name), format,
+                        format::shell_word(path), format::shell_word(path + ".new")));
+    }
+
+    static Result<std::optional<Format>> format_of(const PendingImage::Backing& backing, const OpenedLayer& by) {
         // What QEMU calls the driver of a plain file or device is the raw format here.
         if (*backing.format == "file" || *backing.format == "host_device") return Format::raw;
         if (const auto format = format_from_name(*backing.format)) return format;
@@ -156,12 +276,12 @@ private:
 
     /// From the bottom up, since each image is made with the one below it.
     Result<std::shared_ptr<Image>> build() {
-        std::shared_ptr<Image> image;
+        std::shared_ptr<Layer> image;
         const auto cache_bytes = std::max(options_.cache_bytes / layers_.size(), min_layer_cache_bytes);
         for (; !layers_.empty(); layers_.pop_back()) {
             auto& layer = layers_.back();
             const bool writable = options_.writable && layers_.size() == 1;
-            auto opened = layer.pending->open({std::move(image), std::move(layer.data_file), cache_bytes,
+            auto opened = layer.pending->open({std::move(image), layer.alone, std::move(layer.data_file), cache_bytes,
                                                writable ? std::optional(options_.write) : std::nullopt});
             if (!opened) return std::unexpected(std::move(opened).error().in(layer.storage->name()));
             image = *std::move(opened);
@@ -170,7 +290,7 @@ private:
     }
 
     const OpenOptions& options_;
-    std::vector<Layer> layers_;  // from the top down
+    std::vector<OpenedLayer> layers_;  // from the top down
     std::set<std::string> identities_;
 };
 

@@ -254,7 +254,8 @@ private:
 }  // namespace
 
 Result<void> copy_to(Disk& source, CopyTarget& target, const CopyOptions& options) {
-    return within_memory([&] {
+    return within_memory([&]() -> Result<void> {
+        TRY_VOID(source.read({0}, {}));  // what cannot be read is not copied, not even where nothing is stored
         Copier copier(source, target, options);
         auto copied = copier.run();
         if (options.salvage != nullptr) *options.salvage = copier.losses();

@@ -26,68 +26,81 @@ struct Mapped {
     std::uint64_t length = 0;
 };
 
-class Qcow1Image final : public Image {
+class Qcow1Image final : public Layer {
 public:
     Qcow1Image(format::Qcow1Header header, std::string backing_name, std::shared_ptr<Storage> file,
-               std::shared_ptr<Image> backing, std::size_t cache_bytes)
+               std::shared_ptr<Layer> backing, bool alone, std::size_t cache_bytes)
         : header_(header),
           backing_name_(std::move(backing_name)),
           file_(std::move(file)),
-          below_(std::move(backing), backing_name_),
+          below_(std::move(backing), alone ? std::string() : backing_name_),
           words_(file_, 512, cache_bytes) {}
 
     [[nodiscard]] std::uint64_t size() const override { return header_.size; }
     [[nodiscard]] Format format() const override { return Format::qcow; }
     [[nodiscard]] std::uint64_t block_size() const override { return header_.cluster_size(); }
     [[nodiscard]] std::shared_ptr<Image> backing() const override { return below_.image(); }
+    [[nodiscard]] const Below* below() const override { return &below_; }
+
+    [[nodiscard]] Result<void> verify_readable() const override {
+        if (!header_.encrypted) return {};
+        return fail(Errc::encrypted, file_->name(),
+                    "the image is encrypted (AES), and reading encrypted images is not supported yet; its metadata "
+                    "can be examined");
+    }
 
     Result<void> read(GuestOffset at, std::span<std::byte> to) override {
         return within_memory([&]() -> Result<void> {
             TRY_VOID(verify_range(*this, at, to.size()));
-            if (header_.encrypted) {
-                return fail(
-                    Errc::encrypted, file_->name(),
-                    "the image is encrypted (AES), and reading encrypted images is not supported yet; its metadata "
-                    "can be examined");
-            }
+            TRY_VOID(verify_readable());
+            if (to.empty()) return below_.verify_readable();
             while (!to.empty()) {
-                const auto mapped = TRY(lookup(at, to.size()));
-                const std::uint64_t skip = offset_in_cluster(at);
-                const auto piece =
-                    mapped.entry.compressed() ? std::min(mapped.length, header_.cluster_size() - skip) : mapped.length;
-                const auto part = to.first(piece);
-                if (mapped.entry.compressed()) {
-                    const auto range = mapped.entry.compressed_range(header_.cluster_bits);
-                    auto done = read_compressed(*file_, range, codec::inflate, header_.cluster_size(), skip, part);
-                    if (!done) return unreadable(std::move(done).error(), at, piece);
-                } else if (mapped.entry.allocated()) {
-                    TRY_VOID(read_data(mapped.entry.cluster() + skip, at, part));
-                } else {
-                    TRY_VOID(below_.read(at, part));
-                }
-                at += piece;
-                to = to.subspan(piece);
+                const auto part = TRY(read_part(at, to));
+                if (!part.held) TRY_VOID(below_.read(at, to.first(part.length)));
+                at += part.length;
+                to = to.subspan(part.length);
             }
             return {};
         });
     }
 
+    Result<Part> read_part(GuestOffset at, std::span<std::byte> to) const override {
+        TRY_VOID(verify_readable());
+        const auto mapped = TRY(lookup(at, to.size()));
+        if (!mapped.entry.allocated()) return Part{mapped.length, false};
+        if (!mapped.entry.compressed()) {
+            TRY_VOID(read_data(mapped.entry.cluster() + offset_in_cluster(at), at, to.first(mapped.length)));
+            return Part{mapped.length};
+        }
+        const std::uint64_t skip = offset_in_cluster(at);
+        const std::uint64_t length = std::min(mapped.length, header_.cluster_size() - skip);
+        const auto range = mapped.entry.compressed_range(header_.cluster_bits);
+        auto done = read_compressed(*file_, range, codec::inflate, header_.cluster_size(), skip, to.first(length));
+        if (!done) return unreadable(std::move(done).error(), at, length);
+        return Part{length};
+    }
+
     Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
         return within_memory([&]() -> Result<Extent> {
             TRY_VOID(verify_range(*this, at, 1));
-            const auto mapped = TRY(lookup(at, std::min(limit, header_.size - at.value)));
-            if (!mapped.entry.allocated()) return below_.extent(at, mapped.length);
-            Extent extent;
-            extent.start = at;
-            extent.length = mapped.length;
-            extent.kind = Extent::Kind::data;
-            extent.compressed = mapped.entry.compressed();
-            if (!extent.compressed && !header_.encrypted) {
-                extent.host = mapped.entry.cluster() + offset_in_cluster(at);
-                extent.storage = file_.get();
-            }
-            return extent;
+            const auto extent = TRY(own_extent(at, std::min(limit, header_.size - at.value)));
+            return extent.kind == Extent::Kind::unallocated ? below_.extent(at, extent.length) : extent;
         });
+    }
+
+    [[nodiscard]] Result<Extent> own_extent(GuestOffset at, std::uint64_t limit) const override {
+        const auto mapped = TRY(lookup(at, limit));
+        Extent extent;
+        extent.start = at;
+        extent.length = mapped.length;
+        if (!mapped.entry.allocated()) return extent;
+        extent.kind = Extent::Kind::data;
+        extent.compressed = mapped.entry.compressed();
+        if (!extent.compressed && !header_.encrypted) {
+            extent.host = mapped.entry.cluster() + offset_in_cluster(at);
+            extent.storage = file_.get();
+        }
+        return extent;
     }
 
     [[nodiscard]] std::vector<std::string> files() const override { return {file_->name()}; }
@@ -118,7 +131,7 @@ private:
         return at.value & low_bits(header_.cluster_bits);
     }
 
-    Result<Mapped> lookup(GuestOffset at, std::uint64_t limit) {
+    [[nodiscard]] Result<Mapped> lookup(GuestOffset at, std::uint64_t limit) const {
         const std::uint64_t file_size = TRY(file_->size());
         const HostOffset l1_at = header_.l1_table + at.value / header_.l2_coverage() * 8;
         const std::uint64_t rest_of_table = header_.l2_coverage() - at.value % header_.l2_coverage();
@@ -164,11 +177,14 @@ private:
     }
 
     /// A word of a table, which in this format need not be aligned to anything.
-    Result<std::uint64_t> load_word(HostOffset at, std::uint64_t file_size, std::string_view table) {
+    [[nodiscard]] Result<std::uint64_t> load_word(HostOffset at, std::uint64_t file_size,
+                                                  std::string_view table) const {
         if (!lies_within(at.value, 8, file_size)) {
             return fail(
                 Errc::corrupt, file_->name(),
-                fmt::format("an {} entry at host offset {:#x} would lie past the end of the file", table, at.value));
+                fmt::format(
+                    "an {} entry at host offset {:#x} would lie past the end of the file ({} bytes): the file was cut",
+                    table, at.value, file_size));
         }
         if (!lies_within(at.value, 8, format::max_host_offset))
             return fail(Errc::corrupt, file_->name(), fmt::format("an {} entry at host offset {:#x}", table, at.value));
@@ -182,14 +198,15 @@ private:
     [[nodiscard]] Result<void> read_data(HostOffset host, GuestOffset at, std::span<std::byte> to) const {
         const std::size_t there = TRY(file_->read(host, to));
         if (there == to.size()) return {};
-        const auto file_clusters = divide_up(TRY(file_->size()), header_.cluster_size());
+        const std::uint64_t file_size = TRY(file_->size());
+        const auto file_clusters = divide_up(file_size, header_.cluster_size());
         if (divide_up(host.value + to.size(), header_.cluster_size()) <= file_clusters) return {};
         const std::uint64_t file_end = file_clusters * header_.cluster_size();
         const std::uint64_t in_file = file_end - std::min(host.value, file_end);
         return unreadable({Errc::corrupt, file_->name(),
                            fmt::format("the data of guest offset {:#x} would lie at host offset {:#x}, past the end of "
-                                       "the file; is the image a truncated copy?",
-                                       at.value + there, host.value + there)},
+                                       "the file ({} bytes): the file was cut",
+                                       at.value + there, host.value + there, file_size)},
                           at + in_file, to.size() - in_file);
     }
 
@@ -197,7 +214,7 @@ private:
     std::string backing_name_;
     std::shared_ptr<Storage> file_;
     Below below_;
-    WordCache words_;
+    mutable WordCache words_;
 };
 
 class PendingQcow1 final : public PendingImage {
@@ -210,11 +227,11 @@ public:
         return Backing{backing_name_, std::nullopt};
     }
 
-    Result<std::shared_ptr<Image>> open(Neighbours neighbours) override {
+    Result<std::shared_ptr<Layer>> open(Neighbours neighbours) override {
         if (neighbours.write)
             return fail(Errc::unsupported, "", "images of version 1 cannot be written; convert it to qcow2");
         return std::make_shared<Qcow1Image>(header_, backing_name_, storage_, std::move(neighbours.backing),
-                                            neighbours.cache_bytes);
+                                            neighbours.alone, neighbours.cache_bytes);
     }
 
 private:

@@ -64,8 +64,13 @@ public:
     Result<void> count() {
         const auto& header = core_.header;
         TRY_VOID(add_table("header", {0}, 1));
-        TRY_VOID(add_table("refcount table", header.refcount_table,
-                           std::uint64_t{header.refcount_table_clusters} << geometry_.cluster_bits));
+        if (auto there = format::verify_refcount_table(header, geometry_.cluster_bits, file_size_); !there) {
+            has_refcounts_ = false;
+            corrupt(0, there.error().place, there.error().what + "; no refcount was compared");
+        } else {
+            TRY_VOID(add_table("refcount table", header.refcount_table,
+                               std::uint64_t{header.refcount_table_clusters} << geometry_.cluster_bits));
+        }
         TRY_VOID(add_encryption());
         TRY_VOID(verify_data_file());
         if ((header.autoclear & format::autoclear::raw_external_data) != 0 && !core_.rules.external_data) {
@@ -226,6 +231,7 @@ private:
     }
 
     Result<void> add_refcount_blocks() {
+        if (!has_refcounts_) return {};
         const auto& header = core_.header;
         blocks_.resize((std::uint64_t{header.refcount_table_clusters} << geometry_.cluster_bits) / 8);
         return each_word(
@@ -536,6 +542,11 @@ private:
     }
 
     Result<void> compare_refcounts() {
+        if (!has_refcounts_) {
+            for (std::uint64_t i = 0; (i = references_.next_used(i, references_.clusters())) < references_.clusters();)
+                image_end_clusters_ = ++i;
+            return {};
+        }
         report_overlapping_blocks();
         std::atomic<std::size_t> next = 0;
         const std::uint64_t per_block =
@@ -724,6 +735,7 @@ private:
     Findings findings_;
     unsigned workers_;
 
+    bool has_refcounts_ = true;
     std::vector<HostOffset> blocks_;  // by index in the refcount table; 0: none, or one that cannot be read
     std::vector<L2Reference> l2_references_;
     Tally tally_;
@@ -739,6 +751,13 @@ private:
 
 namespace {
 
+/// The length of the file; with an L1 table that was left out at its end.
+Result<std::uint64_t> file_size_of(const Core& core) {
+    const std::uint64_t there = TRY(core.file->size());
+    const auto header = core.current_header();
+    return core.l1_left_out ? std::max(there, header.l1_table.value + std::uint64_t{header.l1_entries} * 8) : there;
+}
+
 Result<std::unique_ptr<ReferenceMap>> empty_map(const Core& core, std::uint64_t file_size,
                                                 const CheckOptions& options) {
     // One more than the file has: a preallocated cluster may lie right behind its end.
@@ -750,7 +769,7 @@ Result<std::unique_ptr<ReferenceMap>> empty_map(const Core& core, std::uint64_t 
 }  // namespace
 
 Result<std::unique_ptr<ReferenceMap>> count_references(const Core& core, const CheckOptions& options) {
-    const auto file_size = TRY(core.file->size());
+    const auto file_size = TRY(file_size_of(core));
     auto references = TRY(empty_map(core, file_size, options));
     Checker checker(core, options, file_size, *references);
     TRY_VOID(checker.count());
@@ -765,7 +784,7 @@ Result<void> verify_counted(const Core& core, const CheckOptions& options) {
 }
 
 Result<CheckReport> check_image(const Core& core, const CheckOptions& options) {
-    const auto file_size = TRY(core.file->size());
+    const auto file_size = TRY(file_size_of(core));
     const auto references = TRY(empty_map(core, file_size, options));
     auto report = Checker(core, options, file_size, *references).run();
     if (!report) return std::unexpected(std::move(report).error().in("check"));

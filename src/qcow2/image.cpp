@@ -15,6 +15,7 @@
 #include "qcow/text.h"
 #include "qcow2/bitmap_runs.h"
 #include "qcow2/check.h"
+#include "qcow2/file_end.h"
 #include "qcow2/known_bitmaps.h"
 #include "qcow2/tables.h"
 #include "qcow2/view.h"
@@ -62,13 +63,15 @@ Result<EncryptionInfo> encryption_info(const Core& core) {
 }
 
 /// A reference as the image has it, and what it comes to if it can be understood.
-ReferenceInfo reference_info(const std::string& name, const std::optional<std::string>& format, const Core& core) {
+ReferenceInfo reference_info(FileReference::Role role, const std::string& name,
+                             const std::optional<std::string>& format, const Core& core) {
     ReferenceInfo info{name, "", format.value_or("")};
-    if (const auto parsed = format::parse_file_name(name)) info.path = format::resolve(parsed->path, core.file->name());
+    if (const auto parsed = format::parse_file_name(name, role))
+        info.path = format::resolve(parsed->path, core.file->name());
     return info;
 }
 
-class Qcow2Image final : public Image {
+class Qcow2Image final : public Layer {
 public:
     explicit Qcow2Image(std::shared_ptr<Core> core)
         : core_(std::move(core)), active_(core_, core_->header.l1_table), size_(core_->header.size), bitmaps_(*core_) {}
@@ -87,6 +90,14 @@ public:
     [[nodiscard]] Format format() const override { return Format::qcow2; }
     [[nodiscard]] std::uint64_t block_size() const override { return core_->header.cluster_size(); }
     [[nodiscard]] std::shared_ptr<Image> backing() const override { return core_->below.image(); }
+    [[nodiscard]] const Below* below() const override { return &core_->below; }
+    [[nodiscard]] Result<void> verify_readable() const override { return active_.verify_readable(); }
+
+    // Only the topmost layer of a chain is written, and these are asked of those below it.
+    Result<Part> read_part(GuestOffset at, std::span<std::byte> to) const override { return active_.read_part(at, to); }
+    [[nodiscard]] Result<Extent> own_extent(GuestOffset at, std::uint64_t limit) const override {
+        return active_.own_extent(at, limit);
+    }
 
     Result<void> read(GuestOffset at, std::span<std::byte> to) override {
         return within_memory([&]() -> Result<void> {
@@ -222,14 +233,32 @@ public:
             info.extended_l2 = core_->rules.geometry.extended_l2;
             info.features = format::features_of(header, state);
             if (!header.backing_name.empty())
-                info.backing = reference_info(header.backing_name, header.backing_format, *core_);
+                info.backing = reference_info(FileReference::Role::backing_file, header.backing_name,
+                                              header.backing_format, *core_);
             if (core_->rules.external_data)
-                info.data_file = reference_info(header.data_file_name.value_or(""), "raw", *core_);
+                info.data_file =
+                    reference_info(FileReference::Role::data_file, header.data_file_name.value_or(""), "raw", *core_);
             info.data_file_raw =
                 core_->rules.external_data && (state.autoclear & format::autoclear::raw_external_data) != 0;
-            if (header.crypt != format::Crypt::none) info.encryption = TRY(encryption_info(*core_));
-            for (auto& snapshot : TRY(read_snapshots(*core_)).entries) info.snapshots.push_back(std::move(snapshot.info));
-            for (auto& bitmap : TRY(read_bitmaps(*core_))) info.bitmaps.push_back(std::move(bitmap.info));
+            if (header.crypt != format::Crypt::none) {
+                info.encryption.emplace();
+                info.encryption->method = header.crypt == format::Crypt::luks ? "luks" : "aes";
+                if (auto encryption = encryption_info(*core_)) {
+                    info.encryption = *std::move(encryption);
+                } else {
+                    info.encryption_error = std::move(encryption).error();
+                }
+            }
+            if (auto table = read_snapshots(*core_)) {
+                for (auto& snapshot : table->entries) info.snapshots.push_back(std::move(snapshot.info));
+            } else {
+                info.snapshots_error = std::move(table).error();
+            }
+            if (auto bitmaps = read_bitmaps(*core_)) {
+                for (auto& bitmap : *bitmaps) info.bitmaps.push_back(std::move(bitmap.info));
+            } else {
+                info.bitmaps_error = std::move(bitmaps).error();
+            }
             info.bitmaps_stale = header.bitmaps && !header.bitmaps_consistent(state);
             for (const auto& extension : header.unknown_extensions)
                 info.unknown_extensions.push_back({extension.type, extension.bytes});
@@ -282,10 +311,11 @@ public:
         return header_.data_file_name.value_or("");
     }
 
-    Result<std::shared_ptr<Image>> open(Neighbours neighbours) override {
-        auto image = std::make_shared<Qcow2Image>(
-            std::make_shared<Core>(std::move(header_), std::move(storage_), std::move(neighbours.data_file),
-                                   std::move(neighbours.backing), neighbours.cache_bytes));
+    Result<std::shared_ptr<Layer>> open(Neighbours neighbours) override {
+        auto core = std::make_shared<Core>(std::move(header_), std::move(storage_), std::move(neighbours.data_file),
+                                           std::move(neighbours.backing), neighbours.cache_bytes, neighbours.alone);
+        core->l1_left_out = is_l1_left_out(*core);
+        auto image = std::make_shared<Qcow2Image>(std::move(core));
         if (neighbours.write) TRY_VOID(image->open_for_writing(*neighbours.write));
         return image;
     }
@@ -302,7 +332,7 @@ Result<std::unique_ptr<PendingImage>> begin(std::shared_ptr<Storage> storage) {
     bytes.resize(TRY(storage->read({0}, bytes)));
     bytes.resize(TRY(format::header_bytes(bytes)));
     bytes.resize(TRY(storage->read({0}, bytes)));
-    auto header = TRY(format::parse_header(bytes, TRY(storage->size())));
+    auto header = TRY(format::parse_header(bytes));
     return std::make_unique<PendingQcow2>(std::move(storage), std::move(header));
 }
 

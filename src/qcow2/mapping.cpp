@@ -7,6 +7,7 @@
 
 #include "base/try.h"
 #include "disk/range.h"
+#include "qcow2/file_end.h"
 
 namespace qcow::qcow2 {
 namespace {
@@ -40,21 +41,27 @@ std::uint64_t stride(ClusterKind kind, std::uint64_t cluster_size) {
 Result<format::L1Entry> Mapping::l1_entry(GuestOffset at) const {
     const HostOffset l1_at = l1_entry_at(at);
     const format::L1Entry l1{TRY(core_->words.load(l1_at))};
+    // Zeros are also what lies past the end of the file.
+    if (l1.word == 0 && !core_->l1_left_out && !TRY(is_in_file(l1_at, 8)))
+        return damaged(*core_, l1_place(l1_at), past_the_end(*core_, "the L1 table", l1_at));
     if (is_aligned(l1.l2_table().value, core_->rules.geometry.cluster_size())) return l1;
     return damaged(
         *core_, l1_place(l1_at),
         fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size", l1.l2_table().value));
 }
 
-Result<void> Mapping::verify_table_is_there(HostOffset table, HostOffset l1_at) const {
-    const std::uint64_t bytes = core_->rules.geometry.cluster_size();
-    if (lies_within(table.value, bytes, core_->known_file_size.load(std::memory_order_relaxed))) return {};
+/// Asks for the file's length only where the last answer does not do.
+Result<bool> Mapping::is_in_file(HostOffset at, std::uint64_t bytes) const {
+    if (lies_within(at.value, bytes, core_->known_file_size.load(std::memory_order_relaxed))) return true;
     const auto file_size = TRY(core_->file->size());
     core_->known_file_size.store(file_size, std::memory_order_relaxed);
-    if (lies_within(table.value, bytes, file_size)) return {};
-    return damaged(
-        *core_, l1_place(l1_at),
-        fmt::format("the L2 table at {:#x} reaches past the end of the file ({} bytes)", table.value, file_size));
+    return lies_within(at.value, bytes, file_size);
+}
+
+Result<void> Mapping::verify_table_is_there(HostOffset table, HostOffset l1_at) const {
+    const std::uint64_t bytes = core_->rules.geometry.cluster_size();
+    if (TRY(is_in_file(table, bytes))) return {};
+    return damaged(*core_, l1_place(l1_at), past_the_end(*core_, "the end of the L2 table", table + bytes));
 }
 
 Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {

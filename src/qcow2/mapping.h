@@ -37,6 +37,7 @@ public:
     void move_l1(HostOffset l1_table) { l1_table_.store(l1_table.value, std::memory_order_release); }
 
 private:
+    [[nodiscard]] Result<bool> is_in_file(HostOffset at, std::uint64_t bytes) const;
     [[nodiscard]] Result<void> verify_table_is_there(HostOffset table, HostOffset l1_at) const;
     [[nodiscard]] Result<Mapped> scan(std::span<const std::uint64_t> words, GuestOffset at, HostOffset entry) const;
     [[nodiscard]] std::uint64_t count_alike(std::span<const std::uint64_t> words, format::ClusterKind kind) const;

@@ -25,6 +25,9 @@ Result<SnapshotTable> read_snapshots(const Core& core) {
     SnapshotTable table;
     const auto header = core.current_header();
     if (header.snapshot_count == 0) return table;
+    const auto file_size = TRY(core.file->size());
+    if (auto there = format::verify_snapshot_table(header, core.header.cluster_bits, file_size); !there)
+        return std::unexpected(std::move(there).error().in(core.file->name()));
     // How long the table is shows only as it is parsed; a piece of it is in memory, which has at least an entry.
     std::vector<std::byte> piece;
     std::uint64_t piece_at = 0;

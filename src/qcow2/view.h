@@ -21,6 +21,10 @@ public:
     [[nodiscard]] Result<void> read(GuestOffset at, std::span<std::byte> to) const;
     [[nodiscard]] Result<Extent> extent(GuestOffset at, std::uint64_t limit) const;
 
+    /// See Layer.
+    [[nodiscard]] Result<Layer::Part> read_part(GuestOffset at, std::span<std::byte> to) const;
+    [[nodiscard]] Result<Extent> own_extent(GuestOffset at, std::uint64_t limit) const;
+
     /// Errc::encrypted or not_found where the guest's bytes are out of reach.
     [[nodiscard]] Result<void> verify_readable() const;
 

@@ -48,6 +48,9 @@ Result<void> Writer::open() {
         return fail(Errc::corrupt, "header field incompatible_features (byte 72)",
                     "the image is marked as corrupt, so it is not written; check it, or open it for reading only");
     }
+    const auto file_size = TRY(core_->file->size());
+    TRY_VOID(format::verify_refcount_table(header, cluster_bits_, file_size));
+    if (core_->l1_left_out) TRY_VOID(core_->file->resize(header.l1_table.value + std::uint64_t{header.l1_entries} * 8));
     TRY_VOID(metadata_.load(*core_));
     TRY_VOID(bitmaps_.load());
     TRY_VOID(allocator_.load());

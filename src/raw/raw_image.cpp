@@ -11,7 +11,7 @@ namespace {
 
 HostOffset host(GuestOffset at) { return {at.value}; }
 
-class RawImage final : public Image {
+class RawImage final : public Layer {
 public:
     RawImage(std::shared_ptr<Storage> storage, std::uint64_t size, std::optional<WriteOptions> write)
         : storage_(std::move(storage)), size_(size), write_(write) {}
@@ -23,29 +23,38 @@ public:
     Result<void> read(GuestOffset at, std::span<std::byte> to) override {
         return within_memory([&]() -> Result<void> {
             TRY_VOID(verify_range(*this, at, to.size()));
-            const std::size_t there = TRY(storage_->read(host(at), to));
-            if (there != to.size()) return was_cut(at + there, to.size() - there);
+            TRY(read_part(at, to));
             return {};
         });
+    }
+
+    Result<Part> read_part(GuestOffset at, std::span<std::byte> to) const override {
+        const std::size_t there = TRY(storage_->read(host(at), to));
+        if (there != to.size()) return was_cut(at + there, to.size() - there);
+        return Part{to.size()};
     }
 
     Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
         return within_memory([&]() -> Result<Extent> {
             TRY_VOID(verify_range(*this, at, 1));
-            auto run = TRY(storage_->run(host(at), std::min(limit, size_ - at.value)));
-            if (!run.data) {
-                const std::uint64_t end = TRY(storage_->size());
-                if (at.value >= end) return was_cut(at, run.length);
-                run.length = std::min(run.length, end - at.value);
-            }
-            Extent result;
-            result.start = at;
-            result.length = run.length;
-            result.kind = run.data ? Extent::Kind::data : Extent::Kind::zero;
-            result.host = host(at);
-            result.storage = storage_.get();
-            return result;
+            return own_extent(at, std::min(limit, size_ - at.value));
         });
+    }
+
+    [[nodiscard]] Result<Extent> own_extent(GuestOffset at, std::uint64_t limit) const override {
+        auto run = TRY(storage_->run(host(at), limit));
+        if (!run.data) {
+            const std::uint64_t end = TRY(storage_->size());
+            if (at.value >= end) return was_cut(at, run.length);
+            run.length = std::min(run.length, end - at.value);
+        }
+        Extent result;
+        result.start = at;
+        result.length = run.length;
+        result.kind = run.data ? Extent::Kind::data : Extent::Kind::zero;
+        result.host = host(at);
+        result.storage = storage_.get();
+        return result;
     }
 
     Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
@@ -146,7 +155,7 @@ class PendingRaw final : public PendingImage {
 public:
     explicit PendingRaw(std::shared_ptr<Storage> storage) : storage_(std::move(storage)) {}
 
-    Result<std::shared_ptr<Image>> open(Neighbours neighbours) override {
+    Result<std::shared_ptr<Layer>> open(Neighbours neighbours) override {
         const auto size = TRY(storage_->size());
         return std::make_shared<RawImage>(storage_, size, neighbours.write);
     }

@@ -317,9 +317,17 @@ std::unexpected<Error> system_error(std::string_view action, const std::string& 
             case EDQUOT:
             case EFBIG: return Errc::no_space;
             case EISDIR: return Errc::invalid_argument;
+            case EMFILE:
+            case ENFILE: return Errc::limit_exceeded;
             default: return Errc::io;
         }
     }();
+    if (error == EMFILE) {
+        return fail(code, path,
+                    fmt::format("{}: the process may not have more files open; an image needs one for each file of its "
+                                "backing chain (see ulimit -n)",
+                                action));
+    }
     return fail(code, path, fmt::format("{}: {}", action, std::strerror(error)));
 }
 

@@ -76,8 +76,7 @@ struct Prepared {
 /// with anything in them.
 inline void make_dirty(Storage& file, Random& random) {
     auto bytes = contents_of(file);
-    const auto header =
-        value_of(format::parse_header(std::span(bytes).first(value_of(format::header_bytes(bytes))), bytes.size()));
+    const auto header = value_of(format::parse_header(std::span(bytes).first(value_of(format::header_bytes(bytes)))));
     const auto table = header.refcount_table.value;
     const auto entries = (std::uint64_t{header.refcount_table_clusters} << header.cluster_bits) / 8;
     for (std::uint64_t i = 0; i < entries; ++i) {

@@ -23,8 +23,7 @@ protected:
         Bytes cluster(512);
         must(file->read({0}, cluster));
         const auto recorded = std::make_shared<RecordingStorage>(file, "image", log_);
-        core_ = std::make_unique<Core>(must(format::parse_header(cluster, must(file->size()))), recorded, nullptr,
-                                       nullptr, 1 << 20);
+        core_ = std::make_unique<Core>(must(format::parse_header(cluster)), recorded, nullptr, nullptr, 1 << 20);
         must(metadata_.load(*core_));
         write_back_ = std::make_unique<qcow2::WriteBack>(*core_, true);
         refcounts_ = std::make_unique<qcow2::Refcounts>(*core_, *write_back_, metadata_);

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <filesystem>
+
 #include "support/result.h"
 
 namespace qcow::format {
@@ -65,6 +67,65 @@ TEST(FileName, OtherSchemesAreRefusedByName) {
     EXPECT_TRUE(fails(parse_file_name("JSON:{}"), Errc::unsupported, {"scheme \"JSON:\""}));
 }
 
+TEST(FileName, PathsOfWindowsAreCalledThat) {
+    for (const std::string_view name : {R"(C:\VMs\base.qcow2)", "C:/VMs/base.qcow2", "z:base.qcow2"}) {
+        EXPECT_TRUE(fails(parse_file_name(name), Errc::unsupported, {name, "path of Windows"}));
+        EXPECT_TRUE(is_windows_path(name));
+    }
+    for (const std::string_view name : {R"(\\server\share\base.qcow2)", R"(images\base.qcow2)"}) {
+        EXPECT_EQ(path_of(name), name);  // there may be such a file
+        EXPECT_TRUE(is_windows_path(name));
+    }
+    for (const std::string_view name : {"base.qcow2", "/srv/a\\b", "file:a", "./C:/x"})
+        EXPECT_FALSE(is_windows_path(name)) << name;
+}
+
+TEST(FileName, OfADataFileIsAPath) {
+    constexpr auto role = FileReference::Role::data_file;
+    for (const std::string_view name : {"vm:data.raw", "nbd:localhost:10809", "C:/data.raw"})
+        EXPECT_EQ(must(parse_file_name(name, role)).path, name);
+    EXPECT_EQ(must(parse_file_name("file:data.raw", role)).path, "data.raw");
+    EXPECT_TRUE(fails(parse_file_name("nbd://host/x", role), Errc::unsupported, {"scheme"}));
+}
+
+// ---- Names that people give ----
+
+TEST(GivenName, AColonIsPartOfThePath) {
+    for (const std::string_view name : {"vm:disk.qcow2", "nbd:localhost", "C:/x", "a", "/srv/a:b", "-"}) {
+        EXPECT_EQ(must(qcow::parse_file_name(name)).path, name);
+        // What an image records of it leads to the same file.
+        const std::filesystem::path images = "/images";
+        EXPECT_EQ((images / path_of(recorded_file_name(name))).lexically_normal(), images / name);
+    }
+    EXPECT_EQ(recorded_file_name("vm:disk.qcow2"), "./vm:disk.qcow2");
+    EXPECT_EQ(recorded_file_name("disks/vm:disk.qcow2"), "disks/vm:disk.qcow2");
+}
+
+TEST(GivenName, HasAPrefixOrADescription) {
+    EXPECT_EQ(must(qcow::parse_file_name("file:vm:disk")).path, "vm:disk");
+    const auto described = must(qcow::parse_file_name("json:{'driver':'qcow2','file.filename':'x'}", "images/top"));
+    EXPECT_EQ(described.path, "images/x");
+    EXPECT_EQ(described.format, Format::qcow2);
+    for (const std::string_view name : {"file:a", "json:{'filename':'a'}", "base.qcow2", "nbd://host/export"})
+        EXPECT_EQ(recorded_file_name(name), name);
+    EXPECT_EQ(must(qcow::parse_file_name("base", "images/top")).path, "images/base");
+    EXPECT_EQ(must(qcow::parse_file_name("/base", "images/top")).path, "/base");
+}
+
+TEST(GivenName, IsRefused) {
+    EXPECT_TRUE(fails(qcow::parse_file_name("nbd://host/export"), Errc::unsupported, {"scheme \"nbd:\""}));
+    EXPECT_TRUE(fails(qcow::parse_file_name("https://host/a.img"), Errc::unsupported, {"scheme \"https:\""}));
+    EXPECT_TRUE(fails(qcow::parse_file_name(""), Errc::invalid_argument, {"empty"}));
+    EXPECT_TRUE(fails(qcow::parse_file_name("json:{"), Errc::invalid_argument, {"not a JSON object"}));
+}
+
+TEST(ShellWord, IsQuotedWhereItHasToBe) {
+    EXPECT_EQ(shell_word("/srv/a-b_c:1.qcow2"), "/srv/a-b_c:1.qcow2");
+    EXPECT_EQ(shell_word("my disk"), "'my disk'");
+    EXPECT_EQ(shell_word("it's"), R"('it'\''s')");
+    EXPECT_EQ(shell_word(""), "''");
+}
+
 // ---- Descriptions ----
 
 TEST(JsonDescription, NestsAFormatAndAFile) {
@@ -77,6 +138,24 @@ TEST(JsonDescription, MayBeFlat) {
     const auto name = R"(json:{"driver": "raw", "file.driver": "file", "file.filename": "base.img"})";
     EXPECT_EQ(path_of(name), "base.img");
     EXPECT_EQ(format_of(name), Format::raw);
+}
+
+TEST(JsonDescription, MayHaveStringsInSingleQuotes) {
+    EXPECT_EQ(path_of("json:{'driver':'raw','file':{'driver':'file','filename':'base.img'}}"), "base.img");
+    EXPECT_EQ(format_of("json:{'driver':\"qcow2\",'file.filename':'base.img'}"), Format::qcow2);
+    EXPECT_EQ(path_of(R"(json:{'filename':'a"b'})"), R"(a"b)");
+    EXPECT_EQ(path_of(R"(json:{'filename':'a\'b'})"), "a'b");
+    EXPECT_EQ(path_of(R"(json:{"filename":"a\'b'c"})"), "a'b'c");
+    EXPECT_EQ(path_of(R"(json:{'filename':'a\\\"\u00e9'})"), "a\\\"\xc3\xa9");
+    EXPECT_TRUE(fails(parse_file_name("json:{'filename':'a}"), Errc::corrupt, {"not a JSON object"}));
+    EXPECT_TRUE(fails(parse_file_name("json:{'filename':'a\\"), Errc::corrupt, {"not a JSON object"}));
+}
+
+TEST(JsonDescription, MaySayThatThereIsNoBackingFile) {
+    EXPECT_TRUE(must(parse_file_name(R"(json:{"driver": "qcow2", "backing": null, "file.filename": "a"})")).alone);
+    EXPECT_FALSE(must(parse_file_name(R"(json:{"driver": "qcow2", "file.filename": "a"})")).alone);
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver": "qcow2", "backing": "b", "file.filename": "a"})"),
+                      Errc::unsupported, {"option \"backing\""}));
 }
 
 TEST(JsonDescription, MayBeNestedAndFlatAtOnce) {

@@ -130,6 +130,17 @@ inline Result<ImageInfo> info_bounded(const Image& image) {
     return result;
 }
 
+/// The same, or why a part of it could not be read.
+inline Result<ImageInfo> whole_info_bounded(const Image& image) {
+    auto info = info_bounded(image);
+    if (!info) return info;
+    for (const auto* error : {&info->encryption_error, &info->snapshots_error, &info->bitmaps_error}) {
+        if (*error) expect_good_message(**error);
+        if (*error) return std::unexpected(**error);
+    }
+    return info;
+}
+
 class Hostile : public testing::Test {
 protected:
     Hostile() {

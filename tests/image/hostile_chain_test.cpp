@@ -1,6 +1,8 @@
 // Chains without end, and names that lead where they must not.
 
 #include <fcntl.h>
+#include <pthread.h>
+#include <sys/resource.h>
 
 #include <filesystem>
 
@@ -14,6 +16,20 @@ using ::testing::AnyOf;
 using ::testing::HasSubstr;
 
 // Chains.
+
+void run_on_small_stack(std::function<void()> work) {
+    pthread_attr_t attributes;
+    ASSERT_EQ(pthread_attr_init(&attributes), 0);
+    ASSERT_EQ(pthread_attr_setstacksize(&attributes, 256 * KiB * fatness), 0);
+    pthread_t thread = {};
+    const auto start = [](void* given) -> void* {
+        (*static_cast<std::function<void()>*>(given))();
+        return nullptr;
+    };
+    ASSERT_EQ(pthread_create(&thread, &attributes, start, &work), 0);
+    pthread_join(thread, nullptr);
+    pthread_attr_destroy(&attributes);
+}
 
 TEST_F(Hostile, BackingLoops) {
     write("self", overlay("self"));
@@ -44,17 +60,37 @@ TEST_F(Hostile, LongChains) {
     base.file.write_word(base.cluster(4) + 8, base.cluster(5));
     base.file.write(base.cluster(5), Bytes(512, std::byte{0x77}));
     write("layer0", base.finish(6));
-    for (int i = 1; i < 300; ++i) write("layer" + std::to_string(i), overlay("layer" + std::to_string(i - 1)));
+    for (int i = 1; i <= 4096; ++i) write("layer" + std::to_string(i), overlay("layer" + std::to_string(i - 1)));
+    rlimit before = {};
+    ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
+    const auto limit_open_files = [&](rlim_t most) {
+        const rlimit limit{most, before.rlim_max};
+        return setrlimit(RLIMIT_NOFILE, &limit) == 0;
+    };
 
-    const auto works = open_image(open("layer199"), options_for(Format::qcow2, local_files()));
-    ASSERT_TRUE(works.has_value()) << works.error().message();
-    Bytes bytes(512);
-    ASSERT_TRUE((*works)->read({512}, bytes).has_value());
-    EXPECT_EQ(bytes, Bytes(512, std::byte{0x77}));
-    EXPECT_EQ((*works)->extent({512}, 512)->depth, 199U);
+    ASSERT_TRUE(limit_open_files(100));
+    expect_error(open_image(open("layer200"), options_for(Format::qcow2, local_files())), Errc::limit_exceeded,
+                 {"backing file of", "files open", "ulimit -n"});
+    if (!limit_open_files(4200)) GTEST_SKIP() << "this system does not let a process have so many files open";
+    expect_error(open_image(open("layer4096"), options_for(Format::qcow2, local_files())), Errc::limit_exceeded,
+                 {"4096"});
 
-    expect_error(open_image(open("layer299"), options_for(Format::qcow2, local_files())), Errc::limit_exceeded,
-                 {"256"});
+    // With all that is done to it, on a stack that is no larger than those of threads on small systems.
+    run_on_small_stack([&] {
+        auto works = open_image(open("layer4095"), options_for(Format::qcow2, local_files()));
+        ASSERT_TRUE(works.has_value()) << works.error().message();
+        Bytes bytes(512);
+        ASSERT_TRUE((*works)->read({512}, bytes).has_value());
+        EXPECT_EQ(bytes, Bytes(512, std::byte{0x77}));
+        EXPECT_EQ((*works)->extent({512}, 512)->depth, 4095U);
+        // What is left of the chain when its upper half goes.
+        auto half = *works;
+        for (int i = 0; i < 2000; ++i) half = half->backing();
+        works->reset();
+        ASSERT_TRUE(half->read({512}, bytes).has_value());
+        EXPECT_EQ(half->extent({512}, 512)->depth, 2095U);
+    });
+    setrlimit(RLIMIT_NOFILE, &before);
 }
 
 // Names.

@@ -34,7 +34,7 @@ TEST_F(Hostile, SnapshotTablesWithoutEnd) {
         write("image", image.finish());
         const auto opened = open_bounded(open("image"));
         ASSERT_TRUE(opened.has_value());
-        expect_error(info_bounded(**opened), Errc::corrupt, {"snapshot table entry", "host offset 0x"});
+        expect_error(whole_info_bounded(**opened), Errc::corrupt, {"snapshot table entry", "host offset 0x"});
         expect_error((*opened)->snapshot("1"), Errc::corrupt, {"snapshot table entry", "host offset 0x"});
         EXPECT_TRUE(check_bounded(**opened).has_value());
     }
@@ -71,7 +71,7 @@ TEST_F(Hostile, FileThatIsCutShortMeanwhile) {
     const auto storage = fuzz::storage_of(image.finish(6), "short");
     const auto opened = open_bounded(std::make_shared<ShortStorage>(storage, bit(40)));
     ASSERT_TRUE(opened.has_value());
-    EXPECT_FALSE(info_bounded(**opened).has_value());
+    EXPECT_FALSE(whole_info_bounded(**opened).has_value());
     EXPECT_TRUE(check_bounded(**opened).has_value());
 }
 
@@ -100,7 +100,7 @@ TEST_F(Hostile, SnapshotTableOverOtherTables) {
         image.file.fixed_size = bit(30);
         const auto opened = open_bounded(image.finish());
         if (!opened) continue;  // the header's cluster
-        EXPECT_FALSE(info_bounded(**opened).has_value());
+        EXPECT_FALSE(whole_info_bounded(**opened).has_value());
         EXPECT_TRUE(check_bounded(**opened).has_value());
     }
 }
@@ -432,7 +432,7 @@ TEST_F(Hostile, BitmapDirectoriesThatLie) {
         image.file.fixed_size = bit(32);
         const auto opened = open_bounded(image.finish());
         ASSERT_TRUE(opened.has_value());
-        expect_error(info_bounded(**opened), Errc::corrupt, {"bitmap directory at host offset 0x"});
+        expect_error(whole_info_bounded(**opened), Errc::corrupt, {"bitmap directory at host offset 0x"});
         const auto report = check_bounded(**opened);
         ASSERT_TRUE(report.has_value());
         EXPECT_GT(report->corruptions, 0U);

@@ -22,7 +22,7 @@ TEST(WriteBackMemory, WritingHasStoppedWhenItSaysSo) {
         must(create_image({file, nullptr}, options));
         Bytes cluster(65536);
         must(file->read({0}, cluster));
-        Core core(must(format::parse_header(cluster, must(file->size()))), file, nullptr, nullptr, 1 << 20);
+        Core core(must(format::parse_header(cluster)), file, nullptr, nullptr, 1 << 20);
         qcow2::WriteBack write_back(core, true);
         const std::uint64_t word = 0;
         for (unsigned i = 0; i < changed_pages; ++i) {
