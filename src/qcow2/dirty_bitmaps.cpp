@@ -119,8 +119,8 @@ Result<void> DirtyBitmaps::save_cluster(const Bitmap& bitmap, std::uint64_t inde
     return changes ? core_.file->write(entry.cluster(), bits) : Result<void>();
 }
 
-/// Gives an entry of a bitmap's table a cluster, of these bits, or zeros. Nobody trusts the bitmap now, so the order does
-/// not matter.
+/// Gives an entry of a bitmap's table a cluster, of these bits, or zeros. Nobody trusts the bitmap now, so the order
+/// does not matter.
 Result<void> DirtyBitmaps::add_cluster(HostOffset table_entry, std::span<const std::byte> bits) {
     const HostOffset cluster = TRY(allocator_.take_table());
     const std::uint64_t bytes = core_.header.cluster_size();
