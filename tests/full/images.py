@@ -1,9 +1,8 @@
-"""Images of many kinds, made by QEMU, and what must be true of them afterwards."""
+"""Images of many kinds, and what must be true of them afterwards."""
 import dataclasses
 import hashlib
 import json
 import os
-import random
 
 from base import KIB, MIB, SECTOR, Complaint, run
 from model import Model, Piece, stamped
@@ -30,10 +29,12 @@ KINDS = {
     "64k": Kind(),
     "4k": Kind(4 * KIB, largest=8 * 1024 * MIB),
     "512": Kind(512, largest=512 * MIB),
+    "2m": Kind(2 * MIB),
     "v2": Kind(options="compat=0.10"),
     "extended": Kind(64 * KIB, "extended_l2=on"),
     "extended-16k": Kind(16 * KIB, "extended_l2=on"),
     "over-qcow2": Kind(base="qcow2"),
+    "over-qcow2-512k": Kind(512 * KIB, base="qcow2"),
     "over-raw-4k": Kind(4 * KIB, base="raw", largest=8 * 1024 * MIB),
     "extended-over-qcow2": Kind(64 * KIB, "extended_l2=on", base="qcow2"),
     "snapshot": Kind(filled="plain", snapshot=True),
@@ -42,6 +43,7 @@ KINDS = {
     "compressed-snapshot-4k": Kind(4 * KIB, filled="compressed", snapshot=True, largest=8 * 1024 * MIB),
     "lazy": Kind(options="lazy_refcounts=on"),
     "lazy-snapshot": Kind(16 * KIB, "lazy_refcounts=on", filled="plain", snapshot=True),
+    "narrow-refcounts": Kind(4 * KIB, "refcount_bits=1", largest=8 * 1024 * MIB),
     "wide-refcounts": Kind(512, "refcount_bits=64", largest=512 * MIB),
     "data-file": Kind(data_file=True),
     "data-file-raw": Kind(16 * KIB, "data_file_raw=on", data_file=True, largest=64 * MIB),
@@ -76,8 +78,9 @@ def cut_into_pieces(rng, kind):
 class TestImage:
     """In `space`; what belongs to it and needs no room goes to `scratch`."""
 
-    def __init__(self, name, space, scratch, rng: random.Random):
+    def __init__(self, name, space, scratch, qcow, rng):
         self.kind = KINDS[name]
+        self.qcow = qcow
         self.scratch = scratch
         self.directory = space.directory
         self.path = os.path.join(self.directory, "disk")
@@ -108,7 +111,8 @@ class TestImage:
             compress = ["-c"] if kind.filled == "compressed" else []
             run("qemu-img", "convert", "-O", "qcow2", *compress, "-o", ",".join(options), first, self.path)
         else:
-            create = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", ",".join(options), self.path, str(self.size)]
+            program = rng.choice(["qemu-img", self.qcow])
+            create = [program, "create", "-q", "-f", "qcow2", "-o", ",".join(options), self.path, str(self.size)]
             run(*create, directory=self.directory)
         if kind.snapshot:
             run("qemu-img", "snapshot", "-c", "first", self.path)
@@ -150,7 +154,7 @@ class TestImage:
             run("cp", "--sparse=always", path, directory)
         return os.path.join(directory, "disk")
 
-    def check(self, qcow, path=None, leaks_allowed=None):
+    def check(self, path=None, leaks_allowed=None):
         """Nothing is corrupt, and no more leaks than that. Returns how many there are. The refcounts of an image that is
         dirty are counted when it is opened next."""
         path = path or self.path
@@ -165,7 +169,7 @@ class TestImage:
         statuses = (0, 3) if leaks_allowed is None or leaks_allowed > 0 else (0,)
         check = ["qemu-img", "check", "--output=json", "-f", "qcow2", path]
         theirs = json.loads(run(*check, expect=statuses, directory=directory).stdout)
-        run(qcow, "check", path, expect=statuses)
+        run(self.qcow, "check", path, expect=statuses)
         leaks = theirs.get("leaks", 0)
         if leaks_allowed is not None and leaks > leaks_allowed:
             raise Complaint(f"{leaks} clusters leak, {leaks_allowed} did when a server had been killed")

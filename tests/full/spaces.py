@@ -50,7 +50,7 @@ class Space:
     """`directory` is where files go. What is there is taken away by `close`."""
 
     # With so much room nothing may be refused: more than all that can be in flight takes.
-    ENOUGH = 2 * MIB
+    ENOUGH = 4 * MIB
     # What the file system keeps for itself of the room that it says there is.
     HELD_BACK = 0
 
