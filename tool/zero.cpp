@@ -26,6 +26,8 @@ void declare_zero(CLI::App& root, int& status) {
     auto& app = declare(
         root, status, "zero", "Make bytes of the virtual disk zeros",
         "Storage that is not needed for them any more is given up, or with --keep stays for what is written next.\n"
+        "The zeros are recorded, so that they stay zeros over any backing file; that takes one cluster for each\n"
+        "512 MiB (with clusters of 64k). Version 2 (compat=0.10) cannot record them where nothing is stored.\n"
         "Examples:\n"
         "  qcow zero disk.qcow2 0 1M         wipe the partition table and what follows\n"
         "  qcow zero --keep disk.qcow2 1G 4G",

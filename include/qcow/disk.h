@@ -72,7 +72,8 @@ public:
         keep,     ///< kept where there is some, so that writing there again needs no more space
     };
 
-    /// Makes the range read as zeros.
+    /// Makes the range read as zeros, whatever lies below: qcow2 images of version 3 record them where nothing was
+    /// stored, too, which takes a table of one cluster for so many bytes as one maps (512 MiB with clusters of 64 KiB).
     virtual Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes = Zeroes::release);
 
     /// Says that the contents of the range are no longer needed. Whole blocks (see block_size()) give up their storage

@@ -66,7 +66,7 @@ enum class CacheMode : std::uint8_t {
 /// What becomes of writes that consist of zeros.
 enum class DetectZeroes : std::uint8_t {
     off,    ///< they are written
-    on,     ///< whole blocks become write_zeroes that keep their storage
+    on,     ///< they become write_zeroes that keep their storage, block by block
     unmap,  ///< and give it up
 };
 
@@ -243,7 +243,9 @@ public:
 
     /// Changes the virtual size to rounded_size(size) bytes; new bytes read as zeros. It becomes smaller
     /// only where that is allowed: what lies past the new end is lost. Requests past the smaller of both sizes must not
-    /// be in flight. On an error size() tells which of both the image has.
+    /// be in flight. On an error size() tells which of both the image has. Bitmaps become of the new size, new bits
+    /// clean; those that would no longer fit into memory, or are damaged, become in_use. What a smaller disk leaves at
+    /// the end of the file is cut off by close().
     virtual Result<void> resize(std::uint64_t size, Shrink shrink = Shrink::refuse);
 
     /// Flushes, and leaves the file as if there had been no writer: everything that was only reserved is given back. No

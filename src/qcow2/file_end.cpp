@@ -64,10 +64,11 @@ bool is_l1_left_out(const Core& core) {
     return counted && *counted <= std::max(file_end, divide_up(l1_end, header.cluster_size()) * header.cluster_size());
 }
 
-std::string past_the_end(const Core& core, std::string_view thing, HostOffset at) {
-    const auto file_size = core.file->size().value_or(0);
+std::string past_the_end(const Core& core, const Storage& file, std::string_view thing, HostOffset at) {
+    const auto file_size = file.size().value_or(0);
     auto text = fmt::format("{} would lie at host offset {:#x}, past the end of the file ({} bytes): the file was cut",
                             thing, at.value, file_size);
+    if (&file != core.file.get()) return text;
     if (const auto counted = counted_end(core); counted && *counted > file_size)
         text += fmt::format(", the complete one has about {} bytes", *counted);
     return text;

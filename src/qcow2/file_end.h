@@ -16,7 +16,8 @@ std::optional<std::uint64_t> counted_end(const Core& core);
 /// nothing is counted behind it. Otherwise what is missing was cut off.
 bool is_l1_left_out(const Core& core);
 
-/// What is said of something that would lie past the end of the image's file, which was cut.
-std::string past_the_end(const Core& core, std::string_view thing, HostOffset at);
+/// What is said of something that would lie past the end of a file of the image, its own or its data file, which was
+/// cut.
+std::string past_the_end(const Core& core, const Storage& file, std::string_view thing, HostOffset at);
 
 }  // namespace qcow::qcow2

@@ -43,7 +43,7 @@ Result<format::L1Entry> Mapping::l1_entry(GuestOffset at) const {
     const format::L1Entry l1{TRY(core_->words.load(l1_at))};
     // Zeros are also what lies past the end of the file.
     if (l1.word == 0 && !core_->l1_left_out && !TRY(is_in_file(l1_at, 8)))
-        return damaged(*core_, l1_place(l1_at), past_the_end(*core_, "the L1 table", l1_at));
+        return damaged(*core_, l1_place(l1_at), past_the_end(*core_, *core_->file, "the L1 table", l1_at));
     if (is_aligned(l1.l2_table().value, core_->rules.geometry.cluster_size())) return l1;
     return damaged(
         *core_, l1_place(l1_at),
@@ -61,7 +61,8 @@ Result<bool> Mapping::is_in_file(HostOffset at, std::uint64_t bytes) const {
 Result<void> Mapping::verify_table_is_there(HostOffset table, HostOffset l1_at) const {
     const std::uint64_t bytes = core_->rules.geometry.cluster_size();
     if (TRY(is_in_file(table, bytes))) return {};
-    return damaged(*core_, l1_place(l1_at), past_the_end(*core_, "the end of the L2 table", table + bytes));
+    return damaged(*core_, l1_place(l1_at),
+                   past_the_end(*core_, *core_->file, "the end of the L2 table", table + bytes));
 }
 
 Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {

@@ -76,8 +76,8 @@ Result<void> View::read_data(HostOffset host, GuestOffset at, std::span<std::byt
     if (host.value + to.size() <= file_end) return {};
     const std::uint64_t in_file = file_end - std::min(host.value, file_end);
     const auto thing = fmt::format("the data of guest offset {:#x}", at.value + there);
-    return unreadable({Errc::corrupt, core_->data->name(), past_the_end(*core_, thing, host + there)}, at + in_file,
-                      to.size() - in_file);
+    return unreadable({Errc::corrupt, core_->data->name(), past_the_end(*core_, *core_->data, thing, host + there)},
+                      at + in_file, to.size() - in_file);
 }
 
 Result<void> View::read_one_compressed(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const {
@@ -90,7 +90,7 @@ Result<void> View::read_one_compressed(const Mapped& mapped, GuestOffset at, std
     // The stream's last sector may reach past the end of a file that was not cut.
     const HostOffset end = mapped.compressed.offset + mapped.compressed.length;
     if (error.code == Errc::corrupt && end.value > TRY(core_->file->size()))
-        error.what = past_the_end(*core_, "the end of its compressed data", end);
+        error.what = past_the_end(*core_, *core_->file, "the end of its compressed data", end);
     return unreadable(std::move(error), at, to.size());
 }
 

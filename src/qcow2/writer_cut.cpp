@@ -31,10 +31,13 @@ public:
 
     Result<void> run() {
         TRY_VOID(find_end());
+        const std::uint64_t file_size = TRY(core_.file->size());
+        // What somebody put behind the last counted cluster is not cut off.
+        if (divide_up(file_size, cluster_size_) > counted_end_) return {};
         TRY_VOID(drop_blocks());
         // Whatever the refcounts say.
         const std::uint64_t end = std::max(end_, metadata_.end()) * cluster_size_;
-        if (TRY(core_.file->size()) > end) TRY_VOID(core_.file->resize(end));
+        if (file_size > end) TRY_VOID(core_.file->resize(end));
         return write_back_.sync();
     }
 
@@ -58,13 +61,18 @@ private:
             table_.push_back(format::RefcountTableEntry{load_be<std::uint64_t>(bytes, at)}.block().value);
         for (std::uint64_t index = table_.size(); index-- > 0 && end_ == 0;) {
             if (table_[index] == 0) continue;
-            dropped_.insert(table_[index] / cluster_size_);
-            const auto counted = counted_end(TRY(load_block(index)), order_);
-            if (counted == 0) {
+            const auto end_in = [&]() -> Result<std::uint64_t> {
+                const auto counted = counted_end(TRY(load_block(index)), order_);
+                return counted == 0 ? 0 : index * per_block_ + counted;
+            };
+            counted_end_ = std::max(counted_end_, TRY(end_in()));
+            const std::uint64_t own = table_[index] / cluster_size_;
+            dropped_.insert(own);
+            if (TRY(end_in()) == 0) {
                 indices_.push_back(index);
             } else {
-                dropped_.erase(table_[index] / cluster_size_);
-                end_ = index * per_block_ + counted_end(TRY(load_block(index)), order_);
+                dropped_.erase(own);
+                end_ = TRY(end_in());
             }
         }
         return {};
@@ -97,7 +105,8 @@ private:
     std::vector<std::uint64_t> table_;    // of refcount blocks: host offsets
     std::vector<std::uint64_t> indices_;  // in the table, of the blocks that are dropped
     std::set<std::uint64_t> dropped_;     // clusters in which these lie
-    std::uint64_t end_ = 0;               // cluster behind the last one in use
+    std::uint64_t counted_end_ = 0;       // cluster behind the last one that is counted
+    std::uint64_t end_ = 0;               // and behind the last one that will be
 };
 
 }  // namespace

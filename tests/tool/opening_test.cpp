@@ -428,6 +428,16 @@ TEST_F(Opening, AFileThatWasCut) {
     }
 }
 
+TEST_F(Opening, ADataFileThatWasCut) {
+    must_tool({"create", "-q", "-o", "data_file=data.raw", "data.qcow2", "4M"});
+    must_tool({"convert", "-n", "-O", "qcow2", "base.qcow2", "data.qcow2"});
+    std::filesystem::resize_file(directory_.file("data.raw"), 4096);
+    // How long the image file ought to be says nothing of it.
+    expect_refusal(
+        {"read", "data.qcow2", "64k", "1"},
+        AllOf(HasSubstr("data.raw"), HasSubstr("(4096 bytes): the file was cut"), Not(HasSubstr("complete"))));
+}
+
 /// Where nothing is stored, there is nothing to be decrypted; but no other encrypted image is read either.
 TEST_F(Opening, AnEncryptedImageWithNothingInIt) {
     must_tool({"create", "-q", "secret.qcow2", "1M"});
