@@ -312,7 +312,8 @@ private:
         inspect_snapshots(**again);
     }
 
-    void resize(std::uint64_t size, bool shrink) {
+    void resize(std::uint64_t wanted, bool shrink) {
+        const std::uint64_t size = rounded_size(wanted);
         const std::uint64_t old = image_->size();
         const std::uint64_t block = image_->block_size();
         const std::uint64_t coverage = block * block / 16;

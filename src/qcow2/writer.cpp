@@ -18,6 +18,7 @@ using format::L2Entry;
 constexpr std::uint64_t max_batch_bytes = 16 * MiB;  // that one change of entries is about
 constexpr std::uint64_t max_retired_bytes = 256 * MiB;
 constexpr std::size_t page_entries = 512;
+constexpr std::size_t max_verify_bytes = 256 * MiB;
 constexpr std::uint64_t small_file_bytes = 256 * MiB;  // not worth more than one thread to check
 constexpr unsigned flushes_at_once = 4;                // file systems make one commit of them
 
@@ -61,6 +62,7 @@ Result<void> Writer::open() {
 Result<void> Writer::verify_refcounts() {
     if (!options_.verify_refcounts) return {};
     CheckOptions check;
+    check.memory_bytes = max_verify_bytes;
     check.workers = TRY(core_->file->size()) < small_file_bytes ? 1 : 0;
     auto verified = verify_counted(*core_, check);
     if (verified || verified.error().code == Errc::limit_exceeded) return {};

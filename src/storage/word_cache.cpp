@@ -21,6 +21,8 @@ constexpr std::size_t max_page_words = max_page_bytes / 8;
 constexpr std::uint64_t max_offset = bit(56);
 constexpr std::size_t max_sets = std::size_t{1} << 20;
 
+constexpr std::uint8_t bit_of(std::size_t way) { return static_cast<std::uint8_t>(1U << way); }
+
 }  // namespace
 
 void WordCache::Free::operator()(void* memory) const { std::free(memory); }
@@ -99,17 +101,18 @@ Result<std::size_t> WordCache::fill(std::size_t set, std::uint64_t page) {
         const auto page_words = std::span(words).first(page_words_);
         TRY_VOID(read_page(page, page_words));
         change(set, way, page + 1, 0, page_words);
-        state.slots[way].has_space = false;
+        state.has_space &= static_cast<std::uint8_t>(~bit_of(way));
         return way;
     }
     return ways;
 }
 
 /// Under the set's lock.
-Result<void> WordCache::reserve_space(std::uint64_t page, Slot& slot) {
-    if (slot.has_space) return {};
+Result<void> WordCache::reserve_space(std::uint64_t page, std::size_t set, std::size_t way) {
+    auto& has_space = states_[set].has_space;
+    if ((has_space & bit_of(way)) != 0) return {};
     TRY_VOID(storage_->allocate({page * page_bytes()}, page_bytes()));
-    slot.has_space = true;
+    has_space |= bit_of(way);
     return {};
 }
 
@@ -118,7 +121,7 @@ Result<void> WordCache::reserve_space(HostOffset at) {
     const std::size_t set = set_of(page);
     const std::lock_guard guard(states_[set].mutex);
     const std::size_t way = TRY(fill(set, page));
-    if (way < ways) return reserve_space(page, states_[set].slots[way]);
+    if (way < ways) return reserve_space(page, set, way);
     return storage_->allocate({page * page_bytes()}, page_bytes());
 }
 
@@ -164,9 +167,9 @@ Result<bool> WordCache::store(HostOffset at, std::span<const std::uint64_t> word
     const std::lock_guard guard(states_[set].mutex);
     const std::size_t way = TRY(fill(set, page));
     if (way == ways) return false;
-    auto& slot = states_[set].slots[way];
-    TRY_VOID(reserve_space(page, slot));
+    TRY_VOID(reserve_space(page, set, way));
     change(set, way, page + 1, first, words);
+    auto& slot = states_[set].slots[way];
     slot.barrier |= barrier;
     slot.page_class = page_class;
     if (!std::exchange(slot.changed, true)) {
@@ -241,7 +244,8 @@ void WordCache::forget(HostOffset begin, std::uint64_t length) {
         if (way == ways) continue;
         change(set, way, 0, 0, {});
         auto& slot = states_[set].slots[way];
-        slot.changed = slot.barrier = slot.has_space = false;
+        slot.changed = slot.barrier = false;
+        states_[set].has_space &= static_cast<std::uint8_t>(~bit_of(way));
     }
 }
 

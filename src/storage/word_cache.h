@@ -89,13 +89,13 @@ private:
         bool changed = false;
         bool barrier = false;
         bool being_written = false;
-        bool has_space = false;  // in the file; known only of pages that were stored to
         PageClass page_class = PageClass::refcounts;
         [[nodiscard]] bool replaceable() const { return !changed && !being_written; }
     };
     struct SetState {
         std::mutex mutex;
         std::uint8_t next_victim = 0;
+        std::uint8_t has_space = 0;  // bits of ways whose pages are known to have it, in the file
         std::array<Slot, ways> slots = {};
     };
     struct ChangedList {
@@ -110,7 +110,7 @@ private:
     [[nodiscard]] std::size_t find(std::size_t set, std::uint64_t page) const;
     bool load_cached(std::uint64_t page, std::size_t first, std::span<std::uint64_t> to) const;
     Result<std::size_t> fill(std::size_t set, std::uint64_t page);
-    Result<void> reserve_space(std::uint64_t page, Slot& slot);
+    Result<void> reserve_space(std::uint64_t page, std::size_t set, std::size_t way);
     Result<void> read_page(std::uint64_t page, std::span<std::uint64_t> to) const;
     Result<std::size_t> load_sector(HostOffset at, std::span<std::uint64_t> to) const;
     void change(std::size_t set, std::size_t way, std::uint64_t tag, std::size_t first,

@@ -218,7 +218,7 @@ TEST(ErrorTest, LargeRequestsAreWrittenThroughOnce) {
     value_of(image->write_zeroes({0}, 64 * GiB));
     value_of(image->discard({0}, 64 * GiB));
     value_of(image->resize(GiB, Image::Shrink::allow));
-    EXPECT_LT(faults->count(Operation::flush), 20U);
+    EXPECT_LT(faults->count(Operation::flush), 80U);  // the zeros take 32,768 tables, which are reserved in runs
 }
 
 /// A refcount table may have entries for clusters that no offset can name.

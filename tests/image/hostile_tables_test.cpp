@@ -95,8 +95,7 @@ TEST_F(Hostile, ManyLargeRefcountBlocks) {
     opened->reset();
     // A writer looks for the end of what is counted.
     const auto cost = cost_of([&] {
-        auto options = options_for(Format::qcow2);
-        options.writable = true;
+        const auto options = options_for_writing();
         EXPECT_TRUE(open_image(*open_file(path("image"), {.writable = true}), options).has_value());
     });
     EXPECT_LT(cost.seconds, max_seconds);
@@ -129,8 +128,7 @@ TEST_F(Hostile, WritingBehindTheEndOfAHugeHole) {
     image.write_refcounts(4);
     image.file.fixed_size = bit(55);
     const auto storage = std::make_shared<fuzz::WritableStorage>(image.finish(), "huge");
-    auto options = options_for(Format::qcow2);
-    options.writable = true;
+    const auto options = options_for_writing();
     const auto cost = cost_of([&] {
         const auto opened = open_image(storage, options);
         ASSERT_TRUE(opened.has_value()) << opened.error().message();
