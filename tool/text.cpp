@@ -47,10 +47,8 @@ std::string did_you_mean(std::string_view text, const std::vector<std::string>& 
     std::size_t fewest = longest;
     for (const auto& word : words) {
         const auto known = lower(word);
-        const auto shorter = std::min(said.size(), known.size());
         auto distance = edit_distance(said, known);
-        if (shorter >= 3 && said.compare(0, shorter, known, 0, shorter) == 0)
-            distance = std::min<std::size_t>(distance, 1);
+        if (said.size() >= 3 && known.starts_with(said)) distance = std::min<std::size_t>(distance, 1);
         if (distance >= fewest || distance > std::max(said.size(), known.size()) / 3) continue;
         fewest = distance;
         best = word;

@@ -163,7 +163,7 @@ Result<FileName> verified(std::string_view name, Result<FileName> (*parse)(std::
                     fmt::format("a file name of {} bytes; at most {} are supported", name.size(), max_bytes));
     }
     auto result = TRY(parse(name));
-    if (result.path.empty()) return fail(Errc::corrupt, "", "an empty file name");
+    if (result.path.empty()) return fail(Errc::corrupt, "", "the name is empty");
     if (result.path.find('\0') != std::string::npos) return fail(Errc::corrupt, "", "a file name with a zero byte");
     return result;
 }

@@ -281,7 +281,7 @@ bool NewFile::is_incomplete() const { return state_->in_place && state_->in_plac
 
 Result<NewFile> NewFile::begin(const std::string& path, FilesInUse& in_use, const std::string& role,
                                Existing existing) {
-    if (path.empty()) return fail(Errc::invalid_argument, "", "an empty file name");
+    if (path.empty()) return fail(Errc::invalid_argument, "", "the name is empty");
     TRY_VOID(in_use.add(FilesInUse::Use::written, path, role));
     NewFile file(std::make_unique<State>());
     auto& state = *file.state_;

@@ -45,8 +45,8 @@ TEST(FileName, FilePrefixIsTakenOff) {
 }
 
 TEST(FileName, MustNotBeEmpty) {
-    EXPECT_TRUE(fails(parse_file_name(""), Errc::corrupt, {"an empty file name"}));
-    EXPECT_TRUE(fails(parse_file_name("file:"), Errc::corrupt, {"an empty file name"}));
+    EXPECT_TRUE(fails(parse_file_name(""), Errc::corrupt, {"the name is empty"}));
+    EXPECT_TRUE(fails(parse_file_name("file:"), Errc::corrupt, {"the name is empty"}));
 }
 
 TEST(FileName, HasNoZeroByte) {

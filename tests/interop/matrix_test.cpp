@@ -132,7 +132,9 @@ protected:
         for (const auto& f : report.findings) findings += f.place + ": " + f.what + "\n";
         SCOPED_TRACE(peer.text() + "\nours:\n" + findings);
 
-        const int expected = report.corruptions + report.errors > 0 ? 2 : report.leaks > 0 ? 3 : 0;
+        // QEMU does not tell what opening for writing mends from what is damaged.
+        const auto damaged = report.corruptions + report.errors + report.postponed;
+        const int expected = damaged > 0 ? 2 : report.leaks > 0 ? 3 : 0;
         ASSERT_EQ(peer.status, expected);
         ASSERT_TRUE(maker.spec().crashed || expected == 0) << "QEMU made an image that is not sound";
         const auto json = nlohmann::json::parse(peer.out);
@@ -142,7 +144,7 @@ protected:
         EXPECT_EQ(report.compressed_clusters, number("compressed-clusters"));
         EXPECT_EQ(report.fragmented_clusters, number("fragmented-clusters"));
         EXPECT_EQ(report.image_end, number("image-end-offset"));
-        EXPECT_EQ(report.leaks, number("leaks"));
+        if (!report.dirty) EXPECT_EQ(report.leaks, number("leaks"));
     }
 
     /// Whether the first guest cluster of an image with a data file reads as zeros and keeps its place there, at

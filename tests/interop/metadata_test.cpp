@@ -179,6 +179,7 @@ TEST_F(MetadataTest, ARawDataFileAndItsImageNeverDiffer) {
         for (const bool converted : {false, true}) {
             if (converted && more.find("preallocation") != std::string::npos) continue;
             SCOPED_TRACE(more + (converted ? ", converted" : ""));
+            std::filesystem::remove(directory_.file("data"));
             const auto options = "data_file=data,data_file_raw=on" + more;
             if (converted) {
                 must_qcow({"convert", "-O", "qcow2", "-o", options, "disk.raw", "disk.qcow2"});
