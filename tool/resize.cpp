@@ -56,11 +56,8 @@ void declare_resize(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
         root, status, "resize", "Change the virtual size",
-        "What is added reads as zeros. What is cut off is lost, and the file becomes shorter by what was stored "
-        "behind\n"
-        "all that is left. Bitmaps become of the new size; in them, what is added has not changed. Sizes are rounded "
-        "up\n"
-        "to multiples of 512.\n"
+        "What is added reads as zeros. What is cut off is lost, and the file ends behind what is left. Bitmaps\n"
+        "become of the new size; in them, what is added has not changed. Sizes are rounded up to multiples of 512.\n"
         "Examples:\n"
         "  qcow resize disk.qcow2 20G\n"
         "  qcow resize disk.qcow2 +1.5G           larger by so much\n"

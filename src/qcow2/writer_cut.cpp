@@ -42,14 +42,23 @@ public:
     }
 
 private:
-    /// The refcounts of a block, without those of the blocks that are dropped.
-    Result<std::vector<std::byte>> load_block(std::uint64_t index) {
+    Result<std::vector<std::byte>> load_block(std::uint64_t index) const {
         std::vector<std::byte> block(cluster_size_);
         TRY(core_.file->read({table_[index]}, block));
+        return block;
+    }
+
+    /// Takes the refcounts of what is dropped out of a block.
+    void clear_dropped(std::span<std::byte> block, std::uint64_t index) const {
         const auto first = index * per_block_;
         for (auto at = dropped_.lower_bound(first); at != dropped_.end() && *at < first + per_block_; ++at)
             format::set_refcount(block, *at - first, order_, 0);
-        return block;
+    }
+
+    /// The cluster behind the last one that a block counts; 0: there is none.
+    [[nodiscard]] std::uint64_t end_in(std::span<const std::byte> block, std::uint64_t index) const {
+        const auto counted = counted_end(block, order_);
+        return counted == 0 ? 0 : index * per_block_ + counted;
     }
 
     /// Finds the last cluster in use, and the refcount blocks that count nothing behind it but themselves.
@@ -61,18 +70,18 @@ private:
             table_.push_back(format::RefcountTableEntry{load_be<std::uint64_t>(bytes, at)}.block().value);
         for (std::uint64_t index = table_.size(); index-- > 0 && end_ == 0;) {
             if (table_[index] == 0) continue;
-            const auto end_in = [&]() -> Result<std::uint64_t> {
-                const auto counted = counted_end(TRY(load_block(index)), order_);
-                return counted == 0 ? 0 : index * per_block_ + counted;
-            };
-            counted_end_ = std::max(counted_end_, TRY(end_in()));
             const std::uint64_t own = table_[index] / cluster_size_;
+            auto block = TRY(load_block(index));
+            counted_end_ = std::max(counted_end_, end_in(block, index));
+            clear_dropped(block, index);
+            auto without_itself = block;
             dropped_.insert(own);
-            if (TRY(end_in()) == 0) {
+            clear_dropped(without_itself, index);
+            if (end_in(without_itself, index) == 0) {
                 indices_.push_back(index);
             } else {
                 dropped_.erase(own);
-                end_ = TRY(end_in());
+                end_ = end_in(block, index);
             }
         }
         return {};
@@ -90,7 +99,11 @@ private:
         TRY_VOID(write_back_.sync());
         for (auto at = dropped_.begin(); at != dropped_.end();) {
             const std::uint64_t index = *at / per_block_;
-            if (table_[index] != 0) TRY_VOID(core_.file->write({table_[index]}, TRY(load_block(index))));
+            if (index < table_.size() && table_[index] != 0) {
+                auto block = TRY(load_block(index));
+                clear_dropped(block, index);
+                TRY_VOID(core_.file->write({table_[index]}, block));
+            }
             at = dropped_.lower_bound((index + 1) * per_block_);
         }
         return {};
