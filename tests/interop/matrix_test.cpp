@@ -144,7 +144,9 @@ protected:
         EXPECT_EQ(report.compressed_clusters, number("compressed-clusters"));
         EXPECT_EQ(report.fragmented_clusters, number("fragmented-clusters"));
         EXPECT_EQ(report.image_end, number("image-end-offset"));
-        if (!report.dirty) EXPECT_EQ(report.leaks, number("leaks"));
+        if (!report.dirty) {
+            EXPECT_EQ(report.leaks, number("leaks"));
+        }
     }
 
     /// Whether the first guest cluster of an image with a data file reads as zeros and keeps its place there, at
