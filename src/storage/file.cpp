@@ -226,7 +226,8 @@ private:
         if (end > TRY(size())) return false;
         alignas(fiemap) std::array<std::byte, sizeof(fiemap) + most * sizeof(fiemap_extent)> memory;
         for (std::uint64_t known = at.value; known < end;) {
-            auto* map = new (memory.data()) fiemap{};
+            memory.fill(std::byte{0});
+            auto* const map = reinterpret_cast<fiemap*>(memory.data());
             map->fm_start = known;
             map->fm_length = end - known;
             map->fm_extent_count = most;
