@@ -142,7 +142,8 @@ void qcow1(std::span<const std::byte> in, std::uint64_t file_size) {
     const auto header = format::parse_qcow1_header(in, file_size);
     if (!succeeded(header)) return;
     QCOW_REQUIRE(header->l1_entries() * 8 <= format::max_l1_bytes);
-    QCOW_REQUIRE(header->l1_entries() == 0 || lies_within(header->l1_table.value, header->l1_entries() * 8, file_size));
+    QCOW_REQUIRE(header->l1_entries() == 0 ||
+                 lies_within(header->l1_table.value, header->l1_entries() * 8, format::max_host_offset));
 }
 
 }  // namespace
