@@ -69,8 +69,12 @@ std::string past_the_end(const Core& core, const Storage& file, std::string_view
     auto text = fmt::format("{} would lie at host offset {:#x}, past the end of the file ({} bytes): the file was cut",
                             thing, at.value, file_size);
     if (&file != core.file.get()) return text;
-    if (const auto counted = counted_end(core); counted && *counted > file_size)
+    const auto counted = counted_end(core);
+    if (counted && *counted > file_size) {
         text += fmt::format(", the complete one has about {} bytes", *counted);
+    } else if (counted) {
+        text += ", or what leads there is damaged";
+    }
     return text;
 }
 
