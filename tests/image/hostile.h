@@ -19,16 +19,12 @@
 
 #include "hostile_image.h"
 #include "qcow/image.h"
+#include "support/effort.h"
 
 namespace qcow::hostile {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-inline constexpr double slowness = 8;
-inline constexpr std::size_t fatness = 8;
-#else
-inline constexpr double slowness = 1;
-inline constexpr std::size_t fatness = 1;
-#endif
+inline constexpr double slowness = test::sanitized ? 8 : 1;
+inline constexpr std::size_t fatness = test::sanitized ? 8 : 1;
 inline constexpr double max_seconds = 2 * slowness;
 inline constexpr std::size_t max_open_bytes = 64 * MiB * fatness;
 

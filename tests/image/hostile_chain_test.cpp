@@ -68,9 +68,12 @@ TEST_F(Hostile, LongChains) {
         return setrlimit(RLIMIT_NOFILE, &limit) == 0;
     };
 
-    ASSERT_TRUE(limit_open_files(100));
-    expect_error(open_image(open("layer200"), options_for(Format::qcow2, local_files())), Errc::limit_exceeded,
-                 {"backing file of", "files open", "ulimit -n"});
+    // A sanitizer needs a file descriptor of its own to look at an address, and takes its lack for a wrong object.
+    if (!test::sanitized) {
+        ASSERT_TRUE(limit_open_files(100));
+        expect_error(open_image(open("layer200"), options_for(Format::qcow2, local_files())), Errc::limit_exceeded,
+                     {"backing file of", "files open", "ulimit -n"});
+    }
     if (!limit_open_files(4200)) GTEST_SKIP() << "this system does not let a process have so many files open";
     expect_error(open_image(open("layer4096"), options_for(Format::qcow2, local_files())), Errc::limit_exceeded,
                  {"4096"});
