@@ -5,10 +5,10 @@
 
 #include "base/bits.h"
 #include "base/endian.h"
+#include "format/entries.h"
 #include "format/file_name.h"
 #include "format/header.h"
 #include "format/luks.h"
-#include "format/mapping.h"
 #include "format/qcow1.h"
 #include "format/tables.h"
 #include "fuzz/inputs.h"
@@ -70,7 +70,7 @@ void header(std::span<const std::byte> in, std::uint64_t file_size) {
     }
     if (succeeded(format::verify_snapshot_table(*header, header->cluster_bits, file_size)))
         QCOW_REQUIRE(header->snapshot_count == 0 || header->snapshot_table.value < file_size);
-    for (const auto& feature : format::features_of(*header)) {
+    for (const auto& feature : format::features_of(*header, *header)) {
         QCOW_REQUIRE(!feature.name.empty());
         QCOW_REQUIRE(feature.known || feature.kind != Feature::Kind::incompatible);
     }

@@ -11,8 +11,8 @@
 
 #include "base/bits.h"
 #include "base/endian.h"
+#include "format/entries.h"
 #include "format/header.h"
-#include "format/mapping.h"
 
 namespace qcow::fuzz {
 namespace {

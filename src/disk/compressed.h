@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <span>
 
-#include "format/mapping.h"
+#include "format/entries.h"
 #include "qcow/storage.h"
 
 namespace qcow {

@@ -8,7 +8,7 @@
 
 namespace qcow {
 
-class Below;
+class BackingFile;
 
 class Layer : public Image {
 public:
@@ -27,8 +27,8 @@ public:
     /// Errc::encrypted or not_found where the bytes that it holds are out of reach.
     [[nodiscard]] virtual Result<void> verify_readable() const { return {}; }
 
-    /// What is asked for the rest; null where nothing is left to others.
-    [[nodiscard]] virtual const Below* below() const { return nullptr; }
+    /// The backing file, which is asked for the rest; null where the format has none.
+    [[nodiscard]] virtual const BackingFile* backing_file() const { return nullptr; }
 };
 
 }  // namespace qcow

@@ -7,8 +7,8 @@
 #include "base/bits.h"
 #include "base/endian.h"
 #include "base/try.h"
+#include "format/entries.h"
 #include "format/geometry.h"
-#include "format/mapping.h"
 
 namespace qcow::format {
 namespace {
@@ -158,7 +158,7 @@ Result<void> parse_extensions(std::span<const std::byte> in, std::size_t limit, 
 Result<void> verify_features(const Header& h) {
     if ((h.incompatible & ~incompatible::known) != 0) {
         std::string names;
-        for (const auto& feature : features_of(h)) {
+        for (const auto& feature : features_of(h, h)) {
             if (feature.kind != Feature::Kind::incompatible || feature.known) continue;
             names += (names.empty() ? "" : ", ") + feature.name;
         }
@@ -288,7 +288,7 @@ Result<void> verify_snapshot_table(const HeaderState& h, unsigned cluster_bits, 
                         file_size);
 }
 
-std::vector<Feature> features_of(const Header& h, const HeaderState& state) {
+std::vector<Feature> features_of(const FixedHeader& h, const HeaderState& state) {
     std::vector<Feature> result;
     const auto collect = [&](Feature::Kind kind, std::uint64_t bits) {
         for (unsigned n = 0; n < 64; ++n) {

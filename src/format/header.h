@@ -124,7 +124,8 @@ struct HeaderState {
     [[nodiscard]] bool has(std::uint64_t incompatible_bit) const { return (incompatible & incompatible_bit) != 0; }
 };
 
-struct Header : HeaderState {
+/// What never changes while an image is open.
+struct FixedHeader {
     std::uint32_t version = 3;
     unsigned cluster_bits = 16;
     Crypt crypt = Crypt::none;
@@ -142,11 +143,13 @@ struct Header : HeaderState {
 
     [[nodiscard]] std::uint64_t cluster_size() const { return std::uint64_t{1} << cluster_bits; }
     /// Whether the bitmaps extension may be believed.
-    [[nodiscard]] bool bitmaps_consistent() const { return bitmaps_consistent(*this); }
     [[nodiscard]] bool bitmaps_consistent(const HeaderState& state) const {
         return bitmaps && (state.autoclear & autoclear::bitmaps) != 0;
     }
 };
+
+/// A header as a whole, as it is parsed and encoded.
+struct Header : FixedHeader, HeaderState {};
 
 /// How many bytes parse_header wants to see, from the first `fixed_header_v2` bytes: the first cluster.
 Result<std::size_t> header_bytes(std::span<const std::byte> start);
@@ -173,7 +176,6 @@ Result<std::vector<std::byte>> encode_header(const Header& header);
 void update_header(std::span<std::byte> first_bytes, unsigned version, const HeaderState& state);
 
 /// The feature bits that are set in `state`, by the names that the header has for them, for people.
-std::vector<Feature> features_of(const Header& header, const HeaderState& state);
-inline std::vector<Feature> features_of(const Header& header) { return features_of(header, header); }
+std::vector<Feature> features_of(const FixedHeader& header, const HeaderState& state);
 
 }  // namespace qcow::format

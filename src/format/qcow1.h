@@ -7,7 +7,7 @@
 #include <string>
 
 #include "base/bits.h"
-#include "format/mapping.h"
+#include "format/entries.h"
 #include "qcow/error.h"
 #include "qcow/offset.h"
 

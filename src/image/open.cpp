@@ -14,7 +14,7 @@
 #include "qcow/image.h"
 #include "qcow/text.h"
 #include "qcow1/qcow1_image.h"
-#include "qcow2/image.h"
+#include "qcow2/qcow2_image.h"
 #include "raw/raw_image.h"
 
 namespace qcow {

@@ -8,7 +8,7 @@
 
 #include "base/within_memory.h"
 #include "codec/codec.h"
-#include "disk/below.h"
+#include "disk/backing_file.h"
 #include "disk/compressed.h"
 #include "disk/range.h"
 #include "format/file_name.h"
@@ -33,14 +33,14 @@ public:
         : header_(header),
           backing_name_(std::move(backing_name)),
           file_(std::move(file)),
-          below_(std::move(backing), alone ? std::string() : backing_name_),
+          backing_(std::move(backing), alone ? std::string() : backing_name_),
           words_(file_, 512, cache_bytes) {}
 
     [[nodiscard]] std::uint64_t size() const override { return header_.size; }
     [[nodiscard]] Format format() const override { return Format::qcow; }
     [[nodiscard]] std::uint64_t block_size() const override { return header_.cluster_size(); }
-    [[nodiscard]] std::shared_ptr<Image> backing() const override { return below_.image(); }
-    [[nodiscard]] const Below* below() const override { return &below_; }
+    [[nodiscard]] std::shared_ptr<Image> backing() const override { return backing_.image(); }
+    [[nodiscard]] const BackingFile* backing_file() const override { return &backing_; }
 
     [[nodiscard]] Result<void> verify_readable() const override {
         if (!header_.encrypted) return {};
@@ -53,10 +53,10 @@ public:
         return within_memory([&]() -> Result<void> {
             TRY_VOID(verify_range(*this, at, to.size()));
             TRY_VOID(verify_readable());
-            if (to.empty()) return below_.verify_readable();
+            if (to.empty()) return backing_.verify_readable();
             while (!to.empty()) {
                 const auto part = TRY(read_part(at, to));
-                if (!part.held) TRY_VOID(below_.read(at, to.first(part.length)));
+                if (!part.held) TRY_VOID(backing_.read(at, to.first(part.length)));
                 at += part.length;
                 to = to.subspan(part.length);
             }
@@ -84,7 +84,7 @@ public:
         return within_memory([&]() -> Result<Extent> {
             TRY_VOID(verify_range(*this, at, 1));
             const auto extent = TRY(own_extent(at, std::min(limit, header_.size - at.value)));
-            return extent.kind == Extent::Kind::unallocated ? below_.extent(at, extent.length) : extent;
+            return extent.kind == Extent::Kind::unallocated ? backing_.extent(at, extent.length) : extent;
         });
     }
 
@@ -213,7 +213,7 @@ private:
     format::Qcow1Header header_;
     std::string backing_name_;
     std::shared_ptr<Storage> file_;
-    Below below_;
+    BackingFile backing_;
     mutable WordCache words_;
 };
 

@@ -6,7 +6,7 @@
 
 #include "base/endian.h"
 #include "format/tables.h"
-#include "qcow2/core.h"
+#include "qcow2/metadata/metadata.h"
 #include "qcow2/recorded_bits.h"
 
 namespace qcow::qcow2 {
@@ -20,15 +20,15 @@ inline void store_bits(std::span<std::byte> bits, std::size_t index, std::uint64
 }
 
 /// Errc::corrupt, unsupported: why the bits cannot be read. Looks at the directory's entry, not at the table.
-Result<void> verify_bitmap(const Core& core, const format::BitmapEntry& bitmap);
+Result<void> verify_bitmap(const Metadata& metadata, const format::BitmapEntry& bitmap);
 
 /// An entry of a verified bitmap's table: for `cluster_size * 8` bits. Errc::corrupt, io.
-Result<format::BitmapTableEntry> bitmap_table_entry(const Core& core, const format::BitmapEntry& bitmap,
+Result<format::BitmapTableEntry> bitmap_table_entry(const Metadata& metadata, const format::BitmapEntry& bitmap,
                                                     std::uint64_t index);
 
 /// See Image::each_dirty. The bitmap and the range have been verified. `recorded`: null, or a bit for each of the
 /// bitmap's.
-Result<void> each_dirty_run(const Core& core, const format::BitmapEntry& bitmap, const RecordedBits* recorded,
+Result<void> each_dirty_run(const Metadata& metadata, const format::BitmapEntry& bitmap, const RecordedBits* recorded,
                             GuestOffset begin, std::uint64_t length,
                             const std::function<Result<void>(const DirtyRun&)>& visit);
 

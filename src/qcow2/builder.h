@@ -7,7 +7,7 @@
 
 #include "codec/compressor.h"
 #include "disk/copy_target.h"
-#include "format/mapping.h"
+#include "format/entries.h"
 #include "qcow/create.h"
 #include "qcow2/refcount_writer.h"
 

@@ -16,8 +16,8 @@
 #include "format/refcount.h"
 #include "qcow/text.h"
 #include "qcow2/findings.h"
+#include "qcow2/metadata/directories.h"
 #include "qcow2/reference_map.h"
-#include "qcow2/tables.h"
 
 namespace qcow::qcow2 {
 namespace {
@@ -49,11 +49,14 @@ struct Tally {
 
 class Checker {
 public:
-    Checker(const Core& core, const CheckOptions& options, std::uint64_t file_size, ReferenceMap& references)
-        : core_(core),
+    Checker(const Metadata& metadata, const Storage* data_file, const CheckOptions& options, std::uint64_t file_size,
+            ReferenceMap& references)
+        : metadata_(metadata),
+          state_(metadata.state()),
+          data_file_(data_file),
           options_(options),
-          geometry_(core.rules.geometry),
-          dirty_(core.current_header().has(format::incompatible::dirty)),
+          geometry_(metadata.geometry()),
+          dirty_(state_.has(format::incompatible::dirty)),
           file_size_(file_size),
           file_clusters_(geometry_.clusters(file_size)),
           references_(references),
@@ -62,24 +65,23 @@ public:
 
     /// Fills the map of references.
     Result<void> count() {
-        const auto& header = core_.header;
         TRY_VOID(add_table("header", {0}, 1));
-        if (auto there = format::verify_refcount_table(header, geometry_.cluster_bits, file_size_); !there) {
+        if (auto there = format::verify_refcount_table(state_, geometry_.cluster_bits, file_size_); !there) {
             has_refcounts_ = false;
             corrupt(0, there.error().place, there.error().what + "; no refcount was compared");
         } else {
-            TRY_VOID(add_table("refcount table", header.refcount_table,
-                               std::uint64_t{header.refcount_table_clusters} << geometry_.cluster_bits));
+            TRY_VOID(add_table("refcount table", state_.refcount_table,
+                               std::uint64_t{state_.refcount_table_clusters} << geometry_.cluster_bits));
         }
         TRY_VOID(add_encryption());
         TRY_VOID(verify_data_file());
-        if ((header.autoclear & format::autoclear::raw_external_data) != 0 && !core_.rules.external_data) {
+        if ((state_.autoclear & format::autoclear::raw_external_data) != 0 && !metadata_.rules().external_data) {
             corrupt(0, "header field autoclear_features (byte 88)", "raw external data without an external data file");
         }
         TRY_VOID(add_refcount_blocks());
         TRY_VOID(add_bitmaps());
-        const auto active = [&] { return fmt::format("active L1 table at host offset {:#x}", header.l1_table.value); };
-        TRY_VOID(add_l1_table(active, header.l1_table, header.l1_entries, true));
+        const auto active = [&] { return fmt::format("active L1 table at host offset {:#x}", state_.l1_table.value); };
+        TRY_VOID(add_l1_table(active, state_.l1_table, state_.l1_entries, true));
         TRY_VOID(add_snapshots());
         merge_l2_references();
         return walk_l2_tables();
@@ -92,7 +94,7 @@ public:
         CheckReport report;
         report.dirty = dirty_;
         report.counted_past_end = counted_past_end_;
-        report.total_clusters = geometry_.clusters(core_.header.size);
+        report.total_clusters = geometry_.clusters(state_.size);
         report.allocated_clusters = tally_.allocated;
         report.compressed_clusters = tally_.compressed;
         report.fragmented_clusters = tally_.fragmented;
@@ -190,13 +192,13 @@ private:
     Result<void> each_word(HostOffset table, std::uint64_t entries, Visit visit) {
         std::vector<std::byte> buffer(std::min(entries * 8, piece_bytes));
         for (std::uint64_t first = 0; first < entries;) {
-            const auto run = TRY(core_.file->run(table + first * 8, (entries - first) * 8));
+            const auto run = TRY(metadata_.file().run(table + first * 8, (entries - first) * 8));
             if (!run.data && run.length >= 8) {
                 first += run.length / 8;
                 continue;
             }
             const auto piece = std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), (entries - first) * 8));
-            TRY(core_.file->read(table + first * 8, piece));
+            TRY(metadata_.file().read(table + first * 8, piece));
             for (std::size_t at = 0; at < piece.size(); at += 8) {
                 if (const auto word = load_be<std::uint64_t>(piece, at); word != 0)
                     TRY_VOID(visit(first + at / 8, word));
@@ -207,8 +209,8 @@ private:
     }
 
     Result<void> add_encryption() {
-        if (!core_.header.encryption) return {};
-        const auto& extension = *core_.header.encryption;
+        if (!metadata_.header().encryption) return {};
+        const auto& extension = *metadata_.header().encryption;
         if (TRY(add_table("encryption header", extension.offset, extension.length)) &&
             extension.length < format::luks1_header_bytes) {
             corrupt(extension.offset.value, "encryption header",
@@ -218,13 +220,13 @@ private:
     }
 
     Result<void> verify_data_file() {
-        if (!core_.rules.external_data || !core_.data) return {};
-        data_file_size_ = TRY(core_.data->size());
-        const bool raw = (core_.header.autoclear & format::autoclear::raw_external_data) != 0;
-        if (raw && *data_file_size_ < core_.header.size) {
+        if (!metadata_.rules().external_data || data_file_ == nullptr) return {};
+        data_file_size_ = TRY(data_file_->size());
+        const bool raw = (state_.autoclear & format::autoclear::raw_external_data) != 0;
+        if (raw && *data_file_size_ < state_.size) {
             corrupt(0, "header field size (byte 24)", [&] {
                 return fmt::format("the disk has {} bytes, but its raw data file {} only {}: the file was cut",
-                                   core_.header.size, printable(core_.data->name()), *data_file_size_);
+                                   state_.size, printable(data_file_->name()), *data_file_size_);
             });
         }
         return {};
@@ -232,14 +234,13 @@ private:
 
     Result<void> add_refcount_blocks() {
         if (!has_refcounts_) return {};
-        const auto& header = core_.header;
-        blocks_.resize((std::uint64_t{header.refcount_table_clusters} << geometry_.cluster_bits) / 8);
+        blocks_.resize((std::uint64_t{state_.refcount_table_clusters} << geometry_.cluster_bits) / 8);
         return each_word(
-            header.refcount_table, blocks_.size(), [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
+            state_.refcount_table, blocks_.size(), [&](std::uint64_t index, std::uint64_t word) -> Result<void> {
                 const format::RefcountTableEntry entry{word};
                 const auto place = [&] { return fmt::format("refcount table entry {}", index); };
                 if (entry.reserved_bits_set()) {
-                    corrupt(header.refcount_table.value + index * 8, place, reserved_bits(word));
+                    corrupt(state_.refcount_table.value + index * 8, place, reserved_bits(word));
                 }
                 if (!entry.allocated()) return {};
                 const std::uint64_t cluster = entry.block().value >> geometry_.cluster_bits;
@@ -255,9 +256,9 @@ private:
     }
 
     Result<void> add_bitmaps() {
-        if (!core_.header.bitmaps_consistent()) return {};
-        const auto& extension = *core_.header.bitmaps;
-        auto bitmaps = read_bitmaps(core_);
+        if (!metadata_.header().bitmaps_consistent(state_)) return {};
+        const auto& extension = *metadata_.header().bitmaps;
+        auto bitmaps = read_bitmaps(metadata_);
         if (!bitmaps) {
             if (!is_flaw(bitmaps.error())) return std::unexpected(std::move(bitmaps).error());
             corrupt_way(extension.directory.value, bitmaps.error().place, bitmaps.error().what);
@@ -281,7 +282,7 @@ private:
                                bitmap.table.value);
         };
         const std::uint64_t bits_per_entry = geometry_.cluster_size() * 8;
-        const auto needed = divide_up(divide_up(core_.header.size, bitmap.info.granularity), bits_per_entry);
+        const auto needed = divide_up(divide_up(state_.size, bitmap.info.granularity), bits_per_entry);
         if (!bitmap.info.in_use && bitmap.table_entries != needed) {
             corrupt(bitmap.table.value, place, [&] {
                 return fmt::format("its table has {} entries, but the disk needs {}", bitmap.table_entries, needed);
@@ -302,19 +303,19 @@ private:
     }
 
     Result<void> add_snapshots() {
-        auto table = read_snapshots(core_);
+        auto table = read_snapshots(metadata_);
         if (!table) {
             if (!is_flaw(table.error())) return std::unexpected(std::move(table).error());
-            corrupt_way(core_.header.snapshot_table.value, table.error().place, table.error().what);
+            corrupt_way(state_.snapshot_table.value, table.error().place, table.error().what);
             return {};
         }
-        TRY(add_table("snapshot table", core_.header.snapshot_table, table->bytes));
+        TRY(add_table("snapshot table", state_.snapshot_table, table->bytes));
         for (const auto& snapshot : table->entries) {
             const auto place = [&] {
                 return fmt::format("L1 table of snapshot \"{}\" at host offset {:#x}",
                                    printable(snapshot.info.name, max_name), snapshot.l1_table.value);
             };
-            if (auto verified = verify_snapshot_l1(core_, snapshot); !verified) {
+            if (auto verified = verify_snapshot_l1(metadata_, snapshot); !verified) {
                 if (!is_flaw(verified.error())) return verified;
                 corrupt_way(snapshot.l1_table.value, place, verified.error().what);
                 continue;
@@ -401,7 +402,7 @@ private:
 
     Result<void> walk_l2_table(const L2Reference& reference, std::span<std::byte> buffer, Tally& tally) {
         if (TRY(is_hole(reference.table, buffer.size()))) return {};
-        TRY(core_.file->read(reference.table, buffer));
+        TRY(metadata_.file().read(reference.table, buffer));
         HostOffset contiguous{0};
         const auto entries = std::span<const std::byte>(buffer);
         for (std::uint64_t index = 0; index < geometry_.l2_entries();) {
@@ -423,7 +424,7 @@ private:
     /// How many entries from `index` on are alike and name host clusters one behind the other, or none at all.
     [[nodiscard]] std::uint64_t count_contiguous(std::span<const std::byte> table, std::uint64_t index,
                                                  L2Entry entry) const {
-        const std::uint64_t step = core_.rules.has_cluster(entry) ? geometry_.cluster_size() : 0;
+        const std::uint64_t step = metadata_.rules().has_cluster(entry) ? geometry_.cluster_size() : 0;
         std::uint64_t count = 1;
         for (L2Entry expected{entry.word + step, entry.bitmap}; index + count < geometry_.l2_entries();
              expected.word += step, ++count) {
@@ -441,7 +442,7 @@ private:
         const auto place = [&] {
             return fmt::format("L2 entry at host offset {:#x} (guest offset {:#x})", entry_offset, guest.value);
         };
-        if (const auto flaw = core_.rules.flaw(entry)) {
+        if (const auto flaw = metadata_.rules().flaw(entry)) {
             const auto what = [&] { return fmt::format("{} ({:#018x})", flaw->what, entry.word); };
             if (flaw->unreadable) {
                 corrupt_way(entry_offset, place, what, count);
@@ -458,13 +459,13 @@ private:
             }
             return add_compressed(place, range, reference.count);
         }
-        if (!core_.rules.has_cluster(entry)) return {};
+        if (!metadata_.rules().has_cluster(entry)) return {};
         if (reference.active) {
             tally.allocated += count;
             if (contiguous.value != 0 && entry.cluster() != contiguous) ++tally.fragmented;
             contiguous = entry.cluster() + count * geometry_.cluster_size();
         }
-        if (core_.rules.external_data) {
+        if (metadata_.rules().external_data) {
             // Nobody shares the data file's clusters.
             if (!entry.copied()) corrupt(entry_offset, place, "not marked COPIED", count);
             if (entry.cluster().value != guest.value) {
@@ -478,7 +479,7 @@ private:
             return {};
         }
         // A preallocated cluster may lie right behind the end of the file.
-        const bool preallocated = core_.rules.run(entry, 0).kind == ClusterKind::zero_allocated;
+        const bool preallocated = metadata_.rules().run(entry, 0).kind == ClusterKind::zero_allocated;
         const std::uint64_t end = file_clusters_ + (preallocated ? 1 : 0);
         const std::uint64_t first = entry.cluster().value >> geometry_.cluster_bits;
         const std::uint64_t inside = first >= end ? 0 : std::min(count, end - first);
@@ -498,9 +499,9 @@ private:
     void verify_in_data_file(Place place, std::uint64_t entry_offset, L2Entry entry, std::uint64_t count) {
         const std::uint64_t cluster_size = geometry_.cluster_size();
         const std::uint64_t first = entry.cluster().value;
-        const std::uint64_t disk_end = core_.header.size;
+        const std::uint64_t disk_end = state_.size;
         if (!data_file_size_ || *data_file_size_ >= disk_end || first >= disk_end) return;
-        std::uint64_t used = core_.rules.run(entry, 0).kind == ClusterKind::data ? cluster_size : 0;
+        std::uint64_t used = metadata_.rules().run(entry, 0).kind == ClusterKind::data ? cluster_size : 0;
         if (geometry_.extended_l2) {
             const auto allocated = static_cast<std::uint32_t>(entry.bitmap);
             used = static_cast<std::uint64_t>(std::bit_width(allocated)) << geometry_.subcluster_bits();
@@ -550,7 +551,7 @@ private:
         report_overlapping_blocks();
         std::atomic<std::size_t> next = 0;
         const std::uint64_t per_block =
-            format::refcounts_per_block(geometry_.cluster_bits, core_.header.refcount_order);
+            format::refcounts_per_block(geometry_.cluster_bits, metadata_.header().refcount_order);
         std::mutex mutex;
         TRY_VOID(run_workers(
             workers_,
@@ -597,9 +598,9 @@ private:
             compare_with_zero(first, last, end);
             return {};
         }
-        TRY(core_.file->read(block, buffer));
+        TRY(metadata_.file().read(block, buffer));
         const auto refcounts = std::span<const std::byte>(buffer);
-        const unsigned order = core_.header.refcount_order;
+        const unsigned order = metadata_.header().refcount_order;
         for (std::uint64_t cluster = first; cluster < last;) {
             const auto [piece, references] = piece_from(cluster, last);
             // Most of a block is zeros where it describes what lies past the end of the file.
@@ -636,7 +637,7 @@ private:
     }
 
     [[nodiscard]] Result<bool> is_hole(HostOffset at, std::uint64_t bytes) const {
-        const auto run = TRY(core_.file->run(at, bytes));
+        const auto run = TRY(metadata_.file().run(at, bytes));
         return !run.data && run.length == bytes;
     }
 
@@ -678,7 +679,8 @@ private:
                     "to what is damaged",
                     stored, counted);
             });
-        } else if (comparable != counted && dirty_ && counted <= format::max_refcount(core_.header.refcount_order)) {
+        } else if (comparable != counted && dirty_ &&
+                   counted <= format::max_refcount(metadata_.header().refcount_order)) {
             findings_.add(Severity::postponed, at, place,
                           [&] { return fmt::format("refcount {}, but {} references", stored, counted); });
             refcount = counted;  // as it will be
@@ -725,7 +727,9 @@ private:
         return names;
     }
 
-    const Core& core_;
+    const Metadata& metadata_;
+    const format::HeaderState state_;
+    const Storage* data_file_;
     const CheckOptions& options_;
     const format::Geometry& geometry_;
     const bool dirty_;
@@ -752,41 +756,41 @@ private:
 namespace {
 
 /// The length of the file; with an L1 table that was left out at its end.
-Result<std::uint64_t> file_size_of(const Core& core) {
-    const std::uint64_t there = TRY(core.file->size());
-    const auto header = core.current_header();
-    return core.l1_left_out ? std::max(there, header.l1_table.value + std::uint64_t{header.l1_entries} * 8) : there;
+Result<std::uint64_t> file_size_of(const Metadata& metadata) {
+    const std::uint64_t there = TRY(metadata.file().size());
+    const auto state = metadata.state();
+    return metadata.l1_left_out() ? std::max(there, state.l1_table.value + std::uint64_t{state.l1_entries} * 8) : there;
 }
 
-Result<std::unique_ptr<ReferenceMap>> empty_map(const Core& core, std::uint64_t file_size,
+Result<std::unique_ptr<ReferenceMap>> empty_map(const Metadata& metadata, std::uint64_t file_size,
                                                 const CheckOptions& options) {
     // One more than the file has: a preallocated cluster may lie right behind its end.
-    auto references = ReferenceMap::create(core.rules.geometry.clusters(file_size) + 1, options.memory_bytes);
-    if (!references) return std::unexpected(std::move(references).error().in("check").in(core.file->name()));
+    auto references = ReferenceMap::create(metadata.geometry().clusters(file_size) + 1, options.memory_bytes);
+    if (!references) return std::unexpected(std::move(references).error().in("check").in(metadata.file().name()));
     return references;
 }
 
 }  // namespace
 
-Result<std::unique_ptr<ReferenceMap>> count_references(const Core& core, const CheckOptions& options) {
-    const auto file_size = TRY(file_size_of(core));
-    auto references = TRY(empty_map(core, file_size, options));
-    Checker checker(core, options, file_size, *references);
+Result<std::unique_ptr<ReferenceMap>> count_references(const Metadata& metadata, const CheckOptions& options) {
+    const auto file_size = TRY(file_size_of(metadata));
+    auto references = TRY(empty_map(metadata, file_size, options));
+    Checker checker(metadata, nullptr, options, file_size, *references);
     TRY_VOID(checker.count());
     TRY_VOID(checker.verify_nothing_found());
     return references;
 }
 
-Result<void> verify_counted(const Core& core, const CheckOptions& options) {
-    const auto file_size = TRY(core.file->size());
-    const auto references = TRY(empty_map(core, file_size, options));
-    return Checker(core, options, file_size, *references).verify_counted();
+Result<void> verify_counted(const Metadata& metadata, const CheckOptions& options) {
+    const auto file_size = TRY(metadata.file().size());
+    const auto references = TRY(empty_map(metadata, file_size, options));
+    return Checker(metadata, nullptr, options, file_size, *references).verify_counted();
 }
 
-Result<CheckReport> check_image(const Core& core, const CheckOptions& options) {
-    const auto file_size = TRY(file_size_of(core));
-    const auto references = TRY(empty_map(core, file_size, options));
-    auto report = Checker(core, options, file_size, *references).run();
+Result<CheckReport> check_image(const Metadata& metadata, const Storage* data_file, const CheckOptions& options) {
+    const auto file_size = TRY(file_size_of(metadata));
+    const auto references = TRY(empty_map(metadata, file_size, options));
+    auto report = Checker(metadata, data_file, options, file_size, *references).run();
     if (!report) return std::unexpected(std::move(report).error().in("check"));
     return report;
 }

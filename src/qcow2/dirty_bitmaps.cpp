@@ -4,18 +4,18 @@
 #include <array>
 
 #include "base/try.h"
-#include "qcow2/tables.h"
+#include "qcow2/metadata/directories.h"
 
 namespace qcow::qcow2 {
 
 using format::BitmapEntry;
 
 Result<void> DirtyBitmaps::load() {
-    const auto bitmaps = TRY(read_bitmaps(core_));
+    const auto bitmaps = TRY(read_bitmaps(metadata_));
     if (bitmaps.empty()) return {};
-    const std::uint64_t size = core_.current_header().size;
-    memory_ = std::max<std::uint64_t>(core_.cache_bytes / 4, min_memory);
-    HostOffset at = core_.header.bitmaps->directory;
+    const std::uint64_t size = metadata_.state().size;
+    memory_ = std::max<std::uint64_t>(metadata_.cache_bytes() / 4, min_memory);
+    HostOffset at = metadata_.header().bitmaps->directory;
     for (std::size_t i = 0; i < bitmaps.size(); ++i) {
         const auto& entry = bitmaps[i];
         const HostOffset flags_at = at + BitmapEntry::flags_at;
@@ -23,7 +23,7 @@ Result<void> DirtyBitmaps::load() {
         if (!entry.info.enabled || entry.info.in_use) continue;
         auto& bitmap = enabled_.emplace_back(entry, i, flags_at);
         const std::uint64_t bits = divide_up(size, entry.info.granularity);
-        if (divide_up(bits, 64) <= memory_ / 8 && verify_bitmap(core_, entry)) {
+        if (divide_up(bits, 64) <= memory_ / 8 && verify_bitmap(metadata_, entry)) {
             bitmap.recorded.resize(bits);
             bitmap.kept = true;
             bitmap.has_place.resize(entry.table_entries);
@@ -36,7 +36,7 @@ Result<void> DirtyBitmaps::load() {
 Result<void> DirtyBitmaps::write_flags(HostOffset flags_at, std::uint32_t flags) {
     std::array<std::byte, 4> bytes;
     store_be(bytes, 0, flags);
-    return core_.file->write(flags_at, bytes);
+    return metadata_.file().write(flags_at, bytes);
 }
 
 Result<void> DirtyBitmaps::mark_in_use() {
@@ -45,12 +45,12 @@ Result<void> DirtyBitmaps::mark_in_use() {
     marked_ = true;
     for (const auto& bitmap : enabled_)
         TRY_VOID(write_flags(bitmap.flags_at, bitmap.entry.flags | BitmapEntry::in_use_flag));
-    return write_back_.sync();
+    return writable_.sync();
 }
 
 Result<void> DirtyBitmaps::record(GuestOffset at, std::uint64_t length) {
     if (length == 0) return {};
-    const std::uint64_t cluster_words = core_.header.cluster_size() / 8;
+    const std::uint64_t cluster_words = metadata_.header().cluster_size() / 8;
     for (auto& bitmap : enabled_) {
         if (!bitmap.kept.load(std::memory_order_acquire)) continue;
         const std::uint64_t first = at.value >> bitmap.entry.granularity_bits;
@@ -72,12 +72,12 @@ Result<void> DirtyBitmaps::record(GuestOffset at, std::uint64_t length) {
 Result<void> DirtyBitmaps::make_place(Bitmap& bitmap, std::uint64_t index) {
     const std::lock_guard lock(place_mutex_);
     if (bitmap.has_place.test(index)) return {};
-    const auto entry = bitmap_table_entry(core_, bitmap.entry, index);
+    const auto entry = bitmap_table_entry(metadata_, bitmap.entry, index);
     if (!entry && entry.error().code != Errc::corrupt) return std::unexpected(entry.error());
     if (!entry || entry->all_ones()) {
         // There is nothing to write. What is damaged stays marked: save() tells.
     } else if (entry->cluster().value != 0) {
-        TRY_VOID(core_.file->allocate(entry->cluster(), core_.header.cluster_size()));
+        TRY_VOID(metadata_.file().allocate(entry->cluster(), metadata_.header().cluster_size()));
     } else {
         TRY_VOID(add_cluster(bitmap.entry.table + index * 8, {}));
     }
@@ -87,8 +87,8 @@ Result<void> DirtyBitmaps::make_place(Bitmap& bitmap, std::uint64_t index) {
 
 Result<void> DirtyBitmaps::save() {
     if (!marked_) return {};
-    TRY_VOID(write_back_.verify_writable());
-    const std::uint64_t cluster_words = core_.header.cluster_size() / 8;
+    TRY_VOID(writable_.verify_writable());
+    const std::uint64_t cluster_words = metadata_.header().cluster_size() / 8;
     for (const auto& bitmap : enabled_) {
         if (!bitmap.kept) continue;
         for (std::uint64_t first = 0; first < bitmap.recorded.words(); first += cluster_words) {
@@ -104,10 +104,10 @@ Result<void> DirtyBitmaps::save() {
 Result<void> DirtyBitmaps::save_cluster(const Bitmap& bitmap, std::uint64_t index,
                                         std::span<const std::uint64_t> recorded) {
     if (std::ranges::all_of(recorded, [](const auto& word) { return word == 0; })) return {};
-    const auto entry = TRY(bitmap_table_entry(core_, bitmap.entry, index));
+    const auto entry = TRY(bitmap_table_entry(metadata_, bitmap.entry, index));
     if (entry.all_ones()) return {};
-    std::vector<std::byte> bits(core_.header.cluster_size());
-    TRY(core_.file->read(entry.cluster(), bits));
+    std::vector<std::byte> bits(metadata_.header().cluster_size());
+    TRY(metadata_.file().read(entry.cluster(), bits));
     bool changes = false;
     for (std::size_t i = 0; i < recorded.size(); ++i) {
         const auto before = load_bits(bits, i);
@@ -116,23 +116,17 @@ Result<void> DirtyBitmaps::save_cluster(const Bitmap& bitmap, std::uint64_t inde
         store_bits(bits, i, after);
     }
     // Written over in place: nobody trusts them now.
-    return changes ? core_.file->write(entry.cluster(), bits) : Result<void>();
+    return changes ? metadata_.file().write(entry.cluster(), bits) : Result<void>();
 }
 
 /// Gives an entry of a bitmap's table a cluster, of these bits, or zeros. Nobody trusts the bitmap now, so the order
 /// does not matter.
 Result<void> DirtyBitmaps::add_cluster(HostOffset table_entry, std::span<const std::byte> bits) {
-    const HostOffset cluster = TRY(allocator_.take_table());
-    const std::uint64_t bytes = core_.header.cluster_size();
-    auto added = [&]() -> Result<void> {
-        TRY_VOID(bits.empty() ? core_.file->allocate(cluster, bytes) : core_.file->write(cluster, bits));
-        TRY_VOID(metadata_.add(cluster, bytes, MetadataMap::Kind::bitmaps));
-        auto stored = write_back_.store(table_entry, {&cluster.value, 1}, WordCache::PageClass::mapping);
-        if (!stored) metadata_.remove(cluster, bytes);
-        return stored;
-    }();
-    if (!added) allocator_.retire({cluster.value / bytes, 1});
-    return added;
+    Change change(writable_);
+    const HostOffset cluster = TRY(change.take_table(MetadataMap::Kind::bitmaps));
+    TRY_VOID(bits.empty() ? metadata_.file().allocate(cluster, metadata_.cluster_size())
+                          : metadata_.file().write(cluster, bits));
+    return change.commit(table_entry, {&cluster.value, 1}, Barrier::none);
 }
 
 Result<void> DirtyBitmaps::clear_in_use() {
@@ -140,7 +134,7 @@ Result<void> DirtyBitmaps::clear_in_use() {
     for (const auto& bitmap : enabled_) {
         if (bitmap.kept) TRY_VOID(write_flags(bitmap.flags_at, bitmap.entry.flags));
     }
-    TRY_VOID(write_back_.sync());
+    TRY_VOID(writable_.sync());
     for (auto& bitmap : enabled_) {
         for (std::uint64_t word = 0; word < bitmap.recorded.words(); ++word) bitmap.recorded[word] = 0;
     }

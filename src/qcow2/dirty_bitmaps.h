@@ -4,10 +4,11 @@
 #include <cstdint>
 #include <deque>
 #include <mutex>
+#include <optional>
 #include <vector>
 
-#include "qcow2/allocator.h"
 #include "qcow2/bitmap_runs.h"
+#include "qcow2/metadata/change.h"
 
 namespace qcow::qcow2 {
 
@@ -27,8 +28,7 @@ class DirtyBitmaps {
 public:
     static constexpr std::uint64_t min_memory = 4 * MiB;
 
-    DirtyBitmaps(Core& core, WriteBack& write_back, MetadataMap& metadata, Allocator& allocator)
-        : core_(core), write_back_(write_back), metadata_(metadata), allocator_(allocator) {}
+    explicit DirtyBitmaps(WritableMetadata& writable) : writable_(writable), metadata_(writable.metadata()) {}
 
     /// Reads the directory. Errc::corrupt, io.
     Result<void> load();
@@ -75,12 +75,12 @@ private:
     };
 
     /// A bitmap that could be believed when its size began to change.
-    struct Resizing {
-        format::BitmapEntry entry;  // as it was
-        HostOffset at;              // of the entry
-        Bitmap* enabled = nullptr;  // null: it is disabled, and marked only meanwhile
-        HostOffset new_table = {};  // 0: the old one does
-        std::uint64_t new_table_bytes = 0;
+    struct Resize {
+        format::BitmapEntry entry;          // as it was
+        HostOffset at;                      // of the entry
+        Bitmap* enabled = nullptr;          // null: it is disabled, and marked only meanwhile
+        HostOffset new_table = {};          // 0: the old one does
+        std::optional<Change> change = {};  // that takes the new table
         bool given_up = false;
         [[nodiscard]] HostOffset flags_at() const { return at + format::BitmapEntry::flags_at; }
     };
@@ -94,20 +94,18 @@ private:
     [[nodiscard]] std::uint64_t entries_for(const format::BitmapEntry& entry, std::uint64_t size) const;
     [[nodiscard]] std::uint64_t table_bytes(std::uint64_t entries) const;
     Result<void> find_true_bitmaps(std::uint64_t size);
-    Result<void> prepare(Resizing& bitmap, std::uint64_t size);
+    Result<void> prepare(Resize& bitmap, std::uint64_t size);
     Result<void> clear_behind_end(const format::BitmapEntry& entry);
-    Result<void> extend_table(Resizing& bitmap, std::uint64_t entries);
+    Result<void> extend_table(Resize& bitmap, std::uint64_t entries);
     Result<void> change_entries(std::uint64_t size);
-    Result<void> retire_old(const Resizing& bitmap, std::uint64_t entries);
+    Result<void> drop_old(Resize& bitmap, std::uint64_t entries);
     Result<void> unmark_disabled();
 
-    Core& core_;
-    WriteBack& write_back_;
-    MetadataMap& metadata_;
-    Allocator& allocator_;
+    WritableMetadata& writable_;
+    Metadata& metadata_;
     std::deque<Bitmap> enabled_;  // that were not in use when the image was opened, by their indices
     std::uint64_t memory_ = 0;    // that is left for bits
-    std::vector<Resizing> resizing_;
+    std::vector<Resize> resizing_;
     std::unique_lock<std::mutex> no_places_;  // of place_mutex_, while tables move
     bool marked_ = false;
     std::mutex place_mutex_;

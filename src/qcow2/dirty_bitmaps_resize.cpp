@@ -11,33 +11,33 @@
 #include "base/try.h"
 #include "qcow/text.h"
 #include "qcow2/dirty_bitmaps.h"
-#include "qcow2/tables.h"
+#include "qcow2/metadata/directories.h"
 
 namespace qcow::qcow2 {
 
 using format::BitmapEntry;
 
 std::uint64_t DirtyBitmaps::entries_for(const BitmapEntry& entry, std::uint64_t size) const {
-    return divide_up(divide_up(size, entry.info.granularity), core_.header.cluster_size() * 8);
+    return divide_up(divide_up(size, entry.info.granularity), metadata_.header().cluster_size() * 8);
 }
 
 std::uint64_t DirtyBitmaps::table_bytes(std::uint64_t entries) const {
-    const auto cluster_size = core_.header.cluster_size();
+    const auto cluster_size = metadata_.header().cluster_size();
     return divide_up(entries * 8, cluster_size) * cluster_size;
 }
 
 /// The bitmaps that can be believed, and will be marked: those that will be of the new size, and some that stay marked.
 Result<void> DirtyBitmaps::find_true_bitmaps(std::uint64_t size) {
-    const auto bitmaps = TRY(read_bitmaps(core_));
-    HostOffset at = bitmaps.empty() ? HostOffset{} : core_.header.bitmaps->directory;
+    const auto bitmaps = TRY(read_bitmaps(metadata_));
+    HostOffset at = bitmaps.empty() ? HostOffset{} : metadata_.header().bitmaps->directory;
     for (std::size_t i = 0; i < bitmaps.size(); ++i) {
-        Resizing bitmap{bitmaps[i], at};
+        Resize bitmap{bitmaps[i], at};
         at += bitmap.entry.encoded_bytes;
         const auto enabled = std::ranges::find(enabled_, i, &Bitmap::index);
         if (enabled != enabled_.end()) bitmap.enabled = &*enabled;
         if (bitmap.enabled != nullptr ? !bitmap.enabled->kept : bitmap.entry.info.in_use) continue;
-        if (entries_for(bitmap.entry, size) > format::max_bitmap_bytes / core_.header.cluster_size()) {
-            return fail(Errc::limit_exceeded, core_.file->name(),
+        if (entries_for(bitmap.entry, size) > format::max_bitmap_bytes / metadata_.header().cluster_size()) {
+            return fail(Errc::limit_exceeded, metadata_.file().name(),
                         fmt::format("bitmap \"{}\" would have more than 512 MiB of bits; remove it first",
                                     printable(bitmap.entry.info.name)));
         }
@@ -55,7 +55,7 @@ Result<void> DirtyBitmaps::begin_resize(std::uint64_t size) {
             if (bitmap.enabled == nullptr)
                 TRY_VOID(write_flags(bitmap.flags_at(), bitmap.entry.flags | BitmapEntry::in_use_flag));
         }
-        if (!resizing_.empty()) TRY_VOID(write_back_.sync());
+        if (!resizing_.empty()) TRY_VOID(writable_.sync());
         for (auto& bitmap : resizing_) TRY_VOID(prepare(bitmap, size));
         return {};
     }();
@@ -65,7 +65,7 @@ Result<void> DirtyBitmaps::begin_resize(std::uint64_t size) {
 }
 
 /// Takes what one needs. What is damaged, or no longer fits into memory, is given up: it stays marked.
-Result<void> DirtyBitmaps::prepare(Resizing& bitmap, std::uint64_t size) {
+Result<void> DirtyBitmaps::prepare(Resize& bitmap, std::uint64_t size) {
     const std::uint64_t words = divide_up(divide_up(size, bitmap.entry.info.granularity), 64);
     const std::uint64_t there = bitmap.enabled == nullptr ? words : bitmap.enabled->recorded.capacity();
     if (words <= there + memory_ / 8) {
@@ -73,8 +73,8 @@ Result<void> DirtyBitmaps::prepare(Resizing& bitmap, std::uint64_t size) {
             bitmap.enabled->recorded.reserve(words);
             memory_ -= (words - there) * 8;
         }
-        auto prepared = verify_bitmap(core_, bitmap.entry);
-        if (prepared && size > core_.current_header().size) {
+        auto prepared = verify_bitmap(metadata_, bitmap.entry);
+        if (prepared && size > metadata_.state().size) {
             prepared = clear_behind_end(bitmap.entry);
             if (prepared) prepared = extend_table(bitmap, entries_for(bitmap.entry, size));
         }
@@ -88,41 +88,32 @@ Result<void> DirtyBitmaps::prepare(Resizing& bitmap, std::uint64_t size) {
 
 /// Bits that the old size does not need are nobody's, and would be what the new bytes have.
 Result<void> DirtyBitmaps::clear_behind_end(const BitmapEntry& entry) {
-    const auto cluster_size = core_.header.cluster_size();
-    const std::uint64_t bits = divide_up(core_.current_header().size, entry.info.granularity);
+    const auto cluster_size = metadata_.header().cluster_size();
+    const std::uint64_t bits = divide_up(metadata_.state().size, entry.info.granularity);
     const std::uint64_t index = bits / (cluster_size * 8);
     const std::uint64_t used = bits % (cluster_size * 8);
     if (used == 0) return {};
-    const auto found = TRY(bitmap_table_entry(core_, entry, index));
+    const auto found = TRY(bitmap_table_entry(metadata_, entry, index));
     const bool has_cluster = found.cluster().value != 0;
     if (!has_cluster && !found.all_ones()) return {};
     std::vector<std::byte> bytes(cluster_size, std::byte{0xff});
-    if (has_cluster) TRY(core_.file->read(found.cluster(), bytes));
+    if (has_cluster) TRY(metadata_.file().read(found.cluster(), bytes));
     const auto rest = std::span(bytes).subspan(used / 8);
     const auto kept = rest[0] & static_cast<std::byte>(low_bits(used % 8));
     std::ranges::fill(rest, std::byte{0});
     rest[0] = kept;
-    return has_cluster ? core_.file->write(found.cluster(), bytes) : add_cluster(entry.table + index * 8, bytes);
+    return has_cluster ? metadata_.file().write(found.cluster(), bytes) : add_cluster(entry.table + index * 8, bytes);
 }
 
 /// A copy of the table with room for so many entries.
-Result<void> DirtyBitmaps::extend_table(Resizing& bitmap, std::uint64_t entries) {
+Result<void> DirtyBitmaps::extend_table(Resize& bitmap, std::uint64_t entries) {
     if (entries <= bitmap.entry.table_entries) return {};
     const std::uint64_t bytes = table_bytes(entries);
-    const auto run = TRY(allocator_.take_contiguous(bytes / core_.header.cluster_size()));
-    const HostOffset table{run.first * core_.header.cluster_size()};
-    core_.words.forget(table, bytes);
-    auto made = [&]() -> Result<void> {
-        const auto words = TRY(copy_words(core_, bitmap.entry.table, bitmap.entry.table_entries, bytes));
-        TRY_VOID(core_.file->write(table, words));
-        return metadata_.add(table, bytes, MetadataMap::Kind::bitmaps);
-    }();
-    if (!made) {
-        allocator_.retire(run);
-        return made;
-    }
+    auto& change = bitmap.change.emplace(writable_);
+    const HostOffset table = TRY(change.take_table(MetadataMap::Kind::bitmaps, bytes / metadata_.cluster_size()));
+    TRY_VOID(metadata_.file().write(table,
+                                    TRY(copy_words(metadata_, bitmap.entry.table, bitmap.entry.table_entries, bytes))));
     bitmap.new_table = table;
-    bitmap.new_table_bytes = bytes;
     return {};
 }
 
@@ -138,24 +129,24 @@ Result<void> DirtyBitmaps::finish_resize(std::uint64_t size) {
 }
 
 Result<void> DirtyBitmaps::change_entries(std::uint64_t size) {
-    std::erase_if(resizing_, [](const Resizing& bitmap) { return bitmap.given_up; });
+    std::erase_if(resizing_, [](const Resize& bitmap) { return bitmap.given_up; });
     if (resizing_.empty()) return {};
     for (const auto& bitmap : resizing_) {
         if (bitmap.new_table.value == 0) continue;
         std::array<std::byte, 8> bytes;
         store_be(bytes, 0, bitmap.new_table.value);
-        TRY_VOID(core_.file->write(bitmap.at, bytes));
+        TRY_VOID(metadata_.file().write(bitmap.at, bytes));
     }
-    TRY_VOID(write_back_.sync());
+    TRY_VOID(writable_.sync());
     for (const auto& bitmap : resizing_) {
         std::array<std::byte, 4> bytes;
         store_be(bytes, 0, static_cast<std::uint32_t>(entries_for(bitmap.entry, size)));
-        TRY_VOID(core_.file->write(bitmap.at + BitmapEntry::table_entries_at, bytes));
+        TRY_VOID(metadata_.file().write(bitmap.at + BitmapEntry::table_entries_at, bytes));
     }
-    TRY_VOID(write_back_.sync());
-    for (const auto& bitmap : resizing_) {
+    TRY_VOID(writable_.sync());
+    for (auto& bitmap : resizing_) {
         const std::uint64_t entries = entries_for(bitmap.entry, size);
-        TRY_VOID(retire_old(bitmap, entries));
+        TRY_VOID(drop_old(bitmap, entries));
         if (bitmap.enabled == nullptr) continue;
         auto& enabled = *bitmap.enabled;
         enabled.entry.table_entries = static_cast<std::uint32_t>(entries);
@@ -166,16 +157,18 @@ Result<void> DirtyBitmaps::change_entries(std::uint64_t size) {
     return {};
 }
 
-/// What the directory no longer leads to.
-Result<void> DirtyBitmaps::retire_old(const Resizing& bitmap, std::uint64_t entries) {
+/// Drops what the directory no longer leads to.
+Result<void> DirtyBitmaps::drop_old(Resize& bitmap, std::uint64_t entries) {
     const auto& entry = bitmap.entry;
+    auto& change = bitmap.change ? *bitmap.change : bitmap.change.emplace(writable_);
     for (std::uint64_t index = entries; index < entry.table_entries; ++index) {
-        const auto cluster = TRY(bitmap_table_entry(core_, entry, index)).cluster();
-        if (cluster.value != 0) allocator_.retire_table(cluster, core_.header.cluster_size());
+        const auto cluster = TRY(bitmap_table_entry(metadata_, entry, index)).cluster();
+        if (cluster.value != 0) change.drop_table(cluster, metadata_.cluster_size());
     }
     const std::uint64_t kept = bitmap.new_table.value != 0 ? 0 : table_bytes(entries);
     const std::uint64_t bytes = table_bytes(entry.table_entries);
-    if (kept < bytes) allocator_.retire_table(entry.table + kept, bytes - kept);
+    if (kept < bytes) change.drop_table(entry.table + kept, bytes - kept);
+    change.commit();
     return {};
 }
 
@@ -183,14 +176,11 @@ Result<void> DirtyBitmaps::unmark_disabled() {
     for (const auto& bitmap : resizing_) {
         if (bitmap.enabled == nullptr && !bitmap.given_up) TRY_VOID(write_flags(bitmap.flags_at(), bitmap.entry.flags));
     }
-    return resizing_.empty() ? Result<void>() : write_back_.sync();
+    return resizing_.empty() ? Result<void>() : writable_.sync();
 }
 
 Result<void> DirtyBitmaps::cancel_resize() {
-    for (const auto& bitmap : resizing_) {
-        if (bitmap.new_table.value != 0) allocator_.retire_table(bitmap.new_table, bitmap.new_table_bytes);
-    }
-    auto done = write_back_.verify_writable();  // else nobody knows what the file has, and they stay marked
+    auto done = writable_.verify_writable();  // else nobody knows what the file has, and they stay marked
     if (done) done = unmark_disabled();
     resizing_.clear();
     no_places_.unlock();

@@ -6,17 +6,17 @@
 
 #include "base/try.h"
 #include "qcow/text.h"
-#include "qcow2/tables.h"
+#include "qcow2/metadata/directories.h"
 
 namespace qcow::qcow2 {
 
 Result<const KnownBitmaps::Known*> KnownBitmaps::find(std::string_view name) {
     const std::lock_guard lock(mutex_);
     if (const auto known = known_.find(name); known != known_.end()) return &known->second;
-    auto bitmaps = TRY(read_bitmaps(core_));
+    auto bitmaps = TRY(read_bitmaps(metadata_));
     const auto found = std::ranges::find_if(bitmaps, [&](const auto& bitmap) { return bitmap.info.name == name; });
     if (found == bitmaps.end()) {
-        return fail(Errc::not_found, core_.file->name(),
+        return fail(Errc::not_found, metadata_.file().name(),
                     fmt::format("there is no bitmap \"{}\" that is up to date", printable(name)));
     }
     const auto index = static_cast<std::size_t>(found - bitmaps.begin());

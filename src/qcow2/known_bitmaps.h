@@ -8,7 +8,7 @@
 #include <string_view>
 
 #include "format/tables.h"
-#include "qcow2/core.h"
+#include "qcow2/metadata/metadata.h"
 
 namespace qcow::qcow2 {
 
@@ -22,7 +22,7 @@ public:
         std::size_t index = 0;      // in the directory
     };
 
-    explicit KnownBitmaps(const Core& core) : core_(core) {}
+    explicit KnownBitmaps(const Metadata& metadata) : metadata_(metadata) {}
 
     /// The bitmap as the directory has it, not verified. Valid until forget(). Errc::not_found, corrupt, io.
     Result<const Known*> find(std::string_view name);
@@ -31,7 +31,7 @@ public:
     void forget() { known_.clear(); }
 
 private:
-    const Core& core_;
+    const Metadata& metadata_;
     std::mutex mutex_;  // also so that the directory is in memory once, however many ask
     std::map<std::string, Known, std::less<>> known_;
 };

@@ -7,7 +7,6 @@
 
 #include "base/try.h"
 #include "disk/range.h"
-#include "qcow2/file_end.h"
 
 namespace qcow::qcow2 {
 namespace {
@@ -17,8 +16,8 @@ using format::L2Entry;
 
 constexpr std::size_t max_words = 512;  // a page of the cache
 
-std::unexpected<Error> damaged(const Core& core, std::string place, std::string_view what) {
-    return fail(Errc::corrupt, fmt::format("{}: {}", core.file->name(), place), std::string(what));
+std::unexpected<Error> damaged(const Metadata& metadata, std::string place, std::string_view what) {
+    return fail(Errc::corrupt, fmt::format("{}: {}", metadata.file().name(), place), std::string(what));
 }
 
 std::string l1_place(HostOffset at) { return fmt::format("L1 entry at host offset {:#x}", at.value); }
@@ -38,35 +37,46 @@ std::uint64_t stride(ClusterKind kind, std::uint64_t cluster_size) {
 
 }  // namespace
 
+Mapped decode(const format::EntryRules& rules, L2Entry entry, GuestOffset at) {
+    const auto& geometry = rules.geometry;
+    const std::uint64_t skip = geometry.offset_in_cluster(at.value);
+    Mapped mapped;
+    mapped.copied = entry.copied();
+    if (entry.compressed()) {
+        mapped.kind = ClusterKind::compressed;
+        mapped.length = geometry.cluster_size() - skip;
+        mapped.compressed = entry.compressed_range(geometry.cluster_bits);
+        return mapped;
+    }
+    const std::uint64_t unit = bit(geometry.subcluster_bits());
+    const auto run = rules.run(entry, static_cast<unsigned>(skip / unit));
+    mapped.kind = run.kind;
+    mapped.length = run.count * unit - skip % unit;
+    mapped.host = entry.cluster() + skip;
+    return mapped;
+}
+
 Result<format::L1Entry> Mapping::l1_entry(GuestOffset at) const {
     const HostOffset l1_at = l1_entry_at(at);
-    const format::L1Entry l1{TRY(core_->words.load(l1_at))};
+    const format::L1Entry l1{TRY(metadata_.words().load(l1_at))};
     // Zeros are also what lies past the end of the file.
-    if (l1.word == 0 && !core_->l1_left_out && !TRY(is_in_file(l1_at, 8)))
-        return damaged(*core_, l1_place(l1_at), past_the_end(*core_, *core_->file, "the L1 table", l1_at));
-    if (is_aligned(l1.l2_table().value, core_->rules.geometry.cluster_size())) return l1;
+    if (l1.word == 0 && !metadata_.l1_left_out() && !TRY(metadata_.is_in_file(l1_at, 8)))
+        return damaged(metadata_, l1_place(l1_at), metadata_.past_the_end(metadata_.file(), "the L1 table", l1_at));
+    if (is_aligned(l1.l2_table().value, metadata_.geometry().cluster_size())) return l1;
     return damaged(
-        *core_, l1_place(l1_at),
+        metadata_, l1_place(l1_at),
         fmt::format("the L2 table's offset {:#x} is not a multiple of the cluster size", l1.l2_table().value));
 }
 
-/// Asks for the file's length only where the last answer does not do.
-Result<bool> Mapping::is_in_file(HostOffset at, std::uint64_t bytes) const {
-    if (lies_within(at.value, bytes, core_->known_file_size.load(std::memory_order_relaxed))) return true;
-    const auto file_size = TRY(core_->file->size());
-    core_->known_file_size.store(file_size, std::memory_order_relaxed);
-    return lies_within(at.value, bytes, file_size);
-}
-
 Result<void> Mapping::verify_table_is_there(HostOffset table, HostOffset l1_at) const {
-    const std::uint64_t bytes = core_->rules.geometry.cluster_size();
-    if (TRY(is_in_file(table, bytes))) return {};
-    return damaged(*core_, l1_place(l1_at),
-                   past_the_end(*core_, *core_->file, "the end of the L2 table", table + bytes));
+    const std::uint64_t bytes = metadata_.geometry().cluster_size();
+    if (TRY(metadata_.is_in_file(table, bytes))) return {};
+    return damaged(metadata_, l1_place(l1_at),
+                   metadata_.past_the_end(metadata_.file(), "the end of the L2 table", table + bytes));
 }
 
 Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
-    const auto& geometry = core_->rules.geometry;
+    const auto& geometry = metadata_.geometry();
     const std::uint64_t rest_of_table = geometry.l2_coverage() - (at.value & (geometry.l2_coverage() - 1));
     auto l1 = l1_entry(at);
     if (!l1) return unreadable(std::move(l1).error(), at, std::min(limit, rest_of_table));
@@ -81,7 +91,7 @@ Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
                  geometry.l2_entries() - index);
     std::array<std::uint64_t, max_words> buffer;
     const auto wanted_words = std::min<std::uint64_t>(wanted * entry_words, max_words);
-    const auto loaded = core_->words.load(entry_at, std::span(buffer).first(wanted_words));
+    const auto loaded = metadata_.words().load(entry_at, std::span(buffer).first(wanted_words));
     // Of these entries, which begin with the one of `at`.
     const auto bytes_of = [&](std::uint64_t entries) {
         return std::min(limit, entries * geometry.cluster_size() - geometry.offset_in_cluster(at.value));
@@ -103,33 +113,24 @@ Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
 }
 
 Result<Mapped> Mapping::scan(std::span<const std::uint64_t> words, GuestOffset at, HostOffset entry_at) const {
-    const auto& rules = core_->rules;
+    const auto& rules = metadata_.rules();
     const auto& geometry = rules.geometry;
     const L2Entry first{words[0], geometry.extended_l2 ? words[1] : 0};
     if (const auto flaw = rules.flaw(first); flaw && flaw->unreadable) {
-        return damaged(*core_,
+        return damaged(metadata_,
                        fmt::format("L2 entry at host offset {:#x} (guest offset {:#x})", entry_at.value, at.value),
                        flaw->what);
     }
     if (geometry.extended_l2 && !first.compressed()) return scan_subclusters(words, at);
-
-    Mapped mapped;
-    const std::uint64_t skip = geometry.offset_in_cluster(at.value);
-    mapped.kind = rules.run(first, 0).kind;
-    mapped.copied = first.copied();
-    mapped.length = count_alike(words, mapped.kind) * geometry.cluster_size() - skip;
-    if (mapped.kind == ClusterKind::compressed) {
-        mapped.compressed = first.compressed_range(geometry.cluster_bits);
-    } else {
-        mapped.host = first.cluster() + skip;
-    }
+    auto mapped = decode(rules, first, at);
+    mapped.length += (count_alike(words, mapped.kind) - 1) * geometry.cluster_size();
     return mapped;
 }
 
 /// How many entries go on as the first one does. Comparing whole words also finds that they are as well formed as it
 /// is.
 std::uint64_t Mapping::count_alike(std::span<const std::uint64_t> words, ClusterKind kind) const {
-    const auto& geometry = core_->rules.geometry;
+    const auto& geometry = metadata_.geometry();
     const unsigned step = geometry.entry_words();
     std::uint64_t count = 1;
     if (kind == ClusterKind::compressed) {
@@ -143,16 +144,13 @@ std::uint64_t Mapping::count_alike(std::span<const std::uint64_t> words, Cluster
 }
 
 Mapped Mapping::scan_subclusters(std::span<const std::uint64_t> words, GuestOffset at) const {
-    const auto& rules = core_->rules;
+    const auto& rules = metadata_.rules();
     const auto& geometry = rules.geometry;
     const std::uint64_t subcluster_size = bit(geometry.subcluster_bits());
     const std::uint64_t skip = geometry.offset_in_cluster(at.value);
     auto index = static_cast<unsigned>(skip / subcluster_size);
 
-    Mapped mapped;
-    mapped.host = L2Entry{words[0]}.cluster() + skip;
-    mapped.kind = rules.run({words[0], words[1]}, index).kind;
-    mapped.copied = L2Entry{words[0]}.copied();
+    auto mapped = decode(rules, {words[0], words[1]}, at);
     const std::uint64_t grows = stride(mapped.kind, geometry.cluster_size());
     std::uint64_t cluster = L2Entry{words[0]}.cluster().value;
     std::uint64_t subclusters = 0;

@@ -1,11 +1,11 @@
 #pragma once
 // From guest offset to host offset, through one L1 table: the active one or a snapshot's.
 
-#include <atomic>
 #include <cstdint>
+#include <optional>
 #include <span>
 
-#include "qcow2/core.h"
+#include "qcow2/metadata/metadata.h"
 
 namespace qcow::qcow2 {
 
@@ -18,33 +18,35 @@ struct Mapped {
     format::CompressedRange compressed = {};  // compressed: of the first cluster; the run may have several
 };
 
-/// Thread-safe; keeps nothing but a reference to the core.
+/// What an entry without flaw maps from `at` on, to the end of its cluster at most.
+Mapped decode(const format::EntryRules& rules, format::L2Entry entry, GuestOffset at);
+
+/// Thread safety: all functions may be called from any number of threads. Keeps nothing but a reference to the
+/// metadata.
 class Mapping {
 public:
-    Mapping(const Core& core, HostOffset l1_table) : core_(&core), l1_table_(l1_table.value) {}
+    /// `snapshot_l1`: the host offset of a snapshot's L1 table; nothing: the active one, wherever that is.
+    explicit Mapping(const Metadata& metadata, std::optional<HostOffset> snapshot_l1 = {})
+        : metadata_(metadata), snapshot_l1_(snapshot_l1) {}
 
-    /// What the guest bytes from `at` on are, at most `limit` of them (> 0). `at` must be covered by the L1 table.
-    /// Errc::corrupt, naming entry and table, where the way there is damaged.
+    /// Returns what the guest bytes from `at` on are, at most `limit` of them (> 0). `at` must be covered by the L1
+    /// table. Errors: Errc::corrupt, naming entry and table, where the way there is damaged.
     [[nodiscard]] Result<Mapped> lookup(GuestOffset at, std::uint64_t limit) const;
 
-    /// The word of the L1 table that covers `at`, and where it lies.
+    /// The host offset of the L1 entry that covers `at`.
     [[nodiscard]] HostOffset l1_entry_at(GuestOffset at) const {
-        return HostOffset{l1_table_.load(std::memory_order_acquire)} + core_->rules.geometry.l1_index(at) * 8;
+        return (snapshot_l1_ ? *snapshot_l1_ : metadata_.active_l1()) + metadata_.geometry().l1_index(at) * 8;
     }
     [[nodiscard]] Result<format::L1Entry> l1_entry(GuestOffset at) const;
 
-    /// A copy of the table, with more entries, has become the table.
-    void move_l1(HostOffset l1_table) { l1_table_.store(l1_table.value, std::memory_order_release); }
-
 private:
-    [[nodiscard]] Result<bool> is_in_file(HostOffset at, std::uint64_t bytes) const;
     [[nodiscard]] Result<void> verify_table_is_there(HostOffset table, HostOffset l1_at) const;
     [[nodiscard]] Result<Mapped> scan(std::span<const std::uint64_t> words, GuestOffset at, HostOffset entry) const;
     [[nodiscard]] std::uint64_t count_alike(std::span<const std::uint64_t> words, format::ClusterKind kind) const;
     [[nodiscard]] Mapped scan_subclusters(std::span<const std::uint64_t> words, GuestOffset at) const;
 
-    const Core* core_;
-    std::atomic<std::uint64_t> l1_table_;
+    const Metadata& metadata_;
+    std::optional<HostOffset> snapshot_l1_;
 };
 
 }  // namespace qcow::qcow2

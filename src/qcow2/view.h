@@ -6,19 +6,26 @@
 #include <span>
 
 #include "qcow/disk.h"
+#include "qcow2/image_parts.h"
 #include "qcow2/mapping.h"
 
 namespace qcow::qcow2 {
 
-/// Reading and mapping through one L1 table. Thread-safe.
+/// Reads through one L1 table: the active one, or a snapshot's.
+///
+/// Thread safety: all functions but on_damage() may be called from any number of threads.
 class View {
 public:
-    View(std::shared_ptr<const Core> core, HostOffset l1_table) : core_(std::move(core)), mapping_(*core_, l1_table) {}
+    /// See Mapping for `snapshot_l1`.
+    explicit View(std::shared_ptr<const ImageParts> parts, std::optional<HostOffset> snapshot_l1 = {})
+        : parts_(std::move(parts)), mapping_(parts_->metadata, snapshot_l1) {}
 
     /// What the guest bytes from `at` on are: see Mapping::lookup.
     [[nodiscard]] Result<Mapped> lookup(GuestOffset at, std::uint64_t limit) const;
 
     [[nodiscard]] Result<void> read(GuestOffset at, std::span<std::byte> to) const;
+    /// Reads bytes that are mapped like this. `to` is no longer than the run, or than the rest of a compressed cluster.
+    [[nodiscard]] Result<void> read_mapped(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const;
     [[nodiscard]] Result<Extent> extent(GuestOffset at, std::uint64_t limit) const;
 
     /// See Layer.
@@ -33,13 +40,11 @@ public:
     void on_damage(OnDamage handler) { on_damage_ = std::move(handler); }
 
     [[nodiscard]] const Mapping& mapping() const { return mapping_; }
-    [[nodiscard]] Mapping& mapping() { return mapping_; }
 
 private:
-    [[nodiscard]] Result<void> read_data(HostOffset host, GuestOffset at, std::span<std::byte> to) const;
     [[nodiscard]] Result<void> read_one_compressed(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const;
 
-    std::shared_ptr<const Core> core_;
+    std::shared_ptr<const ImageParts> parts_;
     Mapping mapping_;
     OnDamage on_damage_;
 };

@@ -1,5 +1,5 @@
 #pragma once
-// A cache of metadata: 64-bit words of an image file (L1, L2 and refcount tables), by host offset.
+// A cache of the 64-bit big-endian words of a file, by host offset.
 
 #include <array>
 #include <atomic>
@@ -41,8 +41,9 @@ public:
         return word;
     }
 
-    /// Changed pages are written in two classes, because what may be on disk before what depends on it.
-    enum class PageClass : std::uint8_t { refcounts, mapping };
+    /// Changed pages are listed by class, so that those of one can be written before those of another.
+    using PageClass = std::uint8_t;
+    static constexpr PageClass page_classes = 2;
 
     /// Changes words that lie in one page, all at once for every reader. The page has space in the file before it
     /// changes, so that writing it later needs none. `barrier`: the page may be written only after a flush that begins
@@ -89,7 +90,7 @@ private:
         bool changed = false;
         bool barrier = false;
         bool being_written = false;
-        PageClass page_class = PageClass::refcounts;
+        PageClass page_class = 0;
         [[nodiscard]] bool replaceable() const { return !changed && !being_written; }
     };
     struct SetState {
@@ -115,7 +116,7 @@ private:
     Result<std::size_t> load_sector(HostOffset at, std::span<std::uint64_t> to) const;
     void change(std::size_t set, std::size_t way, std::uint64_t tag, std::size_t first,
                 std::span<const std::uint64_t> words);
-    ChangedList& list_of(PageClass page_class) { return changed_[static_cast<std::size_t>(page_class)]; }
+    ChangedList& list_of(PageClass page_class) { return changed_[page_class]; }
 
     struct Free {
         void operator()(void* memory) const;
@@ -128,7 +129,7 @@ private:
     std::unique_ptr<SetState[]> states_;
     std::atomic<bool> pages_failed_ = false;  // to be read as a whole
     std::unique_ptr<std::atomic<std::uint64_t>[], Free> words_;
-    std::array<ChangedList, 2> changed_;
+    std::array<ChangedList, page_classes> changed_;
 };
 
 }  // namespace qcow

@@ -1,4 +1,4 @@
-#include "qcow2/refcounts.h"
+#include "qcow2/metadata/refcounts.h"
 
 #include <gtest/gtest.h>
 
@@ -23,16 +23,16 @@ protected:
         Bytes cluster(512);
         must(file->read({0}, cluster));
         const auto recorded = std::make_shared<RecordingStorage>(file, "image", log_);
-        core_ = std::make_unique<Core>(must(format::parse_header(cluster)), recorded, nullptr, nullptr, 1 << 20);
-        must(metadata_.load(*core_));
-        write_back_ = std::make_unique<qcow2::WriteBack>(*core_, true);
-        refcounts_ = std::make_unique<qcow2::Refcounts>(*core_, *write_back_, metadata_);
+        metadata_ = std::make_unique<qcow2::Metadata>(must(format::parse_header(cluster)), recorded, 1 << 20);
+        must(map_.load(*metadata_));
+        write_back_ = std::make_unique<qcow2::WriteBack>(*metadata_, nullptr, true);
+        refcounts_ = std::make_unique<qcow2::Refcounts>(*metadata_, *write_back_, map_);
         must(refcounts_->load());
     }
 
     StorageLog log_;
-    std::unique_ptr<Core> core_;
-    qcow2::MetadataMap metadata_{9};
+    std::unique_ptr<qcow2::Metadata> metadata_;
+    qcow2::MetadataMap map_{9};
     std::unique_ptr<qcow2::WriteBack> write_back_;
     std::unique_ptr<qcow2::Refcounts> refcounts_;
 };
@@ -40,14 +40,14 @@ protected:
 TEST_F(RefcountsTest, TheTableIsWrittenSectorBySectorInOrder) {
     // A power loss may leave one sector of the table as it was and the next one as it is to be. Then no block may lie
     // in a cluster that a block in the former would count.
-    std::uint64_t end = must(core_->file->size()) / 512;
+    std::uint64_t end = must(metadata_->file().size()) / 512;
     const auto cover = [&](std::uint64_t blocks) { end += must(refcounts_->cover(end, blocks * 64)) + blocks * 64; };
     cover(300);
     cover(40);  // the table grows by half: it has room for 480 now
-    const auto table = core_->current_header().refcount_table.value;
+    const auto table = metadata_->state().refcount_table.value;
     const auto begin = log_.mark();
     cover(100);
-    ASSERT_EQ(core_->current_header().refcount_table.value, table) << "nothing was learnt: the table is a new one";
+    ASSERT_EQ(metadata_->state().refcount_table.value, table) << "nothing was learnt: the table is a new one";
 
     std::vector<std::uint64_t> sectors;
     bool flushed = true;

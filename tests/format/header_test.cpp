@@ -428,9 +428,10 @@ TEST(HeaderExtensions, Bitmaps) {
     EXPECT_EQ(h.bitmaps->count, 3U);
     EXPECT_EQ(h.bitmaps->directory_size, 0x120U);
     EXPECT_EQ(h.bitmaps->directory, HostOffset{0x70000});
-    EXPECT_TRUE(h.bitmaps_consistent());
+    EXPECT_TRUE(h.bitmaps_consistent(h));
     // A writer that does not know bitmaps has cleared the bit.
-    EXPECT_FALSE(must(parse(in)).bitmaps_consistent());
+    const auto inconsistent = must(parse(in));
+    EXPECT_FALSE(inconsistent.bitmaps_consistent(inconsistent));
 }
 
 TEST(HeaderExtensions, BitmapsHave24Bytes) {
@@ -560,7 +561,7 @@ TEST(Features, AreListedByKindAndBit) {
     h.compatible = 1;
     h.autoclear = 3;
     std::vector<std::string> names;
-    for (const auto& feature : features_of(h)) {
+    for (const auto& feature : features_of(h, h)) {
         EXPECT_TRUE(feature.known);
         names.push_back(feature.name);
     }
@@ -573,7 +574,7 @@ TEST(Features, OfKindsAreToldApart) {
     h.compatible = 1 << 1;
     h.autoclear = 1 << 2;
     h.feature_names = {{1, 1, "mine"}, {2, 1, "not this"}};
-    const auto features = features_of(h);
+    const auto features = features_of(h, h);
     ASSERT_THAT(features, SizeIs(2));
     EXPECT_EQ(features[0].kind, Feature::Kind::compatible);
     EXPECT_EQ(features[0].bit, 1U);
@@ -587,10 +588,10 @@ TEST(Features, KnownOnesKeepTheirNameWhateverTheImageCallsThem) {
     Header h;
     h.incompatible = 2;
     h.feature_names = {{0, 1, "perfectly fine"}};
-    EXPECT_EQ(features_of(h).at(0).name, "corrupt");
+    EXPECT_EQ(features_of(h, h).at(0).name, "corrupt");
 }
 
-TEST(Features, NoneAreListedWhereNoBitIsSet) { EXPECT_THAT(features_of(Header{}), IsEmpty()); }
+TEST(Features, NoneAreListedWhereNoBitIsSet) { EXPECT_THAT(features_of({}, {}), IsEmpty()); }
 
 }  // namespace
 }  // namespace qcow::format

@@ -8,8 +8,8 @@
 
 #include "base/bits.h"
 #include "base/endian.h"
+#include "format/entries.h"
 #include "format/header.h"
-#include "format/mapping.h"
 #include "fuzz/sparse_files.h"
 
 namespace qcow::hostile {

@@ -4,7 +4,7 @@
 
 #include "engine/image_kinds.h"
 #include "memory/shortage.h"
-#include "qcow2/write_back.h"
+#include "qcow2/metadata/write_back.h"
 #include "support/bytes.h"
 #include "support/result.h"
 
@@ -22,12 +22,12 @@ TEST(WriteBackMemory, WritingHasStoppedWhenItSaysSo) {
         must(create_image({file, nullptr}, options));
         Bytes cluster(65536);
         must(file->read({0}, cluster));
-        Core core(must(format::parse_header(cluster)), file, nullptr, nullptr, 1 << 20);
-        qcow2::WriteBack write_back(core, true);
+        qcow2::Metadata metadata(must(format::parse_header(cluster)), file, 1 << 20);
+        qcow2::WriteBack write_back(metadata, nullptr, true);
         const std::uint64_t word = 0;
         for (unsigned i = 0; i < changed_pages; ++i) {
-            for (const auto page_class : {WordCache::PageClass::mapping, WordCache::PageClass::refcounts}) {
-                const HostOffset at{(2 * i + (page_class == WordCache::PageClass::mapping ? 1 : 0)) * 2 * 4096};
+            for (const auto page_class : {qcow2::mapping_pages, qcow2::refcount_pages}) {
+                const HostOffset at{(2 * i + (page_class == qcow2::mapping_pages ? 1 : 0)) * 2 * 4096};
                 must(write_back.store(at, {&word, 1}, page_class, true));
             }
         }

@@ -223,23 +223,22 @@ INSTANTIATE_TEST_SUITE_P(PagesOf, WordCacheUnderLoad, testing::Values(512, 4096)
 
 /// Writing a changed page later must not fail for want of space.
 TEST(WordCacheTest, APageHasSpaceInTheFileBeforeItChanges) {
-    using PageClass = WordCache::PageClass;
     const auto storage = words();
     WordCache cache(storage, 4096, 1 << 20);
     const std::uint64_t word = 7;
     storage->full = true;
-    const auto refused = cache.store({8192 + 16}, {&word, 1}, PageClass::mapping);
+    const auto refused = cache.store({8192 + 16}, {&word, 1}, 1);
     ASSERT_FALSE(refused);
     EXPECT_EQ(refused.error().code, Errc::no_space);
     EXPECT_EQ(value_of(cache.load({8192 + 16})), scrambled((8192 + 16) / 8));
-    EXPECT_EQ(cache.changed_count(PageClass::mapping), 0U);
+    EXPECT_EQ(cache.changed_count(1), 0U);
     EXPECT_FALSE(cache.reserve_space({8192}));
 
     storage->full = false;
     value_of(cache.reserve_space({8192 + 64}));
     storage->full = true;
-    EXPECT_TRUE(value_of(cache.store({8192 + 16}, {&word, 1}, PageClass::mapping)));
-    EXPECT_TRUE(value_of(cache.store({8192 + 24}, {&word, 1}, PageClass::mapping)));
+    EXPECT_TRUE(value_of(cache.store({8192 + 16}, {&word, 1}, 1)));
+    EXPECT_TRUE(value_of(cache.store({8192 + 24}, {&word, 1}, 1)));
     EXPECT_EQ(storage->spaces, (std::vector<std::pair<std::uint64_t, std::uint64_t>>{{8192, 4096}}));
 }
 

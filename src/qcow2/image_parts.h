@@ -1,0 +1,23 @@
+#pragma once
+// What an open qcow2 image consists of.
+
+#include "disk/backing_file.h"
+#include "qcow2/data_file.h"
+#include "qcow2/metadata/metadata.h"
+
+namespace qcow::qcow2 {
+
+/// An image and its snapshots share these, and keep them open.
+struct ImageParts {
+    ImageParts(format::Header header, std::shared_ptr<Storage> file, std::shared_ptr<Storage> external_data,
+               std::shared_ptr<Layer> backing_image, std::string backing_name, std::size_t cache_bytes)
+        : metadata(std::move(header), std::move(file), cache_bytes),
+          data(metadata, std::move(external_data)),
+          backing(std::move(backing_image), std::move(backing_name)) {}
+
+    Metadata metadata;
+    DataFile data;
+    BackingFile backing;
+};
+
+}  // namespace qcow::qcow2

@@ -1,0 +1,135 @@
+#include "qcow2/metadata/directories.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+
+#include "base/endian.h"
+#include "base/try.h"
+#include "qcow/text.h"
+
+namespace qcow::qcow2 {
+namespace {
+
+Result<std::vector<std::byte>> read_bytes(const Storage& file, HostOffset at, std::uint64_t bytes) {
+    std::vector<std::byte> result(bytes);
+    const auto there = TRY(file.read(at, result));
+    result.resize(there);
+    return result;
+}
+
+}  // namespace
+
+Result<SnapshotTable> read_snapshots(const Metadata& metadata) {
+    SnapshotTable table;
+    const auto header = metadata.state();
+    if (header.snapshot_count == 0) return table;
+    const auto file_size = TRY(metadata.file().size());
+    if (auto there = format::verify_snapshot_table(header, metadata.header().cluster_bits, file_size); !there)
+        return std::unexpected(std::move(there).error().in(metadata.file().name()));
+    // How long the table is shows only as it is parsed; a piece of it is in memory, which has at least an entry.
+    std::vector<std::byte> piece;
+    std::uint64_t piece_at = 0;
+    for (std::uint32_t i = 0; i < header.snapshot_count; ++i) {
+        const auto parse = [&] {
+            return format::parse_snapshot(std::span(piece).subspan(table.bytes - piece_at), metadata.header().version,
+                                          header.size);
+        };
+        auto entry = parse();
+        if (!entry) {
+            piece =
+                TRY(read_bytes(metadata.file(), header.snapshot_table + table.bytes,
+                               std::min(format::max_snapshot_bytes, format::max_snapshot_table_bytes - table.bytes)));
+            piece_at = table.bytes;
+            entry = parse();
+        }
+        const auto place = [&] {
+            return fmt::format("snapshot table entry {} (host offset {:#x})", i,
+                               (header.snapshot_table + table.bytes).value);
+        };
+        if (!entry) return std::unexpected(std::move(entry).error().in(place()).in(metadata.file().name()));
+        table.bytes += entry->encoded_bytes;
+        table.entries.push_back(*std::move(entry));
+    }
+    return table;
+}
+
+Result<std::vector<format::BitmapEntry>> read_bitmaps(const Metadata& metadata) {
+    std::vector<format::BitmapEntry> result;
+    const auto& header = metadata.header();
+    if (!header.bitmaps_consistent(metadata.state())) return result;
+    const auto& extension = *header.bitmaps;
+    const auto bad_extension = [&](std::string what) {
+        return fail(
+            Errc::corrupt,
+            fmt::format("{}: bitmap directory at host offset {:#x}", metadata.file().name(), extension.directory.value),
+            std::move(what));
+    };
+    const auto file_size = TRY(metadata.file().size());
+    if (extension.count == 0 || extension.count > format::max_bitmaps)
+        return bad_extension(fmt::format("{} bitmaps: there may be 1 to {}", extension.count, format::max_bitmaps));
+    if (!is_aligned(extension.directory.value, header.cluster_size()))
+        return bad_extension("its offset is not a multiple of the cluster size");
+    if (!lies_within(extension.directory.value, extension.directory_size, file_size)) {
+        return bad_extension(
+            fmt::format("its {} bytes reach past the end of the file ({} bytes)", extension.directory_size, file_size));
+    }
+    if (extension.reserved != 0) return bad_extension(fmt::format("the reserved field is {:#x}", extension.reserved));
+    if (extension.directory_size > format::max_bitmap_directory_bytes) {
+        return bad_extension(
+            fmt::format("{} bytes are more than {}", extension.directory_size, format::max_bitmap_directory_bytes));
+    }
+
+    const auto bytes = TRY(read_bytes(metadata.file(), extension.directory, extension.directory_size));
+    auto rest = std::span<const std::byte>(bytes);
+    for (std::uint32_t i = 0; i < extension.count; ++i) {
+        auto entry = format::parse_bitmap(rest);
+        if (!entry) return bad_extension(fmt::format("entry {}: {}", i, entry.error().message()));
+        rest = rest.subspan(entry->encoded_bytes);
+        result.push_back(*std::move(entry));
+    }
+    if (!rest.empty()) {
+        return bad_extension(
+            fmt::format("{} bytes are left behind the last of {} entries", rest.size(), extension.count));
+    }
+    return result;
+}
+
+Result<std::vector<std::byte>> copy_words(const Metadata& metadata, HostOffset table, std::uint64_t entries,
+                                          std::uint64_t bytes) {
+    std::vector<std::byte> copy(bytes);
+    std::array<std::uint64_t, 512> words;
+    for (std::uint64_t i = 0; i < entries;) {
+        const auto loaded = TRY(metadata.words().load(
+            table + i * 8, std::span(words).first(std::min<std::uint64_t>(words.size(), entries - i))));
+        for (std::size_t k = 0; k < loaded; ++k, ++i) store_be(copy, i * 8, words[k]);
+    }
+    return copy;
+}
+
+Result<void> verify_snapshot_l1(const Metadata& metadata, const format::SnapshotEntry& snapshot) {
+    const auto bad = [&](std::string what) {
+        return fail(Errc::corrupt,
+                    fmt::format("{}: L1 table of snapshot \"{}\" at host offset {:#x}", metadata.file().name(),
+                                printable(snapshot.info.name), snapshot.l1_table.value),
+                    std::move(what));
+    };
+    const std::uint64_t bytes = std::uint64_t{snapshot.l1_entries} * 8;
+    const auto file_size = TRY(metadata.file().size());
+    if (bytes > format::max_l1_bytes) return bad(fmt::format("{} entries are more than 32 MiB", snapshot.l1_entries));
+    if (!is_aligned(snapshot.l1_table.value, metadata.header().cluster_size()))
+        return bad("its offset is not a multiple of the cluster size");
+    if (!lies_within(snapshot.l1_table.value, bytes, std::min(file_size, format::max_host_offset)) ||
+        (bytes != 0 && snapshot.l1_table.value == 0)) {
+        return bad(fmt::format("its {} entries do not lie within the file ({} bytes)", snapshot.l1_entries, file_size));
+    }
+    const auto needed = divide_up(snapshot.info.virtual_size, metadata.geometry().l2_coverage());
+    if (snapshot.l1_entries < needed) {
+        return bad(fmt::format("{} entries, but a virtual size of {} bytes needs {}", snapshot.l1_entries,
+                               snapshot.info.virtual_size, needed));
+    }
+    return {};
+}
+
+}  // namespace qcow::qcow2

@@ -1,0 +1,28 @@
+#pragma once
+// Reading an image's snapshot table and bitmap directory from its file.
+
+#include <functional>
+#include <vector>
+
+#include "format/tables.h"
+#include "qcow2/metadata/metadata.h"
+
+namespace qcow::qcow2 {
+
+struct SnapshotTable {
+    std::vector<format::SnapshotEntry> entries;
+    std::uint64_t bytes = 0;  // that the table takes in the file
+};
+Result<SnapshotTable> read_snapshots(const Metadata& metadata);
+
+/// The bitmaps that the header's extension announces; none where it is not to be believed.
+Result<std::vector<format::BitmapEntry>> read_bitmaps(const Metadata& metadata);
+
+/// `entries` words of a table as they are now, in the cache or in the file, with zeros behind them: `bytes` in all.
+Result<std::vector<std::byte>> copy_words(const Metadata& metadata, HostOffset table, std::uint64_t entries,
+                                          std::uint64_t bytes);
+
+/// An L1 table that a snapshot names: aligned, within the file, large enough for the snapshot's disk.
+Result<void> verify_snapshot_l1(const Metadata& metadata, const format::SnapshotEntry& snapshot);
+
+}  // namespace qcow::qcow2

@@ -1,0 +1,49 @@
+#include "qcow2/metadata/file_end.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "base/bits.h"
+#include "base/endian.h"
+#include "base/try.h"
+#include "format/entries.h"
+#include "format/refcount.h"
+
+namespace qcow::qcow2 {
+namespace {
+
+constexpr unsigned max_blocks = 16;
+
+}  // namespace
+
+Result<std::uint64_t> find_counted_end(const Storage& file, const format::FixedHeader& header,
+                                       const format::HeaderState& state) {
+    const unsigned cluster_bits = header.cluster_bits;
+    const std::uint64_t file_size = TRY(file.size());
+    TRY_VOID(format::verify_refcount_table(state, cluster_bits, file_size));
+    std::vector<std::byte> table(std::size_t{state.refcount_table_clusters} << cluster_bits);
+    TRY(file.read(state.refcount_table, table));
+
+    const unsigned order = header.refcount_order;
+    const std::uint64_t per_block = format::refcounts_per_block(cluster_bits, order);
+    std::vector<std::byte> block(header.cluster_size());
+    unsigned looked_at = 0;
+    for (std::size_t i = table.size() / 8; i-- > 0 && looked_at < max_blocks;) {
+        const format::RefcountTableEntry entry{load_be<std::uint64_t>(table, i * 8)};
+        if (!entry.allocated()) continue;
+        const std::uint64_t first = i * per_block;
+        if (first >= format::max_host_offset >> cluster_bits) break;
+        // A block that was cut off counted something, its own cluster at least.
+        if (!lies_within(entry.block().value, block.size(), file_size))
+            return std::max((first + 1) << cluster_bits, std::min(entry.block().value, format::max_host_offset));
+        TRY(file.read(entry.block(), block));
+        for (std::uint64_t n = per_block; n-- > 0;) {
+            if (format::refcount_at(block, n, order) == 0) continue;
+            return std::min(first + n + 1, format::max_host_offset >> cluster_bits) << cluster_bits;
+        }
+        ++looked_at;
+    }
+    return fail(Errc::corrupt, "refcounts", "nothing is counted");
+}
+
+}  // namespace qcow::qcow2

@@ -1,0 +1,98 @@
+#pragma once
+// The metadata of an image that is open for writing.
+
+#include <functional>
+#include <string>
+
+#include "base/epochs.h"
+#include "base/group_commit.h"
+#include "qcow/image.h"
+#include "qcow2/metadata/allocator.h"
+#include "qcow2/metadata/metadata_map.h"
+#include "qcow2/metadata/write_back.h"
+
+namespace qcow::qcow2 {
+
+/// Owns all that changes the metadata of one image: the order of writes, the refcounts, the free clusters, and what is
+/// known to be metadata. What a request changes, it changes by way of a Change.
+///
+/// Thread safety: all functions may be called from any number of threads, where they do not say otherwise.
+class WritableMetadata {
+public:
+    /// `data_file` is flushed before the image file; null: there is none apart. Options: `cache`, `discard`.
+    WritableMetadata(Metadata& metadata, Storage* data_file, const WriteOptions& options);
+
+    // Opening. One thread.
+
+    /// Reads what writing needs. Errors: Errc::corrupt, limit_exceeded, io.
+    Result<void> load();
+    /// Compares the refcounts with all references. Errors: Errc::corrupt, marked in the image, where a refcount is too
+    /// low, so that its cluster would be handed out although something refers to it.
+    Result<void> verify_refcounts();
+    /// Counts all references anew, of an image whose last writer kept its refcounts in memory. Errors: Errc::corrupt,
+    /// io.
+    Result<void> rebuild_refcounts();
+
+    /// Does work that changes the image. Memory that runs out stops all writing: what is on disk is then as consistent
+    /// as after a power loss.
+    template <class Work>
+    Result<void> attempt(Work&& work) {
+        return write_back_.attempt(std::forward<Work>(work));
+    }
+
+    /// Errors: Errc::io, corrupt: why the image can no longer be written.
+    [[nodiscard]] Result<void> verify_writable() const { return write_back_.verify_writable(); }
+
+    /// Errors: Errc::corrupt where metadata lie in these bytes of the image file. The image is then marked.
+    [[nodiscard]] Result<void> verify_no_metadata(HostOffset at, std::uint64_t length);
+
+    /// Marks the image as corrupt on disk and stops all writing. Returns the error to report. `damage` names the file
+    /// in its place; `place` is within the image file.
+    std::unexpected<Error> declare_corrupt(Error damage, std::string_view remedy = "check it") {
+        return write_back_.declare_corrupt(std::move(damage), remedy);
+    }
+    std::unexpected<Error> declare_corrupt(const std::string& place, const std::string& what) {
+        return write_back_.declare_corrupt(place, what);
+    }
+
+    /// Changes the header, durably. Errors: Errc::io, no_space; a write that fails stops all writing.
+    Result<void> change_header(const std::function<void(format::HeaderState&)>& change);
+
+    /// Makes durable every change that was made before the call. Frees nothing.
+    Result<void> write_changes();
+    /// Makes durable what was written to the files; what is in the cache alone is not.
+    Result<void> sync() { return write_back_.sync(); }
+
+    /// Makes every change durable that was made before the call, then frees what was dropped. Errors: Errc::io stops
+    /// all writing.
+    Result<void> flush();
+    /// Does so when much was dropped: it is free only after a flush, and somebody may never flush. The caller holds
+    /// nothing.
+    Result<void> flush_if_full();
+
+    /// Gives back what is reserved, and cuts what is free off the end of the file. No request may be in flight.
+    Result<void> give_back() { return allocator_.give_back(); }
+
+    /// Cuts the file behind the last cluster in use, and drops the refcount blocks that count nothing else. After
+    /// give_back(). No request may be in flight, then or later.
+    Result<void> cut_file();
+
+    /// Requests that read hold one of these, so that nothing that they may be using is reused.
+    Epochs& epochs() { return epochs_; }
+
+    [[nodiscard]] Metadata& metadata() { return metadata_; }
+    [[nodiscard]] const Metadata& metadata() const { return metadata_; }
+
+private:
+    friend class Change;
+
+    Metadata& metadata_;
+    Storage* data_file_;
+    MetadataMap map_;
+    WriteBack write_back_;
+    Epochs epochs_;
+    Allocator allocator_;
+    GroupCommit group_;
+};
+
+}  // namespace qcow::qcow2
