@@ -199,6 +199,14 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, boo
     return qcow::open_image(*std::move(storage), options);
 }
 
+qcow::Result<void> add_source(qcow::FilesInUse& in_use, const Source& source, const qcow::Image& image,
+                              const std::string& role) {
+    if (auto added = in_use.add(qcow::FilesInUse::Use::read, image, role); !added) return added;
+    auto options = open_options(source);
+    options.gate = gate_for(source.path, source.untrusted, true, false);
+    return in_use.add_unopened(qcow::FilesInUse::Use::read, source.path, options, role);
+}
+
 qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source) {
     if (source.snapshot.empty()) return image;
     return image->snapshot(source.snapshot);

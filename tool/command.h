@@ -82,6 +82,11 @@ qcow::OpenOptions open_options(const Source& source);
 /// Opens the image with all that it names; with `follow` false by itself.
 qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow = true);
 
+/// Adds the files of an open source. What its header names is among them, although --backing and --no-backing have
+/// something else read.
+qcow::Result<void> add_source(qcow::FilesInUse& in_use, const Source& source, const qcow::Image& image,
+                              const std::string& role);
+
 /// The disk to read: the image itself, or the snapshot that was asked for.
 qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source);
 

@@ -118,14 +118,8 @@ qcow::Result<Sources> open_sources(const Options& options, qcow::FilesInUse& in_
         auto image = open_source(source);
         if (!image) return std::unexpected(std::move(image).error());
         const auto role = paths.size() == 1 ? "the source" : fmt::format("source {}", sources.images.size() + 1);
-        if (auto added = in_use.add(qcow::FilesInUse::Use::read, **image, role); !added) {
+        if (auto added = add_source(in_use, source, **image, role); !added)
             return std::unexpected(std::move(added).error());
-        }
-        if (source.no_backing) {
-            // What it names stays its own, although it is not read.
-            auto added = in_use.add_unopened(qcow::FilesInUse::Use::read, source.path, open_options(source), role);
-            if (!added) return std::unexpected(std::move(added).error());
-        }
         auto disk = disk_of(*image, source);
         if (!disk) return std::unexpected(std::move(disk).error());
         disks.push_back(*std::move(disk));

@@ -65,9 +65,9 @@ qcow::Result<int> run(const Options& options) {
         return std::unexpected(std::move(fits).error());
     }
     qcow::FilesInUse in_use;
-    using enum qcow::FilesInUse::Use;
-    if (auto added = in_use.add(read, **image, "the image"); !added) return std::unexpected(std::move(added).error());
-    if (auto added = in_use.add(written, "/dev/stdout", "standard output"); !added)
+    if (auto added = add_source(in_use, options.source, **image, "the image"); !added)
+        return std::unexpected(std::move(added).error());
+    if (auto added = in_use.add(qcow::FilesInUse::Use::written, "/dev/stdout", "standard output"); !added)
         return std::unexpected(std::move(added).error());
     auto done = options.hex ? print_hex(**disk, at, length) : stream_out(**disk, at, length, stdout, "standard output");
     if (!done) return std::unexpected(std::move(done).error());

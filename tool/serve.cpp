@@ -131,9 +131,7 @@ private:
 
 bool only_reads(const Options& options) { return options.read_only || !options.source.snapshot.empty(); }
 
-qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, const std::string& path) {
-    auto source = options.source;
-    if (auto named = name_source(source, path); !named) return std::unexpected(std::move(named).error());
+qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, Source source) {
     if (only_reads(options)) return open_source(source);
     source.direct = options.cache == "none";
     auto open = open_options(source);
@@ -143,7 +141,7 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, c
     open.write.cache = options.cache == "writethrough" ? qcow::CacheMode::writethrough
                        : options.cache == "unsafe"     ? qcow::CacheMode::unsafe
                                                        : qcow::CacheMode::writeback;
-    return open_for_writing(path, source.direct, open);
+    return open_for_writing(source.path, source.direct, open);
 }
 
 std::string export_name(const Options& options, std::size_t index) {
@@ -240,9 +238,12 @@ qcow::Result<int> run(const Options& options) {
     std::vector<std::shared_ptr<qcow::Image>> images;
     std::vector<qcow::NbdExport> exports;
     for (std::size_t i = 0; i < options.images.size(); ++i) {
-        auto image = open_served(options, options.images[i]);
+        auto source = options.source;
+        if (auto named = name_source(source, options.images[i]); !named)
+            return std::unexpected(std::move(named).error());
+        auto image = open_served(options, source);
         if (!image) return std::unexpected(std::move(image).error());
-        if (auto added = in_use.add(qcow::FilesInUse::Use::read, **image, "the image"); !added)
+        if (auto added = add_source(in_use, source, **image, "the image"); !added)
             return std::unexpected(std::move(added).error());
         auto disk = disk_of(*image, options.source);
         if (!disk) return std::unexpected(std::move(disk).error());

@@ -87,10 +87,14 @@ TEST_F(Opening, EveryCommandTakesFileAndJsonNames) {
         must_tool({"convert", "-O", "qcow2", "-B", image, "-F", "qcow2", image, "over2.qcow2"});
         EXPECT_EQ(read({"over2.qcow2", "0", "1"}), "C");
         EXPECT_EQ(read({"--backing", image, "--backing-format", "qcow2", "top.qcow2", "0", "1"}), "C");
-        Subprocess server({QCOW_TOOL, "serve", "--persistent", "--port", "0", "--read-only", image}, directory_.path());
-        server.wait_for("listening on");
-        server.signal(SIGTERM);
-        EXPECT_EQ(server.finish().status, 0);
+        for (const Arguments& options : {Arguments{"--read-only"}, Arguments{}}) {
+            Arguments command = {QCOW_TOOL, "serve", "--persistent", "--port", "0", named("out.qcow2")};
+            command.insert(command.end(), options.begin(), options.end());
+            Subprocess server(command, directory_.path());
+            server.wait_for("listening on");
+            server.signal(SIGTERM);
+            EXPECT_EQ(server.finish().status, 0);
+        }
         // What an image records of it is what was given, as QEMU does it, and QEMU finds it.
         EXPECT_EQ(qemu_img_json({"info", "--output=json", "over.qcow2"}, directory_.path())["backing-filename"], image);
         must_qemu_io("over.qcow2", "qcow2", {"read -P 67 0 64k"}, directory_.path());

@@ -47,6 +47,24 @@ protected:
         EXPECT_TRUE(everything() == before) << tool(arguments).text();
     }
 
+    /// The ways to write the name of a file: a path, "file:" and descriptions.
+    [[nodiscard]] std::vector<std::string> spellings(const std::string& name) const {
+        const auto absolute = directory_.file(name);
+        return {"./" + name,
+                absolute,
+                "file:" + name,
+                "file:" + absolute,
+                R"(json:{"driver":"file","filename":")" + name + R"("})",
+                R"(json:{"driver":"qcow2","file":{"driver":"file","filename":")" + absolute + R"("}})",
+                R"(json:{'file.filename':')" + name + R"('})"};
+    }
+
+    /// As the value of an option behind -o, which ends at a comma.
+    [[nodiscard]] static std::string as_value(std::string name) {
+        for (std::size_t at = 0; (at = name.find(',', at)) != std::string::npos; at += 2) name.insert(at, 1, ',');
+        return name;
+    }
+
     /// Runs a line of shell script in the directory, in which "qcow" is the tool.
     [[nodiscard]] Finished shell(const std::string& line) const {
         return run({"sh", "-c", std::string("qcow() { ") + QCOW_TOOL + " \"$@\"; }; " + line}, directory_.path());
@@ -92,6 +110,52 @@ TEST_F(TargetsTest, CreateDoesNotOverwriteAChainThatItNeedNotOpen) {
     expect_nothing_touched({"create", "-u", "-b", "leaf.qcow2", "-F", "qcow2", "base.qcow2", "4M"},
                            HasSubstr("a backing file of its backing file"));
     must_tool({"create", "-u", "-q", "-b", "absent", "-F", "qcow2", "new.qcow2", "4M"});
+}
+
+TEST_F(TargetsTest, NamesOfEveryKindLeadToTheSameFile) {
+    const auto refused = HasSubstr("would overwrite");
+    for (const auto& base : spellings("base.qcow2")) {
+        SCOPED_TRACE(base);
+        expect_nothing_touched({"create", "-b", base, "-F", "qcow2", "base.qcow2"}, refused);
+        expect_nothing_touched({"create", "-u", "-b", base, "-F", "qcow2", "base.qcow2", "4M"}, refused);
+        expect_nothing_touched({"create", "-o", "backing_fmt=qcow2,backing_file=" + as_value(base), base}, refused);
+        expect_nothing_touched({"create", "-b", "top.qcow2", "-F", "qcow2", base}, refused);
+        expect_nothing_touched({"create", "-u", "-b", "file:top.qcow2", "-F", "qcow2", base, "4M"}, refused);
+        const auto data = "data_file=" + as_value(base);
+        expect_nothing_touched({"create", "-o", data, "-b", "top.qcow2", "-F", "qcow2", "new.qcow2"}, refused);
+        expect_nothing_touched({"create", "-o", data, "base.qcow2", "1M"}, refused);
+        expect_nothing_touched({"convert", "-O", "qcow2", "-o", data, "top.qcow2", "new.qcow2"}, refused);
+        expect_nothing_touched({"convert", "file:top.qcow2", base}, refused);
+        expect_nothing_touched({"convert", base, "base.qcow2"}, refused);
+        expect_nothing_touched({"convert", "-n", "file:top.qcow2", base}, refused);
+        expect_nothing_touched({"convert", "-O", "qcow2", "-B", base, "-F", "qcow2", "disk.raw", "base.qcow2"},
+                               refused);
+        expect_nothing_touched({"convert", "-O", "qcow2", "-B", "file:top.qcow2", "-F", "qcow2", "disk.raw", base},
+                               refused);
+    }
+}
+
+TEST_F(TargetsTest, WhatAnImageNamesIsItsOwnAlthoughSomethingElseIsRead) {
+    must_tool({"convert", "-O", "qcow2", "base.qcow2", "moved.qcow2"});
+    for (const std::string other : {"--backing=moved.qcow2", "--no-backing"}) {
+        const auto refused = [&](const std::string& command, const std::string& message) {
+            const auto before = everything();
+            const auto finished = shell("qcow " + command);
+            EXPECT_EQ(finished.status, 1) << finished.text();
+            EXPECT_THAT(finished.err, HasSubstr("would overwrite " + message)) << command;
+            EXPECT_TRUE(everything() == before) << command;
+        };
+        refused("convert " + other + " top.qcow2 base.qcow2", "the backing file of the source");
+        refused("convert -n " + other + " top.qcow2 file:base.qcow2", "the backing file of the source");
+        refused("convert " + other + " leaf.qcow2 base.qcow2", "a backing file of the source");
+        refused("convert " + other + " over-data.qcow2 data.raw", "the data file of the backing file of the source");
+        refused("convert " + other + " top.qcow2 - >> base.qcow2", "the backing file of the source");
+        refused("read " + other + " top.qcow2 0 1 >> base.qcow2", "the backing file of the image");
+        refused("serve -r " + other + " --pid-file base.qcow2 --socket socket top.qcow2",
+                "the backing file of the image");
+    }
+    expect_nothing_touched({"convert", "--backing", "moved.qcow2", "top.qcow2", "moved.qcow2"},
+                           HasSubstr("the target would overwrite the backing file of the source"));
 }
 
 TEST_F(TargetsTest, DataFilesAreNotOtherFiles) {
