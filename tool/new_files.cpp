@@ -76,7 +76,11 @@ qcow::Result<void> fill_and_publish(NewFiles& files, qcow::NewFile::Contents con
     }
     const SignalsWait both_or_none;
     if (auto published = files.data_file->publish(contents); !published) return published;
-    return files.image.publish(contents);
+    auto published = files.image.publish(contents);
+    if (!published)
+        published.error().what +=
+            fmt::format("; its data file {} was made and stays", files.data_file->storage()->name());
+    return published;
 }
 
 }  // namespace

@@ -180,6 +180,23 @@ TEST_F(TargetsTest, DataFilesThatHoldSomethingAreNotEmptied) {
     must_qemu_img({"check", "-q", "new.qcow2"}, directory_.path());
 }
 
+/// Of two files that are made, the second finds no room for its name.
+TEST_F(TargetsTest, ADataFileThatStaysIsTold) {
+    for (const Arguments& command :
+         {Arguments{"create", "-o", "data_file=new.raw", "new.qcow2", "1M"},
+          Arguments{"convert", "-O", "qcow2", "-o", "data_file=new.raw", "top.qcow2", "new.qcow2"}}) {
+        Arguments traced = {"env", "ASAN_OPTIONS=detect_leaks=0",       "strace", "-f", "-o", "trace",
+                            "-e",  "inject=linkat:error=ENOSPC:when=2", QCOW_TOOL};
+        traced.insert(traced.end(), command.begin(), command.end());
+        const auto finished = run(traced, directory_.path());
+        EXPECT_EQ(finished.status, 1) << finished.text();
+        EXPECT_THAT(finished.err, AllOf(HasSubstr("new.qcow2"), HasSubstr("No space"),
+                                        HasSubstr("its data file new.raw was made and stays")));
+        EXPECT_FALSE(files().contains("new.qcow2"));
+        EXPECT_TRUE(std::filesystem::remove(directory_.file("new.raw")));
+    }
+}
+
 TEST_F(TargetsTest, ConvertDoesNotOverwriteWhatItReads) {
     // Without locks, which would notice some of it, too.
     for (const Arguments& unlocked : {Arguments{"convert"}, Arguments{"convert", "-U"}}) {
