@@ -137,12 +137,12 @@ Result<void> parse_extensions(std::span<const std::byte> in, std::size_t limit, 
         const auto type = load_be<std::uint32_t>(in, at);
         const auto length = load_be<std::uint32_t>(in, at + 4);
         const std::size_t end = std::min(limit, in.size());
-        if (at + 8 <= end && static_cast<ExtensionType>(type) == ExtensionType::end) return {};
         if (at + 8 > end || length > end - at - 8) {
             return fail(
                 Errc::corrupt, fmt::format("header extension {:#010x} (byte {})", type, at),
                 fmt::format("its {} bytes reach past the space for extensions, which ends at byte {}", length, end));
         }
+        if (static_cast<ExtensionType>(type) == ExtensionType::end) return {};
         if (count == max_extensions) {
             return fail(Errc::limit_exceeded, fmt::format("header extension {:#010x} (byte {})", type, at),
                         fmt::format("there are more than {} extensions; no program makes so many, so have the image's "

@@ -495,14 +495,14 @@ TEST(HeaderExtensions, NamesHaveLimits) {
 }
 
 TEST(HeaderExtensions, EndWithType0) {
-    const auto h = must(parse(with_extensions({
-        extension(0x11111111, {}),
-        // The end's length does not matter.
-        u32(0),
-        u32(0xffffffff),
-        extension(0x22222222, {}),
-    })));
-    EXPECT_THAT(h.unknown_extensions, SizeIs(1));
+    const auto ended = [](std::uint32_t length) {
+        return parse(with_extensions({extension(0x11111111, {}), u32(0), u32(length), extension(0x22222222, {})}));
+    };
+    // The end begins at byte 120. Its length has no meaning, but QEMU refuses one that the first cluster cannot hold.
+    for (const std::uint32_t length : {0, 100, 65536 - 128})
+        EXPECT_THAT(must(ended(length)).unknown_extensions, SizeIs(1));
+    for (const std::uint32_t length : {65536U - 127, 0xffffffffU})
+        EXPECT_TRUE(fails(ended(length), Errc::corrupt, {"header extension 0x00000000 (byte 120)", "past the space"}));
 }
 
 TEST(HeaderExtensions, EndWhereTheBackingFileNameBegins) {
