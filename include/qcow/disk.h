@@ -35,7 +35,12 @@ struct Extent {
     const Storage* storage = nullptr;  ///< which file `host` is in; lives as long as the disk
 };
 
-/// A fixed number of bytes. All functions may be called from any number of threads at once.
+/// A fixed number of bytes.
+///
+/// The public functions verify the request, call the virtual ones below, and turn memory that runs out into
+/// Errc::no_memory: no exception leaves them.
+///
+/// Thread safety: all functions may be called from any number of threads at once.
 class QCOW_API Disk {
 public:
     Disk() = default;
@@ -50,21 +55,22 @@ public:
     /// for formats that have one.
     [[nodiscard]] virtual std::uint64_t block_size() const = 0;
 
-    /// Fills `to` with the guest's bytes from `at` on. The range must lie within size(): Errc::invalid_argument.
-    /// On any error the contents of `to` are unspecified; other ranges stay readable. A read of no bytes fails where
-    /// none could succeed, as of an encrypted disk: zeros and holes are told by extent() there, too.
-    virtual Result<void> read(GuestOffset at, std::span<std::byte> to) = 0;
+    /// Fills `to` with the guest's bytes from `at` on. Errors: Errc::invalid_argument where the range does not lie
+    /// within size(). On any error the contents of `to` are unspecified; other ranges stay readable. A read of no bytes
+    /// fails where none could succeed, as of an encrypted disk: zeros and holes are told by extent() there, too.
+    Result<void> read(GuestOffset at, std::span<std::byte> to);
 
-    /// The run of alike bytes that begins at `at` (< size()), at most `limit` bytes (> 0). It may end earlier than the
-    /// bytes cease to be alike: extents that come in pieces are merged by each_extent.
-    virtual Result<Extent> extent(GuestOffset at, std::uint64_t limit) = 0;
+    /// Returns the run of alike bytes that begins at `at` (< size()), at most `limit` bytes (> 0). It may end earlier
+    /// than the bytes cease to be alike: extents that come in pieces are merged by each_extent.
+    Result<Extent> extent(GuestOffset at, std::uint64_t limit);
 
-    // The verbs that change the disk, Errc::read_only where it is not open for writing. What requests that overlap and
-    // are in flight at once leave in the sectors that they share is one of the values written.
+    // The verbs that change the disk. Errors: Errc::read_only where it is not open for writing, invalid_argument where
+    // the range does not lie within size(). What requests that overlap and are in flight at once leave in the sectors
+    // that they share is one of the values written.
 
-    /// Writes all of `from` at `at`. The range must lie within size(): Errc::invalid_argument. On an error each sector
-    /// of the range holds what it held before or what was to be written.
-    virtual Result<void> write(GuestOffset at, std::span<const std::byte> from);
+    /// Writes all of `from` at `at`. On an error each sector of the range holds what it held before or what was to be
+    /// written.
+    Result<void> write(GuestOffset at, std::span<const std::byte> from);
 
     /// What becomes of the storage of bytes that are made zeros.
     enum class Zeroes : std::uint8_t {
@@ -74,19 +80,39 @@ public:
 
     /// Makes the range read as zeros, whatever lies below: qcow2 images of version 3 record them where nothing was
     /// stored, too, which takes a table of one cluster for so many bytes as one maps (512 MiB with clusters of 64 KiB).
-    virtual Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes = Zeroes::release);
+    Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes = Zeroes::release);
 
     /// Says that the contents of the range are no longer needed. Whole blocks (see block_size()) give up their storage
     /// and read as zeros, other bytes stay as they are; all of them stay where the format or the options exclude it.
-    virtual Result<void> discard(GuestOffset at, std::uint64_t length);
+    Result<void> discard(GuestOffset at, std::uint64_t length);
 
     /// Lets the kernel copy or share `length` bytes of `source` to `at` without passing them through the process.
     /// Returns the bytes done, from the front; 0 where that is impossible. See Storage::copy_from.
-    virtual Result<std::uint64_t> copy_from(GuestOffset at, const Storage& source, HostOffset from,
-                                            std::uint64_t length);
+    Result<std::uint64_t> copy_from(GuestOffset at, const Storage& source, HostOffset from, std::uint64_t length);
 
     /// When it returns, every write that completed before it began survives power loss.
-    virtual Result<void> flush();
+    Result<void> flush();
+
+protected:
+    // What a disk does. Ranges lie within it, and limits do not reach past its end. Memory may run out
+    // (std::bad_alloc).
+
+    virtual Result<void> do_read(GuestOffset at, std::span<std::byte> to) = 0;
+    virtual Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) = 0;
+
+    /// Errors: Errc::read_only, the default. The following are called only after it succeeded.
+    [[nodiscard]] virtual Result<void> verify_writable() const;
+    virtual Result<void> do_write(GuestOffset at, std::span<const std::byte> from);
+    virtual Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes);
+    virtual Result<void> do_discard(GuestOffset at, std::uint64_t length);
+    virtual Result<std::uint64_t> do_copy_from(GuestOffset at, const Storage& source, HostOffset from,
+                                               std::uint64_t length);
+
+    virtual Result<void> do_flush();
+
+private:
+    template <class Work>
+    auto change(GuestOffset at, std::uint64_t length, Work&& work) -> decltype(work());
 };
 
 /// Visits the extents of [begin, begin + length) in guest order, merged as far as they are alike: same kind, layer and

@@ -205,7 +205,7 @@ constexpr std::uint64_t rounded_size(std::uint64_t bytes) {
     return part == 0 || bytes > std::uint64_t{1} << 63 ? bytes : bytes - part + sector_bytes;
 }
 
-/// An opened image. Thread-safe as every Disk is.
+/// An opened image. Thread safety: that of every Disk, where a function does not say otherwise.
 class QCOW_API Image : public Disk {
 public:
     [[nodiscard]] virtual Format format() const = 0;
@@ -213,32 +213,32 @@ public:
     /// The names of the files that this layer lies in, as they were opened: the image, and its data file if it has one.
     [[nodiscard]] virtual std::vector<std::string> files() const = 0;
 
-    /// Everything that can be said without a walk.
-    [[nodiscard]] virtual Result<ImageInfo> info() const = 0;
-
     /// The layer below; nothing where there is none or it was not followed.
     [[nodiscard]] virtual std::shared_ptr<Image> backing() const { return nullptr; }
 
+    /// Everything that can be said without a walk.
+    [[nodiscard]] Result<ImageInfo> info() const;
+
     /// An internal snapshot, found by id, else by name, as a read-only disk of its own that keeps the image open.
-    virtual Result<std::shared_ptr<Disk>> snapshot(std::string_view id_or_name);
+    Result<std::shared_ptr<Disk>> snapshot(std::string_view id_or_name);
 
     /// Visits what a persistent bitmap says of [begin, begin + length), in guest order: dirty and clean runs by turns.
     /// Of an image that is open for writing they include every request that completed before the call; a request in
-    /// flight may be included or not. Stops at the first error, of the image or of `visit`. Errc::not_found: no such
-    /// bitmap; corrupt: it is in_use, so that its bits cannot be trusted, or damaged; unsupported: it has extra data
-    /// that have to be understood; invalid_argument: the range does not lie within the disk.
-    virtual Result<void> each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
-                                    const std::function<Result<void>(const DirtyRun&)>& visit);
+    /// flight may be included or not. Stops at the first error, of the image or of `visit`. Errors: Errc::not_found: no
+    /// such bitmap; corrupt: it is in_use, so that its bits cannot be trusted, or damaged; unsupported: it has extra
+    /// data that have to be understood; invalid_argument: the range does not lie within the disk.
+    Result<void> each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
+                            const std::function<Result<void>(const DirtyRun&)>& visit);
 
-    /// Verifies the metadata of this image, not of its backing files. Errc::unsupported for formats that have none.
-    /// The image must not be written meanwhile.
-    virtual Result<CheckReport> check(const CheckOptions& options);
+    /// Verifies the metadata of this image, not of its backing files. Errors: Errc::unsupported for formats that have
+    /// none. The image must not be written meanwhile.
+    Result<CheckReport> check(const CheckOptions& options);
 
     /// Writes whole clusters in compressed form: `at` is a multiple of block_size(), and so is the end of the range,
-    /// unless it is the end of the disk. What does not become smaller is stored as it is. Errc::unsupported for formats
-    /// that have no compression. `level`: see ConvertOptions.
-    virtual Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from,
-                                          std::optional<int> level = std::nullopt);
+    /// unless it is the end of the disk. What does not become smaller is stored as it is. Errors: Errc::unsupported for
+    /// formats that have no compression. `level`: see ConvertOptions.
+    Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from,
+                                  std::optional<int> level = std::nullopt);
 
     enum class Shrink : bool { refuse, allow };
 
@@ -247,12 +247,25 @@ public:
     /// be in flight. On an error size() tells which of both the image has. Bitmaps become of the new size, new bits
     /// clean; those that would no longer fit into memory, or are damaged, become in_use. What a smaller disk leaves at
     /// the end of the file is cut off by close().
-    virtual Result<void> resize(std::uint64_t size, Shrink shrink = Shrink::refuse);
+    Result<void> resize(std::uint64_t size, Shrink shrink = Shrink::refuse);
 
     /// Flushes, and leaves the file as if there had been no writer: everything that was only reserved is given back. No
     /// other request may be in flight; afterwards the image can be read, and no longer written. Without it the
     /// destructor does the same, but nobody learns of errors.
-    virtual Result<void> close();
+    Result<void> close();
+
+protected:
+    // What an image does: see Disk.
+
+    [[nodiscard]] virtual Result<ImageInfo> do_info() const = 0;
+    virtual Result<std::shared_ptr<Disk>> do_snapshot(std::string_view id_or_name);
+    virtual Result<void> do_each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
+                                       const std::function<Result<void>(const DirtyRun&)>& visit);
+    virtual Result<CheckReport> do_check(const CheckOptions& options);
+    virtual Result<void> do_write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level);
+    /// `size` is another one than that of the disk, and rounded.
+    virtual Result<void> do_resize(std::uint64_t size);
+    virtual Result<void> do_close();
 };
 
 /// Opens an image, and the chain below it as far as `options` allow. Memory is bounded by the cache budget and the

@@ -29,8 +29,8 @@ public:
     }
     [[nodiscard]] std::uint64_t block_size() const override { return block_size_; }
 
-    Result<void> read(GuestOffset at, std::span<std::byte> to) override {
-        TRY_VOID(verify_range(*this, at, to.size()));
+protected:
+    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
         if (to.empty()) {
             for (const auto& part : parts_) TRY_VOID(part.disk->read({0}, {}));
         }
@@ -50,8 +50,7 @@ public:
         return {};
     }
 
-    Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
-        TRY_VOID(verify_range(*this, at, 1));
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
         const auto& part = part_at(at);
         const std::uint64_t inside = at.value - part.start;
         const std::uint64_t stored = part.disk->size();

@@ -4,8 +4,8 @@
 #include <optional>
 
 #include "base/try.h"
+#include "base/within_memory.h"
 #include "disk/range.h"
-#include "qcow/image.h"
 
 namespace qcow {
 namespace {
@@ -21,31 +21,55 @@ bool continues(const Extent& extent, const Extent& next) {
 
 }  // namespace
 
-Result<void> Disk::write(GuestOffset, std::span<const std::byte>) { return read_only(); }
-Result<void> Disk::write_zeroes(GuestOffset, std::uint64_t, Zeroes) { return read_only(); }
-Result<void> Disk::discard(GuestOffset, std::uint64_t) { return read_only(); }
-Result<std::uint64_t> Disk::copy_from(GuestOffset, const Storage&, HostOffset, std::uint64_t) { return 0; }
-Result<void> Disk::flush() { return {}; }
-
-Result<std::shared_ptr<Disk>> Image::snapshot(std::string_view) {
-    return fail(Errc::not_found, "", "the format has no internal snapshots");
+Result<void> Disk::read(GuestOffset at, std::span<std::byte> to) {
+    return within_memory([&]() -> Result<void> {
+        TRY_VOID(verify_range(*this, at, to.size()));
+        return do_read(at, to);
+    });
 }
 
-Result<void> Image::each_dirty(std::string_view, GuestOffset, std::uint64_t,
-                               const std::function<Result<void>(const DirtyRun&)>&) {
-    return fail(Errc::not_found, "", "the format has no bitmaps");
+Result<Extent> Disk::extent(GuestOffset at, std::uint64_t limit) {
+    return within_memory([&]() -> Result<Extent> {
+        TRY_VOID(verify_range(*this, at, 1));
+        return do_extent(at, std::min(limit, size() - at.value));
+    });
 }
 
-Result<void> Image::write_compressed(GuestOffset, std::span<const std::byte>, std::optional<int>) {
-    return fail(Errc::unsupported, "", "the format has no compressed clusters");
+template <class Work>
+auto Disk::change(GuestOffset at, std::uint64_t length, Work&& work) -> decltype(work()) {
+    return within_memory([&]() -> decltype(work()) {
+        TRY_VOID(verify_writable());
+        TRY_VOID(verify_range(*this, at, length));
+        return work();
+    });
 }
 
-Result<void> Image::resize(std::uint64_t, Shrink) { return read_only(); }
-Result<void> Image::close() { return flush(); }
-
-Result<CheckReport> Image::check(const CheckOptions&) {
-    return fail(Errc::unsupported, "", "the format has no metadata that could be checked");
+Result<void> Disk::write(GuestOffset at, std::span<const std::byte> from) {
+    return change(at, from.size(), [&] { return do_write(at, from); });
 }
+
+Result<void> Disk::write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) {
+    return change(at, length, [&] { return do_write_zeroes(at, length, zeroes); });
+}
+
+Result<void> Disk::discard(GuestOffset at, std::uint64_t length) {
+    return change(at, length, [&] { return do_discard(at, length); });
+}
+
+Result<std::uint64_t> Disk::copy_from(GuestOffset at, const Storage& source, HostOffset from, std::uint64_t length) {
+    return change(at, length, [&] { return do_copy_from(at, source, from, length); });
+}
+
+Result<void> Disk::flush() {
+    return within_memory([&] { return do_flush(); });
+}
+
+Result<void> Disk::verify_writable() const { return read_only(); }
+Result<void> Disk::do_write(GuestOffset, std::span<const std::byte>) { return read_only(); }
+Result<void> Disk::do_write_zeroes(GuestOffset, std::uint64_t, Zeroes) { return read_only(); }
+Result<void> Disk::do_discard(GuestOffset, std::uint64_t) { return read_only(); }
+Result<std::uint64_t> Disk::do_copy_from(GuestOffset, const Storage&, HostOffset, std::uint64_t) { return 0; }
+Result<void> Disk::do_flush() { return {}; }
 
 Result<void> verify_range(const Disk& disk, GuestOffset at, std::uint64_t length) {
     if (lies_within(at.value, length, disk.size())) return {};

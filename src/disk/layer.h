@@ -2,6 +2,7 @@
 // One image of a chain: what it holds itself, and what it leaves to the layers below.
 
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "qcow/image.h"
@@ -29,6 +30,33 @@ public:
 
     /// The backing file, which is asked for the rest; null where the format has none.
     [[nodiscard]] virtual const BackingFile* backing_file() const { return nullptr; }
+
+protected:
+    // Writing. How an image behaves that is open for writing is the same for every format, and is seen to here.
+
+    /// From now on the image is written with these options; nothing: it is not written any more. No request may be in
+    /// flight.
+    void write_with(std::optional<WriteOptions> options) { write_ = options; }
+    [[nodiscard]] const std::optional<WriteOptions>& write_options() const { return write_; }
+
+    virtual Result<void> write_data(GuestOffset at, std::span<const std::byte> from);
+    virtual Result<void> zero(GuestOffset at, std::uint64_t length, Zeroes zeroes);
+    /// Whole blocks, or up to the end of the disk.
+    virtual Result<void> drop(GuestOffset at, std::uint64_t length);
+    virtual Result<void> write_compressed_data(GuestOffset at, std::span<const std::byte> from,
+                                               std::optional<int> level);
+
+    [[nodiscard]] Result<void> verify_writable() const final;
+    Result<void> do_write(GuestOffset at, std::span<const std::byte> from) final;
+    Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) final;
+    Result<void> do_discard(GuestOffset at, std::uint64_t length) final;
+    Result<void> do_write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level) final;
+
+private:
+    Result<void> write_detecting_zeroes(GuestOffset at, std::span<const std::byte> from);
+    Result<void> finish(Result<void> changed);
+
+    std::optional<WriteOptions> write_;
 };
 
 }  // namespace qcow

@@ -6,7 +6,6 @@
 #include <array>
 #include <cstring>
 
-#include "base/within_memory.h"
 #include "codec/codec.h"
 #include "disk/backing_file.h"
 #include "disk/compressed.h"
@@ -49,21 +48,6 @@ public:
                     "can be examined");
     }
 
-    Result<void> read(GuestOffset at, std::span<std::byte> to) override {
-        return within_memory([&]() -> Result<void> {
-            TRY_VOID(verify_range(*this, at, to.size()));
-            TRY_VOID(verify_readable());
-            if (to.empty()) return backing_.verify_readable();
-            while (!to.empty()) {
-                const auto part = TRY(read_part(at, to));
-                if (!part.held) TRY_VOID(backing_.read(at, to.first(part.length)));
-                at += part.length;
-                to = to.subspan(part.length);
-            }
-            return {};
-        });
-    }
-
     Result<Part> read_part(GuestOffset at, std::span<std::byte> to) const override {
         TRY_VOID(verify_readable());
         const auto mapped = TRY(lookup(at, to.size()));
@@ -78,14 +62,6 @@ public:
         auto done = read_compressed(*file_, range, codec::inflate, header_.cluster_size(), skip, to.first(length));
         if (!done) return unreadable(std::move(done).error(), at, length);
         return Part{length};
-    }
-
-    Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
-        return within_memory([&]() -> Result<Extent> {
-            TRY_VOID(verify_range(*this, at, 1));
-            const auto extent = TRY(own_extent(at, std::min(limit, header_.size - at.value)));
-            return extent.kind == Extent::Kind::unallocated ? backing_.extent(at, extent.length) : extent;
-        });
     }
 
     [[nodiscard]] Result<Extent> own_extent(GuestOffset at, std::uint64_t limit) const override {
@@ -105,25 +81,41 @@ public:
 
     [[nodiscard]] std::vector<std::string> files() const override { return {file_->name()}; }
 
-    [[nodiscard]] Result<ImageInfo> info() const override {
-        return within_memory([&]() -> Result<ImageInfo> {
-            ImageInfo info;
-            info.filename = file_->name();
-            info.format = Format::qcow;
-            info.virtual_size = header_.size;
-            info.file_size = TRY(file_->size());
-            info.disk_size = TRY(file_->allocated());
-            info.version = 1;
-            info.cluster_size = header_.cluster_size();
-            info.compression = "zlib";
-            if (header_.encrypted) info.encryption = EncryptionInfo{"aes", "aes-cbc-plain64", "", 128, 0, {}};
-            if (!backing_name_.empty()) {
-                info.backing = ReferenceInfo{backing_name_, "", ""};
-                if (const auto parsed = format::parse_file_name(backing_name_))
-                    info.backing->path = format::resolve(parsed->path, file_->name());
-            }
-            return info;
-        });
+protected:
+    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
+        TRY_VOID(verify_readable());
+        if (to.empty()) return backing_.verify_readable();
+        while (!to.empty()) {
+            const auto part = TRY(read_part(at, to));
+            if (!part.held) TRY_VOID(backing_.read(at, to.first(part.length)));
+            at += part.length;
+            to = to.subspan(part.length);
+        }
+        return {};
+    }
+
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
+        const auto extent = TRY(own_extent(at, limit));
+        return extent.kind == Extent::Kind::unallocated ? backing_.extent(at, extent.length) : extent;
+    }
+
+    [[nodiscard]] Result<ImageInfo> do_info() const override {
+        ImageInfo info;
+        info.filename = file_->name();
+        info.format = Format::qcow;
+        info.virtual_size = header_.size;
+        info.file_size = TRY(file_->size());
+        info.disk_size = TRY(file_->allocated());
+        info.version = 1;
+        info.cluster_size = header_.cluster_size();
+        info.compression = "zlib";
+        if (header_.encrypted) info.encryption = EncryptionInfo{"aes", "aes-cbc-plain64", "", 128, 0, {}};
+        if (!backing_name_.empty()) {
+            info.backing = ReferenceInfo{backing_name_, "", ""};
+            if (const auto parsed = format::parse_file_name(backing_name_))
+                info.backing->path = format::resolve(parsed->path, file_->name());
+        }
+        return info;
     }
 
 private:

@@ -8,7 +8,6 @@
 #include <mutex>
 #include <shared_mutex>
 
-#include "base/within_memory.h"
 #include "disk/range.h"
 #include "format/file_name.h"
 #include "format/luks.h"
@@ -34,19 +33,9 @@ public:
     [[nodiscard]] std::uint64_t size() const override { return size_; }
     [[nodiscard]] std::uint64_t block_size() const override { return block_size_; }
 
-    Result<void> read(GuestOffset at, std::span<std::byte> to) override {
-        return within_memory([&]() -> Result<void> {
-            TRY_VOID(verify_range(*this, at, to.size()));
-            return view_.read(at, to);
-        });
-    }
-
-    Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
-        return within_memory([&]() -> Result<Extent> {
-            TRY_VOID(verify_range(*this, at, 1));
-            return view_.extent(at, std::min(limit, size_ - at.value));
-        });
-    }
+protected:
+    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override { return view_.read(at, to); }
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override { return view_.extent(at, limit); }
 
 private:
     View view_;
@@ -83,7 +72,7 @@ public:
         auto writer = std::make_unique<Writer>(parts_, active_, options);
         TRY_VOID(writer->open());
         writer_ = std::move(writer);
-        options_ = options;
+        write_with(options);
         return {};
     }
 
@@ -100,199 +89,149 @@ public:
         return active_.own_extent(at, limit);
     }
 
-    Result<void> read(GuestOffset at, std::span<std::byte> to) override {
-        return within_memory([&]() -> Result<void> {
-            TRY_VOID(verify_range(*this, at, to.size()));
-            if (!writer_) return active_.read(at, to);
-            const Epochs::Guard guard(writer_->epochs());
-            return active_.read(at, to);
-        });
-    }
-
-    Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
-        return within_memory([&]() -> Result<Extent> {
-            TRY_VOID(verify_range(*this, at, 1));
-            if (!writer_) return active_.extent(at, std::min(limit, size() - at.value));
-            const Epochs::Guard guard(writer_->epochs());
-            return active_.extent(at, std::min(limit, size() - at.value));
-        });
-    }
-
-    Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
-        TRY_VOID(verify_request(at, from.size()));
-        if (options_.detect_zeroes == DetectZeroes::off) return writer_->write(at, from);
-        return write_detecting_zeroes(at, from);
-    }
-
-    Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
-        TRY_VOID(verify_request(at, length));
-        return writer_->write_zeroes(at, length, zeroes);
-    }
-
-    Result<void> discard(GuestOffset at, std::uint64_t length) override {
-        TRY_VOID(verify_request(at, length));
-        return writer_->discard(at, length);
-    }
-
-    Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level) override {
-        TRY_VOID(verify_request(at, from.size()));
-        return writer_->write_compressed(at, from, level);
-    }
-
-    Result<void> flush() override {
-        return within_memory([&] { return writer_ ? writer_->flush() : Result<void>(); });
-    }
-
-    Result<void> resize(std::uint64_t size, Shrink shrink) override {
-        return within_memory([&]() -> Result<void> {
-            TRY_VOID(verify_request({0}, 0));
-            size = rounded_size(size);
-            if (size < this->size() && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
-            const std::unique_lock lock(bitmaps_mutex_);
-            auto resized = writer_->resize(size);
-            bitmaps_.forget();
-            return resized;
-        });
-    }
-
-    Result<void> close() override {
-        if (!writer_) return {};
-        auto settled = writer_->settle();
-        if (settled) settled = writer_->cut_file();
-        writer_.reset();
-        bitmaps_.forget();
-        return settled;
-    }
-
-    Result<std::shared_ptr<Disk>> snapshot(std::string_view id_or_name) override {
-        return within_memory([&]() -> Result<std::shared_ptr<Disk>> {
-            const auto table = TRY(read_snapshots(metadata_));
-            auto found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.id == id_or_name; });
-            if (found == table.entries.end())
-                found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.name == id_or_name; });
-            if (found == table.entries.end()) {
-                return fail(
-                    Errc::not_found, metadata_.file().name(),
-                    fmt::format("there is no snapshot \"{}\"; snapshot --list shows those that there are", id_or_name));
-            }
-            TRY_VOID(verify_snapshot_l1(metadata_, *found));
-            return std::make_shared<SnapshotDisk>(parts_, *found);
-        });
-    }
-
-    Result<void> each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
-                            const std::function<Result<void>(const DirtyRun&)>& visit) override {
-        return within_memory([&]() -> Result<void> {
-            const std::shared_lock lock(bitmaps_mutex_);
-            TRY_VOID(verify_range(*this, begin, length));
-            const auto* found = TRY(bitmaps_.find(bitmap));
-            const auto* recorded = writer_ ? writer_->bitmaps().recorded(found->index) : nullptr;
-            const bool forgotten = writer_ && writer_->bitmaps().forgotten(found->index);
-            if (forgotten || (found->entry.info.in_use && recorded == nullptr)) {
-                return fail(
-                    Errc::corrupt, metadata_.file().name(),
-                    fmt::format("bitmap \"{}\" is in use: a writer did not save it, so its bits cannot be trusted; "
-                                "remove it and make a new one",
-                                printable(bitmap)));
-            }
-            TRY_VOID(verify_bitmap(metadata_, found->entry));
-            return each_dirty_run(metadata_, found->entry, recorded, begin, length, visit);
-        });
-    }
-
-    Result<CheckReport> check(const CheckOptions& options) override {
-        return within_memory([&]() -> Result<CheckReport> {
-            if (writer_) TRY_VOID(writer_->settle());
-            return check_image(metadata_, parts_->data.storage(), options);
-        });
-    }
-
     [[nodiscard]] std::vector<std::string> files() const override {
         std::vector<std::string> names = {metadata_.file().name()};
         if (parts_->data.is_external() && parts_->data.is_open()) names.push_back(parts_->data.storage()->name());
         return names;
     }
 
-    [[nodiscard]] Result<ImageInfo> info() const override {
-        return within_memory([&]() -> Result<ImageInfo> {
-            const auto& header = metadata_.header();
-            const auto state = metadata_.state();
-            ImageInfo info;
-            info.filename = metadata_.file().name();
-            info.format = Format::qcow2;
-            info.virtual_size = state.size;
-            info.file_size = TRY(metadata_.file().size());
-            info.disk_size = TRY(metadata_.file().allocated());
-            info.version = header.version;
-            info.cluster_size = header.cluster_size();
-            info.compression = header.compression == Compression::zstd ? "zstd" : "zlib";
-            info.refcount_bits = 1U << header.refcount_order;
-            info.dirty = state.has(format::incompatible::dirty);
-            info.corrupt = state.has(format::incompatible::corrupt);
-            info.lazy_refcounts = (state.compatible & format::compatible::lazy_refcounts) != 0;
-            info.extended_l2 = metadata_.geometry().extended_l2;
-            info.features = format::features_of(header, state);
-            if (!header.backing_name.empty())
-                info.backing = reference_info(FileReference::Role::backing_file, header.backing_name,
-                                              header.backing_format, metadata_);
-            if (metadata_.rules().external_data)
-                info.data_file = reference_info(FileReference::Role::data_file, header.data_file_name.value_or(""),
-                                                "raw", metadata_);
-            info.data_file_raw =
-                metadata_.rules().external_data && (state.autoclear & format::autoclear::raw_external_data) != 0;
-            if (header.crypt != format::Crypt::none) {
-                info.encryption.emplace();
-                info.encryption->method = header.crypt == format::Crypt::luks ? "luks" : "aes";
-                if (auto encryption = encryption_info(metadata_)) {
-                    info.encryption = *std::move(encryption);
-                } else {
-                    info.encryption_error = std::move(encryption).error();
-                }
-            }
-            if (auto table = read_snapshots(metadata_)) {
-                for (auto& snapshot : table->entries) info.snapshots.push_back(std::move(snapshot.info));
+protected:
+    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
+        if (!writer_) return active_.read(at, to);
+        const Epochs::Guard guard(writer_->epochs());
+        return active_.read(at, to);
+    }
+
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
+        if (!writer_) return active_.extent(at, limit);
+        const Epochs::Guard guard(writer_->epochs());
+        return active_.extent(at, limit);
+    }
+
+    Result<void> write_data(GuestOffset at, std::span<const std::byte> from) override {
+        return writer_->write(at, from);
+    }
+    Result<void> zero(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
+        return writer_->write_zeroes(at, length, zeroes);
+    }
+    Result<void> drop(GuestOffset at, std::uint64_t length) override { return writer_->discard(at, length); }
+    Result<void> write_compressed_data(GuestOffset at, std::span<const std::byte> from,
+                                       std::optional<int> level) override {
+        return writer_->write_compressed(at, from, level);
+    }
+
+    Result<void> do_flush() override { return writer_ ? writer_->flush() : Result<void>(); }
+
+    Result<void> do_resize(std::uint64_t size) override {
+        const std::unique_lock lock(bitmaps_mutex_);
+        auto resized = writer_->resize(size);
+        bitmaps_.forget();
+        return resized;
+    }
+
+    Result<void> do_close() override {
+        if (!writer_) return {};
+        auto settled = writer_->settle();
+        if (settled) settled = writer_->cut_file();
+        write_with({});
+        writer_.reset();
+        bitmaps_.forget();
+        return settled;
+    }
+
+    Result<std::shared_ptr<Disk>> do_snapshot(std::string_view id_or_name) override {
+        const auto table = TRY(read_snapshots(metadata_));
+        auto found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.id == id_or_name; });
+        if (found == table.entries.end())
+            found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.name == id_or_name; });
+        if (found == table.entries.end()) {
+            return fail(
+                Errc::not_found, metadata_.file().name(),
+                fmt::format("there is no snapshot \"{}\"; snapshot --list shows those that there are", id_or_name));
+        }
+        TRY_VOID(verify_snapshot_l1(metadata_, *found));
+        return std::make_shared<SnapshotDisk>(parts_, *found);
+    }
+
+    Result<void> do_each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
+                               const std::function<Result<void>(const DirtyRun&)>& visit) override {
+        const std::shared_lock lock(bitmaps_mutex_);
+        TRY_VOID(verify_range(*this, begin, length));
+        const auto* found = TRY(bitmaps_.find(bitmap));
+        const auto* recorded = writer_ ? writer_->bitmaps().recorded(found->index) : nullptr;
+        const bool forgotten = writer_ && writer_->bitmaps().forgotten(found->index);
+        if (forgotten || (found->entry.info.in_use && recorded == nullptr)) {
+            return fail(Errc::corrupt, metadata_.file().name(),
+                        fmt::format("bitmap \"{}\" is in use: a writer did not save it, so its bits cannot be trusted; "
+                                    "remove it and make a new one",
+                                    printable(bitmap)));
+        }
+        TRY_VOID(verify_bitmap(metadata_, found->entry));
+        return each_dirty_run(metadata_, found->entry, recorded, begin, length, visit);
+    }
+
+    Result<CheckReport> do_check(const CheckOptions& options) override {
+        if (writer_) TRY_VOID(writer_->settle());
+        return check_image(metadata_, parts_->data.storage(), options);
+    }
+
+    [[nodiscard]] Result<ImageInfo> do_info() const override {
+        const auto& header = metadata_.header();
+        const auto state = metadata_.state();
+        ImageInfo info;
+        info.filename = metadata_.file().name();
+        info.format = Format::qcow2;
+        info.virtual_size = state.size;
+        info.file_size = TRY(metadata_.file().size());
+        info.disk_size = TRY(metadata_.file().allocated());
+        info.version = header.version;
+        info.cluster_size = header.cluster_size();
+        info.compression = header.compression == Compression::zstd ? "zstd" : "zlib";
+        info.refcount_bits = 1U << header.refcount_order;
+        info.dirty = state.has(format::incompatible::dirty);
+        info.corrupt = state.has(format::incompatible::corrupt);
+        info.lazy_refcounts = (state.compatible & format::compatible::lazy_refcounts) != 0;
+        info.extended_l2 = metadata_.geometry().extended_l2;
+        info.features = format::features_of(header, state);
+        if (!header.backing_name.empty())
+            info.backing = reference_info(FileReference::Role::backing_file, header.backing_name, header.backing_format,
+                                          metadata_);
+        if (metadata_.rules().external_data)
+            info.data_file =
+                reference_info(FileReference::Role::data_file, header.data_file_name.value_or(""), "raw", metadata_);
+        info.data_file_raw =
+            metadata_.rules().external_data && (state.autoclear & format::autoclear::raw_external_data) != 0;
+        if (header.crypt != format::Crypt::none) {
+            info.encryption.emplace();
+            info.encryption->method = header.crypt == format::Crypt::luks ? "luks" : "aes";
+            if (auto encryption = encryption_info(metadata_)) {
+                info.encryption = *std::move(encryption);
             } else {
-                info.snapshots_error = std::move(table).error();
+                info.encryption_error = std::move(encryption).error();
             }
-            if (auto bitmaps = read_bitmaps(metadata_)) {
-                for (auto& bitmap : *bitmaps) info.bitmaps.push_back(std::move(bitmap.info));
-            } else {
-                info.bitmaps_error = std::move(bitmaps).error();
-            }
-            info.bitmaps_stale = header.bitmaps && !header.bitmaps_consistent(state);
-            for (const auto& extension : header.unknown_extensions)
-                info.unknown_extensions.push_back({extension.type, extension.bytes});
-            return info;
-        });
+        }
+        if (auto table = read_snapshots(metadata_)) {
+            for (auto& snapshot : table->entries) info.snapshots.push_back(std::move(snapshot.info));
+        } else {
+            info.snapshots_error = std::move(table).error();
+        }
+        if (auto bitmaps = read_bitmaps(metadata_)) {
+            for (auto& bitmap : *bitmaps) info.bitmaps.push_back(std::move(bitmap.info));
+        } else {
+            info.bitmaps_error = std::move(bitmaps).error();
+        }
+        info.bitmaps_stale = header.bitmaps && !header.bitmaps_consistent(state);
+        for (const auto& extension : header.unknown_extensions)
+            info.unknown_extensions.push_back({extension.type, extension.bytes});
+        return info;
     }
 
 private:
-    Result<void> verify_request(GuestOffset at, std::uint64_t length) {
-        return within_memory([&]() -> Result<void> {
-            if (!writer_) return fail(Errc::read_only, metadata_.file().name(), "opened for reading only");
-            return verify_range(*this, at, length);
-        });
-    }
-
-    /// Cluster by cluster, where each is zeros or is not.
-    Result<void> write_detecting_zeroes(GuestOffset at, std::span<const std::byte> from) {
-        const auto zeroes = options_.detect_zeroes == DetectZeroes::on ? Zeroes::keep : Zeroes::release;
-        while (!from.empty()) {
-            const std::uint64_t left = block_size() - metadata_.geometry().offset_in_cluster(at.value);
-            const auto part = from.first(std::min<std::uint64_t>(left, from.size()));
-            TRY_VOID(is_zero(part) ? writer_->write_zeroes(at, part.size(), zeroes) : writer_->write(at, part));
-            at += part.size();
-            from = from.subspan(part.size());
-        }
-        return {};
-    }
-
     std::shared_ptr<ImageParts> parts_;
     Metadata& metadata_;
     View active_;
     std::shared_mutex bitmaps_mutex_;  // held alone while their size changes
     KnownBitmaps bitmaps_;
-    WriteOptions options_;
     std::unique_ptr<Writer> writer_;  // null: read-only
 };
 

@@ -14,7 +14,7 @@ constexpr std::uint64_t zero_piece_bytes = 1 * GiB;  // at least, after which wh
 Writer::Writer(std::shared_ptr<ImageParts> parts, View& active, const WriteOptions& options)
     : parts_(std::move(parts)),
       active_(active),
-      options_(options),
+      verifies_refcounts_(options.verify_refcounts),
       metadata_(parts_->metadata, parts_->data.to_flush(), options),
       bitmaps_(metadata_),
       mapping_(metadata_, active.mapping()),
@@ -44,7 +44,7 @@ Result<void> Writer::open() {
         TRY_VOID(begin_first());
         return metadata_.rebuild_refcounts();
     }
-    return options_.verify_refcounts ? metadata_.verify_refcounts() : Result<void>();
+    return verifies_refcounts_ ? metadata_.verify_refcounts() : Result<void>();
 }
 
 /// A request that changes the image.
@@ -77,16 +77,11 @@ Result<void> Writer::begin_first() {
     return {};
 }
 
-/// Comes after every change, when nothing is held any more.
-Result<void> Writer::end() {
-    return options_.cache == CacheMode::writethrough ? metadata_.flush() : metadata_.flush_if_full();
-}
-
 Result<void> Writer::write(GuestOffset at, std::span<const std::byte> from) {
     return request([&]() -> Result<void> {
         TRY_VOID(begin(at, from.size()));
         TRY_VOID(writes_.write(at, from));
-        return end();
+        return metadata_.flush_if_full();
     });
 }
 
@@ -94,14 +89,7 @@ Result<void> Writer::write_zeroes(GuestOffset at, std::uint64_t length, Disk::Ze
     return zero(at, length, zeroes == Disk::Zeroes::keep ? Zeroing::Mode::keep : Zeroing::Mode::release);
 }
 
-Result<void> Writer::discard(GuestOffset at, std::uint64_t length) {
-    if (!options_.discard) return {};
-    const std::uint64_t size = parts_->metadata.disk_size();
-    const std::uint64_t cluster_size = parts_->metadata.cluster_size();
-    const GuestOffset first{divide_up(at.value, cluster_size) * cluster_size};
-    const GuestOffset last{at.value + length == size ? size : align_down(at.value + length, cluster_size)};
-    return first < last ? zero(first, last - first, Zeroing::Mode::discard) : Result<void>();
-}
+Result<void> Writer::discard(GuestOffset at, std::uint64_t length) { return zero(at, length, Zeroing::Mode::discard); }
 
 /// In pieces, since a scattered disk drops as many runs as it has clusters.
 Result<void> Writer::zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mode) {
@@ -115,7 +103,7 @@ Result<void> Writer::zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mo
             at += part;
             length -= part;
         }
-        return end();
+        return {};
     });
 }
 
@@ -126,14 +114,13 @@ Result<void> Writer::write_compressed(GuestOffset at, std::span<const std::byte>
     return request([&]() -> Result<void> {
         TRY_VOID(begin(at, from.size()));
         TRY_VOID(compressed_.write(at, from, *compressor));
-        return end();
+        return metadata_.flush_if_full();
     });
 }
 
 Result<void> Writer::resize(std::uint64_t size) {
     const std::lock_guard lock(resize_mutex_);
     TRY_VOID(resizing_.verify(size));
-    if (size == parts_->metadata.disk_size()) return {};
     return request([&]() -> Result<void> {
         TRY_VOID(begin({0}, 0));
         return resizing_.resize(size);

@@ -14,7 +14,7 @@
 namespace qcow::qcow2 {
 
 /// Performs the requests of a guest. It marks the image before the first one, records what they change in the bitmaps,
-/// and flushes where the options say so. How data and entries change is up to CopyOnWrite, Zeroing, CompressedWrites
+/// and flushes where much was dropped. How data and entries change is up to CopyOnWrite, Zeroing, CompressedWrites
 /// and Resizing.
 ///
 /// Thread safety: functions may be called from any number of threads, where they do not say otherwise.
@@ -30,7 +30,7 @@ public:
     /// Reads what writing needs. Errors: Errc::corrupt, unsupported, encrypted: why the image cannot be written.
     Result<void> open();
 
-    // See Disk and Image. Ranges have been verified.
+    // See Disk and Image. Ranges have been verified; of a discard they are whole clusters.
     Result<void> write(GuestOffset at, std::span<const std::byte> from);
     Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Disk::Zeroes zeroes);
     Result<void> discard(GuestOffset at, std::uint64_t length);
@@ -61,11 +61,10 @@ private:
     Result<void> zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mode);
     Result<void> begin(GuestOffset at, std::uint64_t length);
     Result<void> begin_first();
-    Result<void> end();
 
     std::shared_ptr<ImageParts> parts_;
     View& active_;
-    WriteOptions options_;
+    bool verifies_refcounts_;
     WritableMetadata metadata_;
     DirtyBitmaps bitmaps_;
     ActiveMapping mapping_;

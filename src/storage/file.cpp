@@ -360,12 +360,6 @@ Result<std::shared_ptr<Storage>> file_storage(FileDescriptor fd, const std::stri
     return direct_storage(storage(alignment->block), *alignment);
 }
 
-Result<void> Storage::allocate(HostOffset at, std::uint64_t length) {
-    return at.value + length > TRY(size()) ? resize(at.value + length) : Result<void>();
-}
-
-Result<std::uint64_t> Storage::copy_from(const Storage&, HostOffset, HostOffset, std::uint64_t) { return 0; }
-
 Result<void> write_zero_bytes(Storage& storage, HostOffset at, std::uint64_t length) {
     alignas(4096) static constexpr std::array<std::byte, 64 * KiB> zeros = {};
     while (length > 0) {

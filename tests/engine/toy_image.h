@@ -69,10 +69,10 @@ public:
     [[nodiscard]] std::uint64_t block_size() const override { return block; }
     [[nodiscard]] Format format() const override { return Format::qcow; }  // neither of the known ones
     [[nodiscard]] std::vector<std::string> files() const override { return {}; }
-    [[nodiscard]] Result<ImageInfo> info() const override { return ImageInfo{}; }
-    Result<void> close() override { return flush(); }
+    [[nodiscard]] Result<ImageInfo> do_info() const override { return ImageInfo{}; }
+    Result<void> do_close() override { return flush(); }
 
-    Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
         const std::lock_guard lock(mutex_);
         const auto host = map_[at.value / block];
         Extent extent{at, std::min(limit, block - at.value % block)};
@@ -83,7 +83,7 @@ public:
         return extent;
     }
 
-    Result<void> read(GuestOffset at, std::span<std::byte> to) override {
+    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
         return each_block(at, to.size(),
                           [&](std::uint64_t guest, std::uint64_t within, std::uint64_t done, std::uint64_t n) {
                               const auto part = to.subspan(done, n);
@@ -98,7 +98,7 @@ public:
                           });
     }
 
-    Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
+    Result<void> do_write(GuestOffset at, std::span<const std::byte> from) override {
         if (auto usable = verify_usable(); !usable) return usable;
         return each_block(at, from.size(),
                           [&](std::uint64_t guest, std::uint64_t within, std::uint64_t done, std::uint64_t n) {
@@ -117,11 +117,11 @@ public:
                           });
     }
 
-    Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes) override {
+    Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes) override {
         return write(at, Bytes(length));
     }
 
-    Result<void> discard(GuestOffset at, std::uint64_t length) override {
+    Result<void> do_discard(GuestOffset at, std::uint64_t length) override {
         if (auto usable = verify_usable(); !usable) return usable;
         const auto first = (at.value + block - 1) / block;
         for (auto guest = first; (guest + 1) * block <= at.value + length; ++guest) {
@@ -131,7 +131,7 @@ public:
         return {};
     }
 
-    Result<void> flush() override {
+    Result<void> do_flush() override {
         if (mistake_ == Mistake::flush_skipped) return {};
         if (auto usable = verify_usable(); !usable) return usable;
         const std::lock_guard lock(mutex_);
@@ -149,7 +149,7 @@ public:
         return {};
     }
 
-    Result<CheckReport> check(const CheckOptions&) override {
+    Result<CheckReport> do_check(const CheckOptions&) override {
         CheckReport report;
         Bytes stored(host_blocks);
         value_of(storage_->read({block}, stored));
@@ -165,6 +165,8 @@ public:
         }
         return report;
     }
+
+    [[nodiscard]] Result<void> verify_writable() const override { return {}; }
 
 private:
     template <class Visit>

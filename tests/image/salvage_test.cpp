@@ -325,7 +325,7 @@ TEST(SalvageTest, TheListIsBounded) {
     public:
         [[nodiscard]] std::uint64_t size() const override { return 4 * Losses::max_ranges * sector_bytes; }
         [[nodiscard]] std::uint64_t block_size() const override { return 512; }
-        Result<void> read(GuestOffset at, std::span<std::byte> to) override {
+        Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
             const auto first = (at.value / sector_bytes + 1) / 2 * 2;
             if (first * sector_bytes < at.value + to.size()) {
                 Error error{Errc::corrupt, "", "bad"};
@@ -335,7 +335,7 @@ TEST(SalvageTest, TheListIsBounded) {
             std::ranges::fill(to, std::byte{1});
             return {};
         }
-        Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
+        Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
             return Extent{.start = at, .length = limit, .kind = Extent::Kind::data};
         }
     } disk;

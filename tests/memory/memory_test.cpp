@@ -64,36 +64,40 @@ public:
     [[nodiscard]] Format format() const override { return inner_->format(); }
     [[nodiscard]] std::uint64_t block_size() const override { return inner_->block_size(); }
     [[nodiscard]] std::vector<std::string> files() const override { return inner_->files(); }
-    [[nodiscard]] Result<ImageInfo> info() const override {
+    [[nodiscard]] Result<ImageInfo> do_info() const override {
         return hungry([&] { return inner_->info(); });
     }
-    Result<void> read(GuestOffset at, std::span<std::byte> to) override {
+    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
         return hungry([&] { return inner_->read(at, to); });
     }
-    Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
         return hungry([&] { return inner_->extent(at, limit); });
     }
-    Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
+    Result<void> do_write(GuestOffset at, std::span<const std::byte> from) override {
         return hungry([&] { return inner_->write(at, from); });
     }
-    Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level) override {
+    Result<void> do_write_compressed(GuestOffset at, std::span<const std::byte> from,
+                                     std::optional<int> level) override {
         return hungry([&] { return inner_->write_compressed(at, from, level); });
     }
-    Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
+    Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
         return hungry([&] { return inner_->write_zeroes(at, length, zeroes); });
     }
-    Result<void> discard(GuestOffset at, std::uint64_t length) override {
+    Result<void> do_discard(GuestOffset at, std::uint64_t length) override {
         return hungry([&] { return inner_->discard(at, length); });
     }
-    Result<void> flush() override {
+    Result<void> do_flush() override {
         return hungry([&] { return inner_->flush(); });
     }
-    Result<void> resize(std::uint64_t size, Shrink shrink) override {
-        return hungry([&] { return inner_->resize(size, shrink); });
+    Result<void> do_resize(std::uint64_t size) override {
+        return hungry([&] { return inner_->resize(size, Shrink::allow); });
     }
-    Result<void> close() override {
+    Result<void> do_close() override {
         return hungry([&] { return inner_->close(); });
     }
+
+    // Everything is passed on, so that the image inside does what an image does.
+    [[nodiscard]] Result<void> verify_writable() const override { return {}; }
 
 private:
     std::shared_ptr<Image> inner_;

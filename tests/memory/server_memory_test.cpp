@@ -130,11 +130,11 @@ public:
 
     [[nodiscard]] std::uint64_t size() const override { return std::uint64_t{4} << 20; }
     [[nodiscard]] std::uint64_t block_size() const override { return 65536; }
-    Result<void> read(GuestOffset at, std::span<std::byte>) override {
+    Result<void> do_read(GuestOffset at, std::span<std::byte>) override {
         on_read_(std::this_thread::get_id() != reader_, at);
         return {};
     }
-    Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
         return Extent{.start = at, .length = limit, .kind = Extent::Kind::data};
     }
 

@@ -28,7 +28,7 @@ public:
     [[nodiscard]] std::uint64_t size() const override { return bytes_.size(); }
     [[nodiscard]] std::uint64_t block_size() const override { return block_size_; }
 
-    Result<void> read(GuestOffset at, std::span<std::byte> to) override {
+    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
         TRY_VOID(verify_range(*this, at, to.size()));
         TRY_VOID(enter(at, to.size()));
         ++reads;
@@ -37,7 +37,7 @@ public:
         return {};
     }
 
-    Result<Extent> extent(GuestOffset at, std::uint64_t limit) override {
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
         TRY_VOID(verify_range(*this, at, 1));
         const std::shared_lock lock(mutex_);
         const auto first = at.value / block;
@@ -51,7 +51,7 @@ public:
         return extent;
     }
 
-    Result<void> write(GuestOffset at, std::span<const std::byte> from) override {
+    Result<void> do_write(GuestOffset at, std::span<const std::byte> from) override {
         TRY_VOID(verify_range(*this, at, from.size()));
         TRY_VOID(enter(at, from.size()));
         ++writes;
@@ -61,7 +61,7 @@ public:
         return {};
     }
 
-    Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
+    Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
         TRY_VOID(verify_range(*this, at, length));
         ++(zeroes == Zeroes::keep ? kept : released);
         const std::unique_lock lock(mutex_);
@@ -69,13 +69,13 @@ public:
         return {};
     }
 
-    Result<void> discard(GuestOffset at, std::uint64_t length) override {
+    Result<void> do_discard(GuestOffset at, std::uint64_t length) override {
         TRY_VOID(verify_range(*this, at, length));
         ++discards;
         return {};
     }
 
-    Result<void> flush() override {
+    Result<void> do_flush() override {
         ++flushes;
         if (flush_fails) return fail(Errc::no_space, "disk", "full");
         return {};
@@ -114,6 +114,8 @@ public:
     std::atomic<std::uint64_t> bad_sector = ~std::uint64_t{0};  ///< whatever touches it fails
     std::atomic<std::uint64_t> slow_sector = ~std::uint64_t{0};
     std::atomic<unsigned> delay_microseconds = 0;
+
+    [[nodiscard]] Result<void> verify_writable() const override { return {}; }
 
 private:
     Result<void> enter(GuestOffset at, std::uint64_t length) {

@@ -1,0 +1,70 @@
+#include "qcow/image.h"
+
+#include "base/try.h"
+#include "base/within_memory.h"
+#include "disk/range.h"
+
+namespace qcow {
+
+Result<ImageInfo> Image::info() const {
+    return within_memory([&] { return do_info(); });
+}
+
+Result<std::shared_ptr<Disk>> Image::snapshot(std::string_view id_or_name) {
+    return within_memory([&] { return do_snapshot(id_or_name); });
+}
+
+Result<void> Image::each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
+                               const std::function<Result<void>(const DirtyRun&)>& visit) {
+    return within_memory([&] { return do_each_dirty(bitmap, begin, length, visit); });
+}
+
+Result<CheckReport> Image::check(const CheckOptions& options) {
+    return within_memory([&] { return do_check(options); });
+}
+
+Result<void> Image::write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level) {
+    return within_memory([&]() -> Result<void> {
+        TRY_VOID(verify_writable());
+        TRY_VOID(verify_range(*this, at, from.size()));
+        return do_write_compressed(at, from, level);
+    });
+}
+
+Result<void> Image::resize(std::uint64_t size, Shrink shrink) {
+    return within_memory([&]() -> Result<void> {
+        TRY_VOID(verify_writable());
+        size = rounded_size(size);
+        if (size < this->size() && shrink == Shrink::refuse) return refuse_to_shrink(*this, size);
+        return size == this->size() ? Result<void>() : do_resize(size);
+    });
+}
+
+Result<void> Image::close() {
+    return within_memory([&] { return do_close(); });
+}
+
+Result<std::shared_ptr<Disk>> Image::do_snapshot(std::string_view) {
+    return fail(Errc::not_found, "", "the format has no internal snapshots");
+}
+
+Result<void> Image::do_each_dirty(std::string_view, GuestOffset, std::uint64_t,
+                                  const std::function<Result<void>(const DirtyRun&)>&) {
+    return fail(Errc::not_found, "", "the format has no bitmaps");
+}
+
+Result<CheckReport> Image::do_check(const CheckOptions&) {
+    return fail(Errc::unsupported, "", "the format has no metadata that could be checked");
+}
+
+Result<void> Image::do_write_compressed(GuestOffset, std::span<const std::byte>, std::optional<int>) {
+    return fail(Errc::unsupported, "", "the format has no compressed clusters");
+}
+
+Result<void> Image::do_resize(std::uint64_t) {
+    return fail(Errc::unsupported, "", "the format cannot change its virtual size");
+}
+
+Result<void> Image::do_close() { return do_flush(); }
+
+}  // namespace qcow
