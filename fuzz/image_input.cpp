@@ -175,13 +175,13 @@ public:
     [[nodiscard]] const std::shared_ptr<Storage>& first() const { return storages_.front(); }
 
     [[nodiscard]] Gate gate() const {
-        return
-            [this, next = std::size_t{1}](const FileReference& reference) mutable -> Result<std::shared_ptr<Storage>> {
-                QCOW_REQUIRE(!reference.path.empty() && reference.path.find('\0') == std::string::npos);
-                QCOW_REQUIRE(!reference.writable && !reference.name.empty() && !reference.named_by.empty());
-                if (next >= storages_.size()) return no_files()(reference);
-                return storages_[next++];
-            };
+        return [this,
+                next = std::size_t{1}](const FileReference& reference) mutable -> Result<std::shared_ptr<Storage>> {
+            QCOW_REQUIRE(!reference.location.path.empty() && reference.location.path.find('\0') == std::string::npos);
+            QCOW_REQUIRE(!reference.writable && !reference.name.empty() && !reference.named_by.empty());
+            if (next >= storages_.size()) return no_files()(reference);
+            return storages_[next++];
+        };
     }
 
 private:

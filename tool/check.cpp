@@ -103,37 +103,22 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
 }
 
 qcow::Result<int> run(const Options& options) {
-    auto image = open_source(options.source);
-    qcow::CheckReport chain;
-    if (!image) {
-        // The image itself may be sound, or worth a diagnosis, although its chain is broken.
-        auto alone = open_source(options.source, false);
-        if (!alone) return std::unexpected(std::move(image).error());
-        chain.errors = 1;
-        chain.findings.push_back({qcow::CheckFinding::Severity::error, "backing chain", image.error().message()});
-        image = std::move(alone);
-    }
+    QCOW_TRY_VOID(verify_is_not_stdin(options.source.path));
     Progress progress("checking", options.progress);
     qcow::CheckOptions check;
     check.workers = options.workers;
     check.memory_bytes = parse_size(options.memory);
-    check.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
-    auto report = (*image)->check(check);
-    if (!report) {
-        auto error = std::move(report).error();
-        return std::unexpected(error.place.empty() ? std::move(error).in(options.source.path) : std::move(error));
-    }
-    report->errors += chain.errors;
-    report->findings.insert(report->findings.begin(), chain.findings.begin(), chain.findings.end());
-
+    check.control.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
+    check.control.warn = warn_on_stderr();
+    const auto [format, report] = QCOW_TRY(qcow::check(QCOW_TRY(spec_of(options.source)), check));
     if (options.json) {
-        print_report_json(*report, options.source.path, (*image)->format());
+        print_report_json(report, options.source.path, format);
     } else {
-        print_report(*report, options.source.path);
+        print_report(report, options.source.path);
     }
-    if (report->corruptions > 0) return corrupt;
-    if (report->errors > 0) return failed;
-    return report->leaks + report->postponed > 0 ? harmless : ok;
+    if (report.corruptions > 0) return corrupt;
+    if (report.errors > 0) return failed;
+    return report.leaks + report.postponed > 0 ? harmless : ok;
 }
 
 }  // namespace

@@ -3,12 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
-#include <cctype>
 #include <cstdio>
-#include <filesystem>
 
-#include "qcow/file_name.h"
 #include "qcow/text.h"
 #include "usage.h"
 
@@ -16,7 +12,7 @@ namespace tool {
 
 const CLI::Validator path_of_new_file(
     [](std::string& name) -> std::string {
-        const auto parsed = qcow::parse_file_name(name);
+        const auto parsed = qcow::parse_location(name);
         if (!parsed) return parsed.error().message();
         name = parsed->path;
         return {};
@@ -76,19 +72,6 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
 
 namespace {
 
-/// Images are read in any order, and standard input is not.
-qcow::Result<void> verify_is_not_stdin(const std::string& path) {
-    if (path != "-") return {};
-    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, path,
-                                       "stands for standard input, and an image is read in any order; write it into a "
-                                       "file first (cat > FILE). A file of that name is written \"./-\""});
-}
-
-qcow::Gate gate_for(const std::string& path, bool untrusted, bool force_share, bool direct) {
-    if (!untrusted) return qcow::local_files(force_share, direct);
-    return qcow::files_beneath(std::filesystem::path(path).parent_path().string(), force_share, direct);
-}
-
 void add_format_option(CLI::App& app, std::string& format, const std::string& name, const std::string& description) {
     one_of(app.add_option(name, format, description), {"raw", "qcow", "qcow2"});
 }
@@ -97,21 +80,22 @@ void add_format_option(CLI::App& app, std::string& format) {
     add_format_option(app, format, "-f,--format", "Format of the image; otherwise it is guessed from its first bytes");
 }
 
-void warn(const std::string& message) { complain("warning: " + message); }
-
 }  // namespace
 
+qcow::Result<void> verify_is_not_stdin(const std::string& path) {
+    if (path != "-") return {};
+    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, path,
+                                       "stands for standard input, and an image is read in any order; write it into a "
+                                       "file first (cat > FILE). A file of that name is written \"./-\""});
+}
+
 qcow::Result<void> name_source(Source& source, const std::string& name) {
-    auto parsed = qcow::parse_file_name(name);
-    if (!parsed) return std::unexpected(std::move(parsed).error());
-    source.path = std::move(parsed->path);
-    if (source.format.empty() && parsed->format) source.format = qcow::format_name(*parsed->format);
-    source.no_backing |= parsed->alone;
+    source.location = QCOW_TRY(qcow::parse_location(name));
+    source.path = source.location.path;
     return {};
 }
 
 void add_source_options(CLI::App& app, Source& source) {
-    // Before --format, which outdoes what the name says.
     app.add_option("IMAGE", source.path, "The image: a file or block device")
         ->required()
         ->check(name_text)
@@ -167,44 +151,36 @@ void add_workers_option(CLI::App& app, unsigned& workers) {
         ->check(whole_number(1, 1024));
 }
 
-qcow::OpenOptions open_options(const Source& source) {
-    qcow::OpenOptions options;
-    options.format = qcow::format_from_name(source.format);
-    options.gate = gate_for(source.path, source.untrusted, source.force_share, source.direct);
-    options.backing_format = qcow::format_from_name(source.backing_format);
-    options.warn = warn;
-    return options;
+qcow::Result<qcow::ImageSpec> spec_of(const Source& source) {
+    qcow::ImageSpec spec{.location = source.location};
+    if (!source.format.empty()) spec.location.format = qcow::format_from_name(source.format);
+    spec.location.alone |= source.no_backing;
+    if (!source.backing.empty()) spec.backing = QCOW_TRY(qcow::parse_location(source.backing));
+    spec.backing_format = qcow::format_from_name(source.backing_format);
+    spec.force_share = source.force_share;
+    spec.untrusted = source.untrusted;
+    return spec;
 }
 
-qcow::Result<void> add_backing(qcow::OpenOptions& options, const Source& source) {
-    if (source.no_backing) options.backing = nullptr;
-    if (source.backing.empty()) return {};
-    const auto named = qcow::parse_file_name(source.backing);
-    if (!named) return std::unexpected(named.error());
-    auto storage = qcow::open_file(named->path, {.writable = false, .force_share = source.force_share});
-    if (!storage) return std::unexpected(std::move(storage).error().in("backing file"));
-    options.backing = *std::move(storage);
-    if (!options.backing_format) options.backing_format = named->format;
-    return {};
+qcow::Warn warn_on_stderr(std::string_view format_option) {
+    return [=](const qcow::Warning& warning) {
+        const auto* const prefix = warning.kind == qcow::Warning::Kind::rounded_size ? "" : "warning: ";
+        const auto remedy = warning.format ? fmt::format("; say {} {} if that is meant", format_option,
+                                                         qcow::format_name(*warning.format))
+                                           : "";
+        complain(prefix + warning.message + remedy);
+    };
+}
+
+qcow::Result<std::shared_ptr<qcow::Image>> open(const qcow::ImageSpec& spec) {
+    QCOW_TRY_VOID(verify_is_not_stdin(spec.location.path));
+    return qcow::open_image(spec, warn_on_stderr());
 }
 
 qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow) {
-    if (auto verified = verify_is_not_stdin(source.path); !verified)
-        return std::unexpected(std::move(verified).error());
-    auto storage = qcow::open_file(source.path, {.writable = false, .force_share = source.force_share});
-    if (!storage) return std::unexpected(std::move(storage).error());
-    auto options = open_options(source);
-    options.follow = follow;
-    if (auto added = add_backing(options, source); !added) return std::unexpected(std::move(added).error());
-    return qcow::open_image(*std::move(storage), options);
-}
-
-qcow::Result<void> add_source(qcow::FilesInUse& in_use, const Source& source, const qcow::Image& image,
-                              const std::string& role) {
-    if (auto added = in_use.add(qcow::FilesInUse::Use::read, image, role); !added) return added;
-    auto options = open_options(source);
-    options.gate = gate_for(source.path, source.untrusted, true, false);
-    return in_use.add_unopened(qcow::FilesInUse::Use::read, source.path, options, role);
+    auto spec = QCOW_TRY(spec_of(source));
+    spec.follow = follow;
+    return open(spec);
 }
 
 qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source) {
@@ -218,11 +194,11 @@ void add_target_options(CLI::App& app, Target& target) {
         ->check(name_text)
         ->transform(CLI::Validator(
             [&target](std::string& name) -> std::string {
-                const auto parsed = qcow::parse_file_name(name);
+                auto parsed = qcow::parse_location(name);
                 if (!parsed) return parsed.error().message();
                 if (parsed->alone) return "an image without its backing file is not written";
                 name = parsed->path;
-                if (parsed->format) target.format = qcow::format_name(*parsed->format);
+                target.location = *std::move(parsed);
                 return {};
             },
             ""));
@@ -240,61 +216,32 @@ CLI::Option* add_cache_option(CLI::App& app, std::string& cache) {
         ->capture_default_str();
 }
 
-qcow::Result<std::shared_ptr<qcow::Image>> open_for_writing(const std::string& path, bool direct,
-                                                            const qcow::OpenOptions& options,
-                                                            std::string_view format_option) {
-    auto storage = qcow::open_file(path, {.writable = true, .direct = direct});
-    if (!storage) return std::unexpected(std::move(storage).error());
-    auto image = qcow::open_image(*std::move(storage), options);
-    if (image && !options.format && (*image)->format() == qcow::Format::raw) {
-        warn(fmt::format(
-            "{}: that it is raw was only guessed, and what is written to it can change the next guess; say {} raw",
-            qcow::printable(path), format_option));
-    }
-    return image;
+qcow::ImageSpec spec_of(const Target& target) {
+    qcow::ImageSpec spec{.location = target.location};
+    if (!target.format.empty()) spec.location.format = qcow::format_from_name(target.format);
+    spec.untrusted = target.untrusted;
+    set_cache(spec, target.cache);
+    return spec;
 }
 
-qcow::Result<void> add_target(qcow::FilesInUse& in_use, const Target& target, const std::string& role) {
-    qcow::OpenOptions options;
-    options.format = qcow::format_from_name(target.format);
-    options.gate = gate_for(target.path, target.untrusted, true, false);
-    return in_use.add_unopened(qcow::FilesInUse::Use::written, target.path, options, role);
+void set_cache(qcow::ImageSpec& spec, const std::string& cache) {
+    spec.write.emplace();
+    if (cache == "writethrough") spec.write->cache = qcow::CacheMode::writethrough;
+    if (cache == "unsafe") spec.write->cache = qcow::CacheMode::unsafe;
+    spec.direct = cache == "none";
 }
 
-qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target) {
-    if (auto verified = verify_is_not_stdin(target.path); !verified)
-        return std::unexpected(std::move(verified).error());
-    const bool direct = target.cache == "none";
-    qcow::OpenOptions options;
-    options.writable = true;
-    if (target.cache == "writethrough") options.write.cache = qcow::CacheMode::writethrough;
-    if (target.cache == "unsafe") options.write.cache = qcow::CacheMode::unsafe;
-    options.format = qcow::format_from_name(target.format);
-    options.gate = gate_for(target.path, target.untrusted, false, direct);
-    options.warn = warn;
-    return open_for_writing(target.path, direct, options, target.format_option);
-}
-
-void warn_of_ending(const std::string& path, const std::string& format, std::string_view format_option) {
-    auto ending = std::filesystem::path(path).extension().string();
-    for (auto& c : ending) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-    constexpr auto endings =
-        std::to_array<std::string_view>({".raw", ".qcow", ".qcow2", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk", ".vpc"});
-    if (std::ranges::find(endings, ending) == endings.end() || ending == "." + format) return;
-    const bool qcow2 = ending.starts_with(".qcow");
-    if (qcow2 && format == "qcow2") return;
-    const auto remedy = qcow2 || ending == ".raw"
-                            ? fmt::format("say {} {} if that is meant", format_option, qcow2 ? "qcow2" : "raw")
-                            : "qemu-img convert can make that";
-    warn(fmt::format("{}: it will be {}, although its name says {}; {}", qcow::printable(path), format,
-                     ending.substr(1), remedy));
+qcow::Result<void> verify_names_a_file(const std::string& path) {
+    if (path != "-") return {};
+    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, path,
+                                       "stands for standard input or output, and a file is needed here; a file of "
+                                       "that name is written \"./-\""});
 }
 
 qcow::Result<int> change(const Target& target, const std::function<qcow::Result<void>(qcow::Image&)>& work) {
-    auto image = open_target(target);
-    if (!image) return std::unexpected(std::move(image).error());
-    if (auto done = work(**image); !done) return std::unexpected(std::move(done).error());
-    if (auto closed = (*image)->close(); !closed) return std::unexpected(std::move(closed).error());
+    const auto image = QCOW_TRY(open(spec_of(target)));
+    QCOW_TRY_VOID(work(*image));
+    QCOW_TRY_VOID(image->close());
     return ok;
 }
 

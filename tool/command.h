@@ -12,7 +12,8 @@
 
 #include "arguments.h"
 #include "qcow/files_in_use.h"
-#include "qcow/image.h"
+#include "qcow/image_spec.h"
+#include "qcow/try.h"
 
 namespace tool {
 
@@ -48,21 +49,18 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
 /// How an image that is only read is opened.
 struct Source {
     std::string path;
-    std::string format;    // empty: probed
-    std::string snapshot;  // id or name; empty: the active state
+    qcow::Location location;  // that the path was parsed into
+    std::string format;       // empty: probed
+    std::string snapshot;     // id or name; empty: the active state
     bool force_share = false;
-    bool direct = false;  // past the system's cache, where something is written
     std::string backing;  // in place of the backing file that the image names; empty: that one
     std::string backing_format;
     bool no_backing = false;
     bool untrusted = false;
 };
 
-/// Makes the source the image of this name: its path, and its format if the name says one and `format` is empty.
+/// Makes the source the image of this name.
 qcow::Result<void> name_source(Source& source, const std::string& name);
-
-/// Gives the options the backing file that is to take the place of the one that the image names, if there is one.
-qcow::Result<void> add_backing(qcow::OpenOptions& options, const Source& source);
 
 /// Turns the name of a file that is to be made into its path.
 extern const CLI::Validator path_of_new_file;
@@ -76,16 +74,20 @@ void add_open_options(CLI::App& app, Source& source);
 /// The option that says which internal snapshot is meant.
 CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::string& description);
 
-/// How the library is to open it.
-qcow::OpenOptions open_options(const Source& source);
+/// As the library takes it.
+qcow::Result<qcow::ImageSpec> spec_of(const Source& source);
+
+/// Prints warnings. `format_option` is the one that says the format that a warning is about.
+qcow::Warn warn_on_stderr(std::string_view format_option = "--format");
+
+/// Refuses "-": images are read in any order, and standard input is not.
+qcow::Result<void> verify_is_not_stdin(const std::string& path);
+
+/// Opens an image. Refuses "-".
+qcow::Result<std::shared_ptr<qcow::Image>> open(const qcow::ImageSpec& spec);
 
 /// Opens the image with all that it names; with `follow` false by itself.
 qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow = true);
-
-/// Adds the files of an open source. What its header names is among them, although --backing and --no-backing have
-/// something else read.
-qcow::Result<void> add_source(qcow::FilesInUse& in_use, const Source& source, const qcow::Image& image,
-                              const std::string& role);
 
 /// The disk to read: the image itself, or the snapshot that was asked for.
 qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source);
@@ -93,11 +95,17 @@ qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Im
 /// How an image that is changed is opened.
 struct Target {
     std::string path;
-    std::string format;  // empty: probed
+    qcow::Location location;  // that the path was parsed into
+    std::string format;       // empty: probed
     std::string cache = "writeback";
     bool untrusted = false;
-    std::string_view format_option = "--format";  // the one that says its format
 };
+
+/// As the library takes it.
+qcow::ImageSpec spec_of(const Target& target);
+
+/// Makes an image one that is written, with the --cache that was said.
+void set_cache(qcow::ImageSpec& spec, const std::string& cache);
 
 /// What images may name that come from a stranger: an option of all commands that open one.
 void add_untrusted_option(CLI::App& app, bool& untrusted);
@@ -110,18 +118,6 @@ void add_workers_option(CLI::App& app, unsigned& workers);
 
 /// When writes reach the disk: an option of those that change an image.
 CLI::Option* add_cache_option(CLI::App& app, std::string& cache);
-
-/// Opens a file and the image in it. Warns where its format was only guessed, and that by writing to it a guest or user
-/// can change what is guessed.
-qcow::Result<std::shared_ptr<qcow::Image>> open_for_writing(const std::string& path, bool direct,
-                                                            const qcow::OpenOptions& options,
-                                                            std::string_view format_option = "--format");
-
-/// Adds the files of an image that is to be opened for writing, and of what it names, before it is.
-qcow::Result<void> add_target(qcow::FilesInUse& in_use, const Target& target, const std::string& role);
-
-/// Opens the image for writing, with all that it names.
-qcow::Result<std::shared_ptr<qcow::Image>> open_target(const Target& target);
 
 /// Opens the image for writing, does `work` on it, and closes it. Gives the exit status.
 qcow::Result<int> change(const Target& target, const std::function<qcow::Result<void>(qcow::Image&)>& work);
@@ -136,7 +132,7 @@ void complain(const std::string& message);
 /// Prints JSON to standard output, all of it printable ASCII. What is not UTF-8 in names is replaced.
 void print_json(const Json& json);
 
-/// Warns where the name of a new file ends as those of another format than the one that it gets.
-void warn_of_ending(const std::string& path, const std::string& format, std::string_view format_option);
+/// Refuses "-", which stands for standard input or output and is not meant to become a file.
+qcow::Result<void> verify_names_a_file(const std::string& path);
 
 }  // namespace tool

@@ -6,7 +6,7 @@
 #include <initializer_list>
 #include <utility>
 
-#include "qcow/file_name.h"
+#include "qcow/location.h"
 #include "qemu_words.h"
 #include "text.h"
 
@@ -192,21 +192,16 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
     if (!arguments.backing_format.empty()) options.backing_format = arguments.backing_format;
     for (auto* name : {&options.backing_name, &options.data_file_name}) {
         if (name->empty()) continue;
-        const auto parsed = qcow::parse_file_name(*name);
-        if (!parsed) return std::unexpected(parsed.error());
-        if (name == &options.backing_name && options.backing_format.empty() && parsed->format)
-            options.backing_format = qcow::format_name(*parsed->format);
-        *name = qcow::recorded_file_name(name == &options.data_file_name ? parsed->path : *name);
+        const auto parsed = QCOW_TRY(qcow::parse_location(*name));
+        QCOW_TRY_VOID(verify_names_a_file(parsed.path));
+        if (name == &options.backing_name && options.backing_format.empty() && parsed.format)
+            options.backing_format = qcow::format_name(*parsed.format);
+        *name = QCOW_TRY(qcow::recorded_name(name == &options.data_file_name ? parsed.path : *name));
     }
     if (options.backing_name.empty() && !options.backing_format.empty())
         return std::unexpected(
             qcow::Error{qcow::Errc::invalid_argument, "backing file", "its format is given, and its name is not"});
     return options;
-}
-
-std::string beside(const std::string& image_path, const std::string& name) {
-    const auto parsed = qcow::parse_file_name(name, image_path);
-    return parsed ? parsed->path : name;
 }
 
 }  // namespace tool

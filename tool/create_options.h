@@ -33,8 +33,4 @@ extern const char* const new_image_help;
 /// Understands them. Errc::invalid_argument names the option that is wrong, and what it can be.
 qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments);
 
-/// The file that an image at `image_path` records by this name, which parse_create_options has let through, as a path
-/// from here.
-std::string beside(const std::string& image_path, const std::string& name);
-
 }  // namespace tool

@@ -1,14 +1,14 @@
 // qcow read: guest bytes to standard output.
 
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <vector>
 
 #include "command.h"
-#include "qcow/files_in_use.h"
-#include "stream.h"
+#include "qcow/stream.h"
 
 namespace tool {
 namespace {
@@ -65,11 +65,11 @@ qcow::Result<int> run(const Options& options) {
         return std::unexpected(std::move(fits).error());
     }
     qcow::FilesInUse in_use;
-    if (auto added = add_source(in_use, options.source, **image, "the image"); !added)
-        return std::unexpected(std::move(added).error());
-    if (auto added = in_use.add(qcow::FilesInUse::Use::written, "/dev/stdout", "standard output"); !added)
-        return std::unexpected(std::move(added).error());
-    auto done = options.hex ? print_hex(**disk, at, length) : stream_out(**disk, at, length, stdout, "standard output");
+    using enum qcow::FilesInUse::Use;
+    QCOW_TRY_VOID(in_use.add(read, **image, QCOW_TRY(spec_of(options.source)), "the image"));
+    QCOW_TRY_VOID(in_use.add(written, "/dev/stdout", "standard output"));
+    auto done = options.hex ? print_hex(**disk, at, length)
+                            : qcow::copy_to_stream(**disk, {at, length}, STDOUT_FILENO, "standard output");
     if (!done) return std::unexpected(std::move(done).error());
     return ok;
 }

@@ -1,9 +1,7 @@
 // qcow resize: another virtual size.
 
-#include <fmt/format.h>
-
+#include "qcow/resize.h"
 #include "command.h"
-#include "qcow/text.h"
 
 namespace tool {
 namespace {
@@ -24,30 +22,19 @@ const CLI::Validator new_size_text(
     },
     "");
 
-qcow::Result<void> resize(qcow::Image& image, const Options& options) {
-    const auto refuse = [&](std::string what) {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, options.target.path, std::move(what)});
+qcow::Result<int> run(const Options& options) {
+    using enum qcow::ResizeJob::Change;
+    QCOW_TRY_VOID(verify_is_not_stdin(options.target.path));
+    const qcow::ResizeJob job{
+        .image = spec_of(options.target),
+        .change = options.size.starts_with('+')   ? grow
+                  : options.size.starts_with('-') ? shrink
+                                                  : to,
+        .bytes = parse_size(options.size.substr(is_relative(options.size) ? 1 : 0)),
+        .shrink = options.shrink ? qcow::Image::Shrink::allow : qcow::Image::Shrink::refuse,
     };
-    const std::uint64_t old_size = image.size();
-    std::uint64_t size = parse_size(options.size.substr(is_relative(options.size) ? 1 : 0));
-    if (options.size.starts_with('-')) {
-        if (size > old_size) return refuse(fmt::format("the disk has {} bytes, {} fewer cannot be", old_size, size));
-        size = old_size - size;
-    } else if (options.size.starts_with('+')) {
-        if (size > largest_size - old_size) return refuse("no disk can be that large");
-        size += old_size;
-    }
-    if (const auto rounded = qcow::rounded_size(size); rounded != size) {
-        complain(fmt::format("{}: {} bytes are not a multiple of {}; rounded up to {}",
-                             qcow::printable(options.target.path), size, qcow::sector_bytes, rounded));
-        size = rounded;
-    }
-    if (size < old_size && !options.shrink) {
-        return refuse(
-            fmt::format("the disk has {} bytes, and what lies past {} would be lost; say --shrink if that is meant",
-                        old_size, size));
-    }
-    return image.resize(size, options.shrink ? qcow::Image::Shrink::allow : qcow::Image::Shrink::refuse);
+    QCOW_TRY(qcow::resize(job, {.warn = warn_on_stderr()}));
+    return ok;
 }
 
 }  // namespace
@@ -62,7 +49,7 @@ void declare_resize(CLI::App& root, int& status) {
         "  qcow resize disk.qcow2 20G\n"
         "  qcow resize disk.qcow2 +1.5G           larger by so much\n"
         "  qcow resize --shrink disk.qcow2 -512M  smaller by so much",
-        [options] { return change(options->target, [&](qcow::Image& image) { return resize(image, *options); }); });
+        [options] { return run(*options); });
     add_target_options(app, options->target);
     app.add_option("SIZE", options->size, "The new size, or with + or - in front the change")
         ->required()

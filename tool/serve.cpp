@@ -14,7 +14,6 @@
 #include <filesystem>
 
 #include "command.h"
-#include "new_files.h"
 #include "qcow/serve.h"
 #include "qcow/text.h"
 #include "sandbox.h"
@@ -131,17 +130,16 @@ private:
 
 bool only_reads(const Options& options) { return options.read_only || !options.source.snapshot.empty(); }
 
-qcow::Result<std::shared_ptr<qcow::Image>> open_served(const Options& options, Source source) {
-    if (only_reads(options)) return open_source(source);
-    source.direct = options.cache == "none";
-    auto open = open_options(source);
-    if (auto added = add_backing(open, source); !added) return std::unexpected(std::move(added).error());
-    open.writable = true;
-    open.write.discard = options.discard == "unmap";
-    open.write.cache = options.cache == "writethrough" ? qcow::CacheMode::writethrough
-                       : options.cache == "unsafe"     ? qcow::CacheMode::unsafe
-                                                       : qcow::CacheMode::writeback;
-    return open_for_writing(source.path, source.direct, open);
+/// How the image of this name is opened.
+qcow::Result<qcow::ImageSpec> served_spec(const Options& options, const std::string& name) {
+    auto source = options.source;
+    QCOW_TRY_VOID(name_source(source, name));
+    auto spec = QCOW_TRY(spec_of(source));
+    if (!only_reads(options)) {
+        set_cache(spec, options.cache);
+        spec.write->discard = options.discard == "unmap";
+    }
+    return spec;
 }
 
 std::string export_name(const Options& options, std::size_t index) {
@@ -238,13 +236,10 @@ qcow::Result<int> run(const Options& options) {
     std::vector<std::shared_ptr<qcow::Image>> images;
     std::vector<qcow::NbdExport> exports;
     for (std::size_t i = 0; i < options.images.size(); ++i) {
-        auto source = options.source;
-        if (auto named = name_source(source, options.images[i]); !named)
-            return std::unexpected(std::move(named).error());
-        auto image = open_served(options, source);
+        const auto spec = QCOW_TRY(served_spec(options, options.images[i]));
+        auto image = open(spec);
         if (!image) return std::unexpected(std::move(image).error());
-        if (auto added = add_source(in_use, source, **image, "the image"); !added)
-            return std::unexpected(std::move(added).error());
+        QCOW_TRY_VOID(in_use.add(qcow::FilesInUse::Use::read, **image, spec, "the image"));
         auto disk = disk_of(*image, options.source);
         if (!disk) return std::unexpected(std::move(disk).error());
         // Not by every request of a client: an encrypted image cannot be read at all.

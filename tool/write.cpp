@@ -73,7 +73,8 @@ void declare_write(CLI::App& root, int& status) {
         [options]() -> qcow::Result<int> {
             qcow::FilesInUse in_use;
             auto added = in_use.add(qcow::FilesInUse::Use::read, "/dev/stdin", "standard input");
-            if (added) added = add_target(in_use, options->target, "the image");
+            if (added)
+                added = in_use.add_unopened(qcow::FilesInUse::Use::written, spec_of(options->target), "the image");
             if (!added) return std::unexpected(std::move(added).error());
             return change(options->target, [&](qcow::Image& image) { return write_input(image, *options); });
         });

@@ -3,9 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <vector>
+
+#include "qcow/error.h"
+#include "qcow/export.h"
+#include "qcow/job.h"
 
 namespace qcow {
 
@@ -49,7 +52,20 @@ struct CheckOptions {
     std::size_t max_findings = 1000;
     /// Four bytes a host cluster in use are needed, more or less; beyond this budget the check fails.
     std::size_t memory_bytes = std::size_t{1} << 30;
-    std::function<void(std::uint64_t done, std::uint64_t total)> progress = {};  ///< called from one thread at a time
+    JobControl control = {};  ///< progress is in bytes of the L2 tables, which take the longest
 };
+
+struct ImageSpec;
+
+struct CheckResult {
+    Format format = Format::raw;
+    CheckReport report;
+};
+
+/// Opens an image and verifies its metadata, and that its backing chain can be opened. Where the chain cannot be
+/// opened, that is a finding of severity `error`, and the image is verified by itself. Nothing is written. Errors:
+/// those of open_image for the image itself; Errc::unsupported for a format without metadata; Errc::limit_exceeded
+/// where CheckOptions::memory_bytes does not suffice; Errc::cancelled.
+QCOW_API Result<CheckResult> check(const ImageSpec& spec, const CheckOptions& options = {});
 
 }  // namespace qcow

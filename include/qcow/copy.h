@@ -2,11 +2,11 @@
 // Whole-disk jobs: walks over the extents of Disks.
 
 #include <cstdint>
-#include <functional>
 #include <optional>
 #include <vector>
 
 #include "qcow/disk.h"
+#include "qcow/job.h"
 
 namespace qcow {
 
@@ -38,7 +38,7 @@ struct CopyOptions {
     /// tells here what was lost, also when it fails. As little is given up as can be: a cluster whose mapping or stream
     /// is damaged, the sectors that the system cannot read, what a damaged table maps.
     Losses* salvage = nullptr;
-    std::function<void(std::uint64_t done, std::uint64_t total)> progress = {};  ///< guest bytes; one call at a time
+    JobControl control = {};  ///< progress is in guest bytes
 };
 
 /// Makes the first source.size() bytes of `target` equal to `source`, in parallel. The target must be at least as

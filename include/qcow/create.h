@@ -1,10 +1,11 @@
 #pragma once
-// Making new qcow2 images: empty ones, and ones with the contents of a Disk.
+// Making new images: empty ones, and ones with the contents of a Disk.
 
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "qcow/copy.h"
 #include "qcow/image.h"
@@ -52,14 +53,44 @@ QCOW_API Result<void> create_image(const NewImageFiles& files, const CreateOptio
 /// Errc::invalid_argument for others. See NewImageFiles for `file`.
 QCOW_API Result<void> create_raw_image(const std::shared_ptr<Storage>& file, const CreateOptions& options);
 
+/// A new image under a name. Plain data.
+struct NewImage {
+    std::string path = {};          ///< a file to make or to replace, or a block device to overwrite
+    Format format = Format::qcow2;  ///< raw or qcow2
+    /// The names of backing file and data file are relative to the directory of `path`, as they are recorded. A backing
+    /// file needs its format. A data file must be new or empty, or a block device.
+    CreateOptions options = {};
+    bool untrusted = false;  ///< the backing file comes from a stranger: see ImageSpec::untrusted
+    NewFile::Contents contents = NewFile::Contents::durable;
+};
+
+struct CreateJob {
+    NewImage image;
+    /// The size is that of the backing file, whatever CreateOptions::size says. Otherwise it is that.
+    bool size_of_backing = false;
+    bool unchecked = false;  ///< the backing file need not be there; excludes size_of_backing
+};
+
+struct CreateResult {
+    std::string path;
+    std::uint64_t size = 0;         ///< of the disk, in bytes
+    std::vector<Warning> warnings;  ///< all that JobControl::warn was told
+};
+
+/// Makes an empty image and its data file, which appear under their names when they are complete: see NewFile. Opens
+/// the backing file first, to see that it is an image. Never overwrites the backing file or what lies below it.
+/// Errors: Errc::invalid_argument for options that exclude each other; those of open_image and NewFile.
+/// Of `control` only `warn` matters.
+QCOW_API Result<CreateResult> create(const CreateJob& job, const JobControl& control = {});
+
 struct ConvertOptions {
     /// target_is_zero and skip_equal do not matter. Of sparse_bytes only 0 does: whole clusters of zeros are stored.
     CopyOptions copy = {};
     bool compress = false;  ///< excludes preallocation
     /// 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd; nothing: 2 and 3. Levels 1 to 3 of zlib are ISA-L's.
-    std::optional<int> level;
+    std::optional<int> level = {};
     /// The contents of the backing file that `CreateOptions::backing_name` names: what is equal to it is not stored.
-    std::shared_ptr<Disk> backing;
+    std::shared_ptr<Disk> backing = {};
 };
 
 /// Makes an image with the contents of `source`, and zeros behind them if the options give a larger size. Size 0 is

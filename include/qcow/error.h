@@ -1,5 +1,8 @@
 #pragma once
-// Errors are values. Every function that can fail gives a Result; no exception crosses the public API.
+// Errors are values. Every function that can fail returns a Result, and throws no exception: also where memory runs out
+// (Errc::no_memory). Functions that the caller passes in must not throw either. What returns a plain text or object
+// (such as printable, Error::message, memory_storage, local_files) throws std::bad_alloc where there is no memory for
+// that.
 
 #include <expected>
 #include <string>
@@ -26,6 +29,7 @@ enum class Errc {
     refused_by_policy,  ///< the image names a file that the caller's policy does not let it open
     limit_exceeded,     ///< a limit on memory, depth or size that the caller or the library set
     no_memory,          ///< the system gave no memory; an image that was being changed is no longer written
+    cancelled,          ///< the caller stopped the job: see JobControl::stop
 };
 
 /// One failure: its kind, the place where it was found, and a sentence to act on.

@@ -11,7 +11,7 @@
 namespace qcow {
 
 class Image;
-struct OpenOptions;
+struct ImageSpec;
 
 /// The files of one job, each with its role. A file may be read in several roles. One that is written has only that
 /// role, or a second use would find its contents gone. Files are told apart by what they are (device and inode), not by
@@ -30,10 +30,14 @@ public:
     /// The files of an open image, and of the layers below it. The layers below are read.
     Result<void> add(Use use, const Image& image, const std::string& role);
 
+    /// The files of an image that was opened by `spec`. What its header names is among them, although `spec` has
+    /// something else read in its place.
+    Result<void> add(Use use, const Image& image, const ImageSpec& spec, const std::string& role);
+
     /// The same for an image that is not open: what it and the layers below it name, as far as that can be followed. It
-    /// takes no locks and is no error that something cannot be opened. Of the options only `format` and `gate` matter;
-    /// the gate should take no locks either.
-    Result<void> add_unopened(Use use, const std::string& path, const OpenOptions& options, const std::string& role);
+    /// takes no locks, and it is no error that something cannot be opened. Of `spec` only the location and `untrusted`
+    /// matter.
+    Result<void> add_unopened(Use use, const ImageSpec& spec, const std::string& role);
 
 private:
     struct File {

@@ -11,6 +11,8 @@
 
 #include "qcow/check.h"
 #include "qcow/disk.h"
+#include "qcow/format.h"
+#include "qcow/location.h"
 #include "qcow/storage.h"
 
 namespace qcow {
@@ -18,18 +20,12 @@ namespace qcow {
 /// How compressed clusters are: raw deflate ("zlib") or zstd.
 enum class Compression : std::uint8_t { zlib = 0, zstd = 1 };
 
-enum class Format : std::uint8_t { raw, qcow, qcow2 };
-
-/// "raw", "qcow" (version 1), "qcow2" (versions 2 and 3), as in headers and on QEMU's command lines.
-QCOW_API std::string_view format_name(Format format);
-QCOW_API std::optional<Format> format_from_name(std::string_view name);
-
 /// A file that an image names: someone else's wish, until a Gate grants it.
 struct FileReference {
     enum class Role : std::uint8_t { backing_file, data_file };
     Role role = Role::backing_file;
     std::string name;       ///< exactly as the image has it: a path, "file:..." or "json:{...}"
-    std::string path;       ///< what that comes to, relative names resolved against the directory of `named_by`
+    Location location;      ///< what the name comes to; a relative path is resolved against the directory of `named_by`
     std::string named_by;   ///< the name of the Storage that holds the image
     bool writable = false;  ///< it is to be written: the data file of an image that is
     /// That what names it is an image was only told from its first bytes, which a guest may have written. Of layers

@@ -140,9 +140,15 @@ private:
     std::unique_ptr<State> state_;
 };
 
+/// What a job that did not complete has left in a file.
+enum class Incomplete : std::uint8_t {
+    written_in_place,  ///< a part of the new contents: see NewFile::is_incomplete
+    part_of_source,    ///< the image was there already, and holds a part of what was converted into it
+};
+
 /// For handlers of signals that end the process: removes the temporary names of NewFiles that are not published, and
-/// calls `incomplete` with the path of each that NewFile::is_incomplete. Async-signal-safe, if `incomplete` is.
-QCOW_API void abandon_new_files(void (*incomplete)(const char* path)) noexcept;
+/// calls `incomplete` with the path of each file that is left incomplete. Async-signal-safe, if `incomplete` is.
+QCOW_API void abandon_new_files(void (*incomplete)(const char* path, Incomplete what)) noexcept;
 
 /// Bytes in memory, for tests and for embedding; growable and writable.
 QCOW_API std::shared_ptr<Storage> memory_storage(std::vector<std::byte> bytes = {}, std::string name = "memory");

@@ -4,7 +4,7 @@
 #include <iterator>
 
 #include "base/bits.h"
-#include "base/try.h"
+#include "base/within_memory.h"
 #include "disk/padded.h"
 #include "disk/range.h"
 #include "qcow/image.h"
@@ -81,9 +81,7 @@ private:
     std::uint64_t block_size_ = sector_bytes;
 };
 
-}  // namespace
-
-Result<std::shared_ptr<Disk>> concatenate(std::vector<std::shared_ptr<Disk>> parts) {
+Result<std::shared_ptr<Disk>> concatenated(std::vector<std::shared_ptr<Disk>> parts) {
     std::vector<ConcatDisk::Part> placed;
     std::uint64_t end = 0;
     for (auto& disk : parts) {
@@ -94,6 +92,12 @@ Result<std::shared_ptr<Disk>> concatenate(std::vector<std::shared_ptr<Disk>> par
         end += length;
     }
     return std::make_shared<ConcatDisk>(std::move(placed));
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Disk>> concatenate(std::vector<std::shared_ptr<Disk>> parts) {
+    return within_memory([&] { return concatenated(std::move(parts)); });
 }
 
 std::shared_ptr<Disk> padded(Disk& disk, std::uint64_t size) {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <optional>
 
-#include "base/try.h"
 #include "base/within_memory.h"
 #include "disk/range.h"
 
@@ -94,20 +93,22 @@ std::unexpected<Error> refuse_to_shrink(const Disk& disk, std::uint64_t size) {
 
 Result<void> each_extent(Disk& disk, GuestOffset begin, std::uint64_t length,
                          const std::function<Result<void>(const Extent&)>& visit) {
-    TRY_VOID(verify_range(disk, begin, length));
-    const GuestOffset end = begin + length;
-    std::optional<Extent> pending;
-    for (GuestOffset at = begin; at < end;) {
-        const Extent next = TRY(disk.extent(at, end - at));
-        at += next.length;
-        if (pending && continues(*pending, next)) {
-            pending->length += next.length;
-            continue;
+    return within_memory([&]() -> Result<void> {
+        TRY_VOID(verify_range(disk, begin, length));
+        const GuestOffset end = begin + length;
+        std::optional<Extent> pending;
+        for (GuestOffset at = begin; at < end;) {
+            const Extent next = TRY(disk.extent(at, end - at));
+            at += next.length;
+            if (pending && continues(*pending, next)) {
+                pending->length += next.length;
+                continue;
+            }
+            if (pending) TRY_VOID(visit(*pending));
+            pending = next;
         }
-        if (pending) TRY_VOID(visit(*pending));
-        pending = next;
-    }
-    return pending ? visit(*pending) : Result<void>();
+        return pending ? visit(*pending) : Result<void>();
+    });
 }
 
 }  // namespace qcow

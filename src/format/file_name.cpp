@@ -7,7 +7,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
-#include "base/try.h"
+#include "base/within_memory.h"
 
 namespace qcow::format {
 namespace {
@@ -15,6 +15,28 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr std::size_t max_bytes = 4096;  // no path is longer
+
+/// How a scheme is written: what stands before the colon, and the drivers of a description that stand for it.
+struct Syntax {
+    Scheme scheme;
+    std::string_view name;
+    std::array<std::string_view, 2> drivers;
+};
+constexpr std::array schemes = {
+    Syntax{Scheme::file, "file", {"file", "host_device"}},
+};
+
+const Syntax* find_scheme(std::string_view name) {
+    const auto* const found = std::ranges::find(schemes, name, &Syntax::name);
+    return found == schemes.end() ? nullptr : found;
+}
+
+const Syntax* find_driver(std::string_view driver) {
+    const auto* const found = std::ranges::find_if(schemes, [&](const Syntax& syntax) {
+        return std::ranges::find(syntax.drivers, driver) != syntax.drivers.end();
+    });
+    return found == schemes.end() ? nullptr : found;
+}
 
 /// Options that do not change which bytes the disk has.
 constexpr std::array harmless_options = {
@@ -31,29 +53,38 @@ std::unexpected<Error> bad_description(std::string what, Errc code = Errc::corru
     return fail(code, "json: description", std::move(what));
 }
 
+/// What is not UTF-8 in it is replaced.
+std::string text_of(const Json& value) { return value.dump(-1, ' ', false, Json::error_handler_t::replace); }
+
 /// {"driver": "file", "filename": ...}: where the bytes lie.
-Result<std::string> parse_protocol_level(const Json& node) {
+Result<Location> parse_protocol_level(const Json& node) {
     if (node.is_string()) {
         return bad_description("refers to a node by name, which means nothing outside of the process that wrote it",
                                Errc::unsupported);
     }
     if (!node.is_object()) return bad_description("\"file\" is not an object");
-    std::optional<std::string> path;
+    Location location;
+    bool has_path = false;
     for (const auto& [key, value] : node.items()) {
         if (key == "filename" && value.is_string()) {
-            path = value.get<std::string>();
+            location.path = value.get<std::string>();
+            has_path = true;
         } else if (key == "driver" && value.is_string()) {
             const auto driver = value.get<std::string>();
-            if (driver != "file" && driver != "host_device") {
+            const auto* const syntax = find_driver(driver);
+            if (syntax == nullptr) {
                 return bad_description(fmt::format("driver \"{}\" is not supported; only local files are", driver),
                                        Errc::unsupported);
             }
-        } else if (!is_harmless(key)) {
+            location.scheme = syntax->scheme;
+        } else if (is_harmless(key)) {
+            location.options[key] = value.is_string() ? value.get<std::string>() : text_of(value);
+        } else {
             return bad_description(fmt::format("option \"{}\" is not supported", key), Errc::unsupported);
         }
     }
-    if (!path) return bad_description("no \"filename\"");
-    return *std::move(path);
+    if (!has_path) return bad_description("no \"filename\"");
+    return location;
 }
 
 /// QEMU also writes nested keys flat: {"file.filename": ...}.
@@ -95,31 +126,27 @@ std::string with_double_quotes(std::string_view text) {
     return result;
 }
 
-Result<FileName> parse_description(std::string_view text) {
+Result<Location> parse_description(std::string_view text) {
     const Json parsed = Json::parse(with_double_quotes(text), nullptr, false);
     if (!parsed.is_object()) return bad_description("not a JSON object");
     const Json node = nested(parsed);
 
-    FileName result;
-    if (node.contains("driver")) {
-        if (!node["driver"].is_string()) return bad_description("\"driver\" is not a string");
+    const bool has_driver = node.contains("driver");
+    if (has_driver && !node["driver"].is_string()) return bad_description("\"driver\" is not a string");
+    const bool is_protocol_level = has_driver ? !node.contains("file") : node.contains("filename");
+    if (is_protocol_level) return parse_protocol_level(node);
+
+    Location result;
+    if (node.contains("file")) result = TRY(parse_protocol_level(node["file"]));
+    if (has_driver) {
         const auto driver = node["driver"].get<std::string>();
-        if (!node.contains("file")) {
-            result.path = TRY(parse_protocol_level(node));
-            return result;
-        }
         result.format = format_from_name(driver);
         if (!result.format)
             return bad_description(fmt::format("driver \"{}\" is not supported", driver), Errc::unsupported);
-    } else if (node.contains("filename")) {
-        result.path = TRY(parse_protocol_level(node));
-        return result;
     }
     for (const auto& [key, value] : node.items()) {
-        if (key == "driver") continue;
-        if (key == "file") {
-            result.path = TRY(parse_protocol_level(value));
-        } else if (key == "backing" && value.is_null()) {
+        if (key == "driver" || key == "file") continue;
+        if (key == "backing" && value.is_null()) {
             result.alone = true;
         } else if (!is_harmless(key)) {
             return bad_description(fmt::format("option \"{}\" is not supported", key), Errc::unsupported);
@@ -140,11 +167,12 @@ std::string_view scheme_of(std::string_view name) {
 /// No scheme has one letter.
 bool has_drive(std::string_view name) { return scheme_of(name).size() == 1; }
 
-Result<FileName> parse_local_name(std::string_view name) {
+Result<Location> parse_local_name(std::string_view name) {
     const auto scheme = scheme_of(name);
     if (is_description(name)) return parse_description(name.substr(5));
-    if (scheme == "file") return FileName{.path = std::string(name.substr(5))};
-    if (scheme.empty()) return FileName{.path = std::string(name)};
+    if (const auto* const known = find_scheme(scheme))
+        return Location{.scheme = known->scheme, .path = std::string(name.substr(scheme.size() + 1))};
+    if (scheme.empty()) return Location{.path = std::string(name)};
     if (has_drive(name)) {
         return fail(Errc::unsupported, "",
                     fmt::format("\"{}\" is a path of Windows, which means nothing on this system", name));
@@ -156,7 +184,7 @@ Result<FileName> parse_local_name(std::string_view name) {
 }
 
 /// What holds for a name of any kind.
-Result<FileName> verified(std::string_view name, Result<FileName> (*parse)(std::string_view)) {
+Result<Location> verified(std::string_view name, Result<Location> (*parse)(std::string_view)) {
     // Also bounds how deeply a description can be nested.
     if (name.size() > max_bytes) {
         return fail(Errc::unsupported, "",
@@ -168,18 +196,19 @@ Result<FileName> verified(std::string_view name, Result<FileName> (*parse)(std::
     return result;
 }
 
-/// Whether a person who gives this name, without a scheme that is known here, means a path.
-bool is_path(std::string_view name) { return !name.substr(scheme_of(name).size()).starts_with("://"); }
-
-Result<FileName> parse_given(std::string_view name) {
+/// Whether a person who gives this name means a path, colon and all.
+bool is_path(std::string_view name) {
     const auto scheme = scheme_of(name);
-    if (scheme != "file" && scheme != "json" && is_path(name)) return FileName{.path = std::string(name)};
-    return parse_local_name(name);
+    return find_scheme(scheme) == nullptr && !is_description(name) && !name.substr(scheme.size()).starts_with("://");
+}
+
+Result<Location> parse_given(std::string_view name) {
+    return is_path(name) ? Location{.path = std::string(name)} : parse_local_name(name);
 }
 
 }  // namespace
 
-Result<FileName> parse_file_name(std::string_view name, FileReference::Role role) {
+Result<Location> parse_file_name(std::string_view name, FileReference::Role role) {
     return verified(name, role == FileReference::Role::backing_file ? parse_local_name : parse_given);
 }
 
@@ -206,21 +235,24 @@ std::string shell_word(std::string_view word) {
 
 namespace qcow {
 
-Result<FileName> parse_file_name(std::string_view name, std::string_view image) {
-    auto parsed = format::verified(name, format::parse_given);
-    if (!parsed) {
-        auto error = std::move(parsed).error();
-        if (error.code == Errc::corrupt) error.code = Errc::invalid_argument;
-        return std::unexpected(std::move(error));
-    }
-    if (!image.empty()) parsed->path = format::resolve(parsed->path, image);
-    return parsed;
+Result<Location> parse_location(std::string_view name, std::string_view image) {
+    return within_memory([&]() -> Result<Location> {
+        auto parsed = format::verified(name, format::parse_given);
+        if (!parsed) {
+            auto error = std::move(parsed).error();
+            if (error.code == Errc::corrupt) error.code = Errc::invalid_argument;
+            return std::unexpected(std::move(error));
+        }
+        if (!image.empty()) parsed->path = format::resolve(parsed->path, image);
+        return parsed;
+    });
 }
 
-std::string recorded_file_name(std::string_view name) {
-    const auto scheme = format::scheme_of(name);
-    const bool as_it_is = scheme.empty() || scheme == "file" || scheme == "json" || !format::is_path(name);
-    return (as_it_is ? "" : "./") + std::string(name);
+Result<std::string> recorded_name(std::string_view name) {
+    return within_memory([&]() -> Result<std::string> {
+        const bool colon_in_path = !format::scheme_of(name).empty() && format::is_path(name);
+        return (colon_in_path ? "./" : "") + std::string(name);
+    });
 }
 
 }  // namespace qcow

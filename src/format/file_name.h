@@ -4,14 +4,14 @@
 #include <string>
 #include <string_view>
 
-#include "qcow/file_name.h"
+#include "qcow/image.h"
 
 namespace qcow::format {
 
-/// The path is as given: it may be relative. Errc::unsupported for names of anything but a local file, Errc::corrupt
-/// for what cannot be parsed. An option in a description that would change the contents is refused by name. In the name
-/// of a data file QEMU knows no schemes, so that a colon is part of the path there, unless it stands before "//".
-Result<FileName> parse_file_name(std::string_view name, FileReference::Role role = FileReference::Role::backing_file);
+/// The path is as given: it may be relative. Errc::unsupported for a scheme that has no opener, Errc::corrupt for what
+/// cannot be parsed. An option in a description that would change the contents is refused by name. In the name of a
+/// data file QEMU knows no schemes, so that a colon is part of the path there, unless it stands before "//".
+Result<Location> parse_file_name(std::string_view name, FileReference::Role role = FileReference::Role::backing_file);
 
 /// Whether it is a "json:" description.
 bool is_description(std::string_view name);

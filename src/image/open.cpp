@@ -11,7 +11,7 @@
 #include "format/file_name.h"
 #include "format/foreign.h"
 #include "format/header.h"
-#include "qcow/image.h"
+#include "image/gate.h"
 #include "qcow/text.h"
 #include "qcow1/qcow1_image.h"
 #include "qcow2/qcow2_image.h"
@@ -67,7 +67,7 @@ std::optional<format::Foreign> recognise(const Storage& storage) {
     return ends ? format::recognise_foreign(ends->head, ends->tail, storage.name()) : std::nullopt;
 }
 
-Result<FileName> parse_reference(FileReference::Role role, const std::string& name, const OpenedLayer& by) {
+Result<Location> parse_reference(FileReference::Role role, const std::string& name, const OpenedLayer& by) {
     auto parsed = format::parse_file_name(name, role);
     if (parsed) return parsed;
     return std::unexpected(std::move(parsed)
@@ -236,9 +236,10 @@ private:
         return std::unexpected(std::move(error));
     }
 
-    Result<std::shared_ptr<Storage>> pass_gate(FileReference::Role role, const std::string& name,
-                                               const FileName& parsed, const OpenedLayer& by) const {
-        FileReference reference{role, name, format::resolve(parsed.path, by.storage->name()), by.storage->name()};
+    Result<std::shared_ptr<Storage>> pass_gate(FileReference::Role role, const std::string& name, Location location,
+                                               const OpenedLayer& by) const {
+        location.path = format::resolve(location.path, by.storage->name());
+        FileReference reference{role, name, std::move(location), by.storage->name()};
         reference.guessed = by.guessed;
         reference.writable = role == FileReference::Role::data_file && options_.writable && layers_.size() == 1;
         auto opened = options_.gate(reference);
@@ -294,6 +295,36 @@ private:
     std::set<std::string> identities_;
 };
 
+Result<std::shared_ptr<Image>> open_spec(const ImageSpec& spec, const Warn& warn) {
+    const FileOptions read_only{.force_share = spec.force_share};
+    OpenOptions options;
+    options.format = spec.location.format;
+    options.gate = gate_for(spec, spec.force_share);
+    options.follow = spec.follow;
+    options.backing_format = spec.backing_format;
+    options.writable = spec.write.has_value();
+    if (spec.write) options.write = *spec.write;
+    if (warn) options.warn = [&](const std::string& message) { warn({Warning::Kind::odd_image, message}); };
+
+    auto storage =
+        TRY(open_storage(spec.location, spec.write ? FileOptions{.writable = true, .direct = spec.direct} : read_only));
+    if (spec.location.alone) options.backing = nullptr;
+    if (spec.backing) {
+        auto backing = open_storage(*spec.backing, read_only);
+        if (!backing) return std::unexpected(std::move(backing).error().in("backing file"));
+        options.backing = *std::move(backing);
+        if (!options.backing_format) options.backing_format = spec.backing->format;
+    }
+    auto image = TRY(open_image(std::move(storage), options));
+    if (warn && spec.write && !options.format && image->format() == Format::raw) {
+        warn({Warning::Kind::guessed_format,
+              fmt::format("{}: that it is raw was only guessed, and what is written to it can change the next guess",
+                          printable(spec.location.path)),
+              Format::raw});
+    }
+    return image;
+}
+
 }  // namespace
 
 std::string_view format_name(Format format) { return entry_of(format).name; }
@@ -307,6 +338,10 @@ std::optional<Format> format_from_name(std::string_view name) {
 
 Result<std::shared_ptr<Image>> open_image(std::shared_ptr<Storage> storage, const OpenOptions& options) {
     return within_memory([&] { return ChainOpener(options).open(std::move(storage)); });
+}
+
+Result<std::shared_ptr<Image>> open_image(const ImageSpec& spec, const Warn& warn) {
+    return within_memory([&] { return open_spec(spec, warn); });
 }
 
 }  // namespace qcow

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/bits.h"
+#include "base/going_on.h"
 #include "base/within_memory.h"
 #include "base/workers.h"
 #include "disk/range.h"
@@ -20,6 +21,10 @@ namespace {
 /// Small enough that what was read is still in the processor's cache when it is written.
 constexpr std::uint64_t min_piece_bytes = 256 * KiB;
 constexpr std::size_t buffers_per_worker = 4;
+
+/// A stretch that is not read is at least so long, or there would be too many of them on a vast disk.
+constexpr std::uint64_t min_longest_stretch = GiB;
+constexpr std::uint64_t max_longest_stretches = 65536;
 
 /// A piece with the memory that it lives in, used again and again.
 struct Buffer {
@@ -43,12 +48,14 @@ public:
     Copier(Disk& source, CopyTarget& target, const CopyOptions& options)
         : source_(source),
           target_(target),
-          progress_(options.progress),
+          control_(options.control),
           workers_(options.workers == 0 ? default_workers() : options.workers),
           any_order_(target.any_order()),
           all_is_written_(options.sparse_bytes == 0),
           block_size_(target.block_size()),
-          piece_bytes_(std::max({min_piece_bytes, source.block_size(), block_size_})) {
+          piece_bytes_(std::max({min_piece_bytes, source.block_size(), block_size_})),
+          longest_stretch_(align_down(
+              std::max({min_longest_stretch, source.size() / max_longest_stretches, block_size_}), block_size_)) {
         if (options.salvage != nullptr) salvager_.emplace(source);
         // What the kernel shares has no storage of its own, and damage would be shared unseen.
         if (all_is_written_ || salvager_) kernel_copies_ = KernelCopies::no;
@@ -77,6 +84,7 @@ private:
     Result<void> work() {
         Lock lock(mutex_);
         while (!failed_) {
+            TRY_VOID(verify_goes_on(control_));
             // What the kernel will copy is decided first, or it would be chance which stretches it copies.
             const bool can_read = !spare_.empty() && kernel_copies_ != KernelCopies::being_tried;
             if (!can_read && !can_write()) {
@@ -109,7 +117,7 @@ private:
             extent.length = std::min(block_size_, source_.size() - cursor_.value);
             read = true;
         } else {
-            extent.length = whole_blocks;
+            extent.length = std::min(whole_blocks, longest_stretch_);
             const bool by_kernel = extent.host && kernel_copies_ != KernelCopies::no;
             read = all_is_written_ || (extent.kind == Extent::Kind::data && !by_kernel);
             const bool trial =
@@ -117,7 +125,7 @@ private:
             if (trial) kernel_copies_ = KernelCopies::being_tried;
             // To the next multiple of the piece's size, so that the source's clusters are not cut in two.
             if (read || trial)
-                extent.length = std::min(whole_blocks, piece_bytes_ - (cursor_.value & (piece_bytes_ - 1)));
+                extent.length = std::min(extent.length, piece_bytes_ - (cursor_.value & (piece_bytes_ - 1)));
         }
         if (rest_is_lost_ && !read) salvager_->lose({cursor_, extent.length}, *rest_is_lost_);
         cursor_ += extent.length;
@@ -196,7 +204,7 @@ private:
             ++next_to_write_;
             if (stretch.buffer) spare_.push_back(std::move(stretch.buffer));
             done_ += stretch.extent.length;
-            if (progress_) progress_(done_, source_.size());
+            if (control_.progress) control_.progress(done_, source_.size());
             changed_.notify_all();
         }
         return {};
@@ -228,12 +236,13 @@ private:
 
     Disk& source_;
     CopyTarget& target_;
-    const std::function<void(std::uint64_t, std::uint64_t)>& progress_;
+    const JobControl& control_;
     const unsigned workers_;
     const bool any_order_;
     const bool all_is_written_;  // zeros, too
     const std::uint64_t block_size_;
     const std::uint64_t piece_bytes_;
+    const std::uint64_t longest_stretch_;  // that is not read: a request to stop waits for it
 
     std::mutex mutex_;  // guards all that follows; not held while data are read, prepared or written
     std::condition_variable changed_;

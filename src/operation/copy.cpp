@@ -131,19 +131,23 @@ private:
 Result<void> copy_sectors(Disk& source, const Disk& target, CopyTarget& to, const CopyOptions& options) {
     TRY_VOID(verify_range(target, {0}, source.size()));
     const std::uint64_t size = std::min(rounded_size(source.size()), target.size());
-    return within_memory([&] { return copy_to(*padded(source, size), to, options); });
+    return copy_to(*padded(source, size), to, options);
 }
 
 }  // namespace
 
 Result<void> copy_compressed(Disk& source, Image& target, const CopyOptions& options, std::optional<int> level) {
-    CompressingTarget compressing(target, options, level);
-    return copy_sectors(source, target, compressing, options);
+    return within_memory([&] {
+        CompressingTarget compressing(target, options, level);
+        return copy_sectors(source, target, compressing, options);
+    });
 }
 
 Result<void> copy_disk(Disk& source, Disk& target, const CopyOptions& options) {
-    DiskTarget disk_target(target, options);
-    return copy_sectors(source, target, disk_target, options);
+    return within_memory([&] {
+        DiskTarget disk_target(target, options);
+        return copy_sectors(source, target, disk_target, options);
+    });
 }
 
 }  // namespace qcow

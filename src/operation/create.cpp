@@ -5,6 +5,7 @@
 #include "base/within_memory.h"
 #include "disk/padded.h"
 #include "operation/copier.h"
+#include "operation/new_image.h"
 #include "qcow2/builder.h"
 #include "storage/growing.h"
 #include "storage/zero_bytes.h"
@@ -32,7 +33,52 @@ Result<void> verify_raw(const CreateOptions& options) {
                 "a raw disk has only size and preallocation; the others are for qcow2");
 }
 
+/// Opens the backing file, to see that it is one. Returns its size.
+Result<std::uint64_t> verify_backing(const ImageSpec& spec, FilesInUse& in_use, const Warn& warn) {
+    auto backing = open_image(spec, warn);
+    if (!backing) {
+        return std::unexpected(
+            std::move(backing).error().in("backing file (-u makes the image without looking at it)"));
+    }
+    TRY_VOID(in_use.add(FilesInUse::Use::read, **backing, "its backing file"));
+    return (*backing)->size();
+}
+
+Result<CreateResult> make_image(const CreateJob& job, const JobControl& control) {
+    NewImage image = job.image;
+    auto& options = image.options;
+    const bool has_backing = !options.backing_name.empty();
+    if (image.format == Format::raw && (has_backing || !options.data_file_name.empty())) {
+        return fail(Errc::invalid_argument, "target format",
+                    "raw images have no backing file and no data file; leave -f raw out");
+    }
+    Warnings warnings(control.warn);
+    FilesInUse in_use;
+    if (has_backing) {
+        const auto spec = TRY(backing_of(image));
+        if (job.unchecked) {
+            // What is there of it is not to be overwritten all the same.
+            TRY_VOID(in_use.add_unopened(FilesInUse::Use::read, spec, "its backing file"));
+        } else {
+            const auto size = TRY(verify_backing(spec, in_use, warnings.to()));
+            if (job.size_of_backing) options.size = size;
+        }
+    }
+    if (job.size_of_backing && (!has_backing || job.unchecked))
+        return fail(Errc::invalid_argument, "size", "how large is the disk to be? Add a SIZE, such as 20G");
+    TRY_VOID(make_files(
+        image, "the new image", in_use, warnings,
+        [&](const NewImageFiles& files, bool) {
+            return image.format == Format::raw ? create_raw_image(files.image, options) : create_image(files, options);
+        }));
+    return CreateResult{image.path, rounded_size(options.size), warnings.take()};
+}
+
 }  // namespace
+
+Result<CreateResult> create(const CreateJob& job, const JobControl& control) {
+    return within_memory([&] { return make_image(job, control); });
+}
 
 Result<void> create_image(const NewImageFiles& files, const CreateOptions& options) {
     return within_memory([&]() -> Result<void> {

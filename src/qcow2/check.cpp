@@ -10,7 +10,7 @@
 #include <set>
 #include <vector>
 
-#include "base/try.h"
+#include "base/going_on.h"
 #include "base/workers.h"
 #include "format/luks.h"
 #include "format/refcount.h"
@@ -192,6 +192,7 @@ private:
     Result<void> each_word(HostOffset table, std::uint64_t entries, Visit visit) {
         std::vector<std::byte> buffer(std::min(entries * 8, piece_bytes));
         for (std::uint64_t first = 0; first < entries;) {
+            TRY_VOID(verify_goes_on(options_.control));
             const auto run = TRY(metadata_.file().run(table + first * 8, (entries - first) * 8));
             if (!run.data && run.length >= 8) {
                 first += run.length / 8;
@@ -386,10 +387,11 @@ private:
             std::vector<std::byte> buffer(geometry_.cluster_size());
             Tally tally;
             for (std::size_t i = next++; i < l2_references_.size(); i = next++) {
+                TRY_VOID(verify_goes_on(options_.control));
                 TRY_VOID(walk_l2_table(l2_references_[i], buffer, tally));
-                if (options_.progress && i % 16 == 0) {
+                if (options_.control.progress && i % 16 == 0) {
                     const std::lock_guard lock(mutex);
-                    options_.progress(i, l2_references_.size());
+                    options_.control.progress(i * buffer.size(), l2_references_.size() * buffer.size());
                 }
             }
             const std::lock_guard lock(mutex);
@@ -558,8 +560,10 @@ private:
             [&](unsigned) -> Result<void> {
                 std::vector<std::byte> buffer(geometry_.cluster_size());
                 std::uint64_t end = 0;
-                for (std::size_t i = next++; i < blocks_.size(); i = next++)
+                for (std::size_t i = next++; i < blocks_.size(); i = next++) {
+                    TRY_VOID(verify_goes_on(options_.control));
                     TRY_VOID(compare_block(i * per_block, per_block, blocks_[i], buffer, end));
+                }
                 const std::lock_guard lock(mutex);
                 image_end_clusters_ = std::max(image_end_clusters_, end);
                 return {};

@@ -18,7 +18,7 @@
 #include <optional>
 
 #include "base/bits.h"
-#include "base/try.h"
+#include "base/within_memory.h"
 #include "qcow/storage.h"
 #include "storage/direct.h"
 #include "storage/file.h"
@@ -380,7 +380,9 @@ std::unexpected<Error> open_error(const std::string& path, int error, int flags)
     return system_error("cannot open", path, error);
 }
 
-Result<std::shared_ptr<Storage>> open_file(const std::string& path, const FileOptions& options) {
+namespace {
+
+Result<std::shared_ptr<Storage>> open_verified(const std::string& path, const FileOptions& options) {
     if (options.force_share && options.writable) {
         return fail(Errc::invalid_argument, path,
                     "what is written to cannot be shared by force; open it for reading only, or with locks");
@@ -393,6 +395,12 @@ Result<std::shared_ptr<Storage>> open_file(const std::string& path, const FileOp
     FileDescriptor fd(open(path.c_str(), flags));
     if (fd.get() < 0) return open_error(path, errno, flags);
     return file_storage(std::move(fd), path, options);
+}
+
+}  // namespace
+
+Result<std::shared_ptr<Storage>> open_file(const std::string& path, const FileOptions& options) {
+    return within_memory([&] { return open_verified(path, options); });
 }
 
 }  // namespace qcow

@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "base/try.h"
+#include "base/within_memory.h"
 #include "storage/file.h"
 
 namespace qcow {
@@ -27,16 +27,18 @@ std::optional<std::string> identity_at(const std::string& path) {
 }  // namespace
 
 Result<void> FilesInUse::add(Use use, const std::string& path, const std::string& role) {
-    const auto identity = identity_at(path);
-    if (!identity) return {};
-    const auto [found, is_new] = files_.try_emplace(*identity, File{use, path, role});
-    const auto& other = found->second;
-    if (is_new || (use == Use::read && other.use == Use::read)) return {};
-    const bool overwrites = use == Use::written;
-    return fail(Errc::invalid_argument, path,
-                fmt::format("{} would overwrite {}{}; choose another file", overwrites ? role : other.role,
-                            overwrites ? other.role : role,
-                            other.path == path ? "" : fmt::format(" (\"{}\" is the same file)", other.path)));
+    return within_memory([&]() -> Result<void> {
+        const auto identity = identity_at(path);
+        if (!identity) return {};
+        const auto [found, is_new] = files_.try_emplace(*identity, File{use, path, role});
+        const auto& other = found->second;
+        if (is_new || (use == Use::read && other.use == Use::read)) return {};
+        const bool overwrites = use == Use::written;
+        return fail(Errc::invalid_argument, path,
+                    fmt::format("{} would overwrite {}{}; choose another file", overwrites ? role : other.role,
+                                overwrites ? other.role : role,
+                                other.path == path ? "" : fmt::format(" (\"{}\" is the same file)", other.path)));
+    });
 }
 
 }  // namespace qcow

@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "base/try.h"
+#include "base/within_memory.h"
 #include "qcow/files_in_use.h"
 #include "storage/file.h"
 #include "storage/pass_through.h"
@@ -166,7 +166,7 @@ public:
         if (changed_) return {};
         const std::lock_guard lock(mutex_);
         if (changed_) return {};
-        listed_.emplace(path_, Unfinished::Kind::in_place);
+        listed_.emplace(path_, Incomplete::written_in_place);
         incomplete_ = true;
         if (!block_device_) TRY_VOID(PassThrough::resize(0));
         changed_ = true;
@@ -202,6 +202,10 @@ struct NewFile::State {
 
     ~State() { drop_part(true); }
 
+    static Result<NewFile> begin(const std::string& path, FilesInUse& in_use, const std::string& role,
+                                 Existing existing);
+    Result<void> publish(Contents contents);
+
     /// Opens the file that has the name, which locks it.
     [[nodiscard]] Result<std::shared_ptr<Storage>> open_existing(const struct stat& status) const {
         auto file = TRY(open_file(path, {.writable = true}));
@@ -214,7 +218,7 @@ struct NewFile::State {
 
     void take_part_name() {
         part = part_name(target);
-        listed.emplace(part, Unfinished::Kind::temporary_name);
+        listed.emplace(part);
     }
 
     void drop_part(bool remove) {
@@ -281,6 +285,11 @@ bool NewFile::is_incomplete() const { return state_->in_place && state_->in_plac
 
 Result<NewFile> NewFile::begin(const std::string& path, FilesInUse& in_use, const std::string& role,
                                Existing existing) {
+    return within_memory([&] { return State::begin(path, in_use, role, existing); });
+}
+
+Result<NewFile> NewFile::State::begin(const std::string& path, FilesInUse& in_use, const std::string& role,
+                                      Existing existing) {
     if (path.empty()) return fail(Errc::invalid_argument, "", "the name is empty");
     TRY_VOID(in_use.add(FilesInUse::Use::written, path, role));
     NewFile file(std::make_unique<State>());
@@ -315,18 +324,21 @@ Result<NewFile> NewFile::begin(const std::string& path, FilesInUse& in_use, cons
 }
 
 Result<void> NewFile::publish(Contents contents) {
-    auto& state = *state_;
-    if (state.published) return {};
-    if (state.in_place) TRY_VOID(state.in_place->change());
-    if (contents == Contents::durable) TRY_VOID(state.storage->flush());
-    if (state.in_place) {
-        state.in_place->complete();
+    return within_memory([&] { return state_->publish(contents); });
+}
+
+Result<void> NewFile::State::publish(Contents contents) {
+    if (published) return {};
+    if (in_place) TRY_VOID(in_place->change());
+    if (contents == Contents::durable) TRY_VOID(storage->flush());
+    if (in_place) {
+        in_place->complete();
     } else {
-        TRY_VOID(state.take_name());
-        if (contents == Contents::durable) TRY_VOID(sync_directory(directory_of(state.target), state.fd.get()));
+        TRY_VOID(take_name());
+        if (contents == Contents::durable) TRY_VOID(sync_directory(directory_of(target), fd.get()));
     }
-    state.published = true;
-    state.replaced.reset();
+    published = true;
+    replaced.reset();
     return {};
 }
 

@@ -7,13 +7,11 @@
 #include <climits>
 #include <utility>
 
-#include "qcow/storage.h"
-
 namespace qcow {
 
 /// A place in a list that only grows: a signal handler may be looking at it at any time.
 struct UnfinishedSlot {
-    enum State : int { empty, filling, temporary_name, in_place, abandoned };
+    enum State : int { empty, filling, temporary_name, in_place, part_of_source, abandoned };
     std::atomic<int> state = filling;
     std::array<char, PATH_MAX> path = {};
     UnfinishedSlot* next = nullptr;
@@ -37,12 +35,18 @@ UnfinishedSlot* take_slot() {
 
 }  // namespace
 
-Unfinished::Unfinished(const std::string& path, Kind kind) : slot_(take_slot()) {
+Unfinished::Unfinished(const std::string& path) : Unfinished(path, UnfinishedSlot::temporary_name) {}
+
+Unfinished::Unfinished(const std::string& path, Incomplete what)
+    : Unfinished(path,
+                 what == Incomplete::written_in_place ? UnfinishedSlot::in_place : UnfinishedSlot::part_of_source) {}
+
+Unfinished::Unfinished(const std::string& path, int state) : slot_(take_slot()) {
     // No system call takes a longer path: there is no such file.
     const auto length = path.size() < slot_->path.size() ? path.size() : 0;
     path.copy(slot_->path.data(), length);
     slot_->path[length] = '\0';
-    slot_->state = kind == Kind::in_place ? UnfinishedSlot::in_place : UnfinishedSlot::temporary_name;
+    slot_->state = state;
 }
 
 Unfinished::~Unfinished() {
@@ -51,15 +55,17 @@ Unfinished::~Unfinished() {
     if (state != UnfinishedSlot::abandoned) slot_->state.compare_exchange_strong(state, UnfinishedSlot::empty);
 }
 
-void abandon_new_files(void (*incomplete)(const char* path)) noexcept {
+void abandon_new_files(void (*incomplete)(const char* path, Incomplete what)) noexcept {
     for (auto* slot = slots.load(); slot != nullptr; slot = slot->next) {
         int state = slot->state;
-        if (state != UnfinishedSlot::temporary_name && state != UnfinishedSlot::in_place) continue;
+        if (state == UnfinishedSlot::empty || state == UnfinishedSlot::filling || state == UnfinishedSlot::abandoned)
+            continue;
         if (!slot->state.compare_exchange_strong(state, UnfinishedSlot::abandoned)) continue;
         if (state == UnfinishedSlot::temporary_name) {
             unlink(slot->path.data());
         } else {
-            incomplete(slot->path.data());
+            incomplete(slot->path.data(),
+                       state == UnfinishedSlot::in_place ? Incomplete::written_in_place : Incomplete::part_of_source);
         }
     }
 }

@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "qcow/storage.h"
+
 namespace qcow {
 
 struct UnfinishedSlot;
@@ -10,17 +12,17 @@ struct UnfinishedSlot;
 /// Lists a path for abandon_new_files, from its construction to its destruction. Any number, on any threads.
 class Unfinished {
 public:
-    enum class Kind : int {
-        temporary_name,  // to be removed
-        in_place,        // to be told of
-    };
-
-    Unfinished(const std::string& path, Kind kind);
+    /// A temporary name, to be removed.
+    explicit Unfinished(const std::string& path);
+    /// A file that is to be told of as incomplete.
+    Unfinished(const std::string& path, Incomplete what);
     Unfinished(const Unfinished&) = delete;
     Unfinished& operator=(const Unfinished&) = delete;
     ~Unfinished();
 
 private:
+    Unfinished(const std::string& path, int state);
+
     UnfinishedSlot* slot_;
 };
 

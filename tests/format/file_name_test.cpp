@@ -92,31 +92,31 @@ TEST(FileName, OfADataFileIsAPath) {
 
 TEST(GivenName, AColonIsPartOfThePath) {
     for (const std::string_view name : {"vm:disk.qcow2", "nbd:localhost", "C:/x", "a", "/srv/a:b", "-"}) {
-        EXPECT_EQ(must(qcow::parse_file_name(name)).path, name);
+        EXPECT_EQ(must(parse_location(name)).path, name);
         // What an image records of it leads to the same file.
         const std::filesystem::path images = "/images";
-        EXPECT_EQ((images / path_of(recorded_file_name(name))).lexically_normal(), images / name);
+        EXPECT_EQ((images / path_of(must(recorded_name(name)))).lexically_normal(), images / name);
     }
-    EXPECT_EQ(recorded_file_name("vm:disk.qcow2"), "./vm:disk.qcow2");
-    EXPECT_EQ(recorded_file_name("disks/vm:disk.qcow2"), "disks/vm:disk.qcow2");
+    EXPECT_EQ(must(recorded_name("vm:disk.qcow2")), "./vm:disk.qcow2");
+    EXPECT_EQ(must(recorded_name("disks/vm:disk.qcow2")), "disks/vm:disk.qcow2");
 }
 
 TEST(GivenName, HasAPrefixOrADescription) {
-    EXPECT_EQ(must(qcow::parse_file_name("file:vm:disk")).path, "vm:disk");
-    const auto described = must(qcow::parse_file_name("json:{'driver':'qcow2','file.filename':'x'}", "images/top"));
+    EXPECT_EQ(must(parse_location("file:vm:disk")).path, "vm:disk");
+    const auto described = must(parse_location("json:{'driver':'qcow2','file.filename':'x'}", "images/top"));
     EXPECT_EQ(described.path, "images/x");
     EXPECT_EQ(described.format, Format::qcow2);
     for (const std::string_view name : {"file:a", "json:{'filename':'a'}", "base.qcow2", "nbd://host/export"})
-        EXPECT_EQ(recorded_file_name(name), name);
-    EXPECT_EQ(must(qcow::parse_file_name("base", "images/top")).path, "images/base");
-    EXPECT_EQ(must(qcow::parse_file_name("/base", "images/top")).path, "/base");
+        EXPECT_EQ(must(recorded_name(name)), name);
+    EXPECT_EQ(must(parse_location("base", "images/top")).path, "images/base");
+    EXPECT_EQ(must(parse_location("/base", "images/top")).path, "/base");
 }
 
 TEST(GivenName, IsRefused) {
-    EXPECT_TRUE(fails(qcow::parse_file_name("nbd://host/export"), Errc::unsupported, {"scheme \"nbd:\""}));
-    EXPECT_TRUE(fails(qcow::parse_file_name("https://host/a.img"), Errc::unsupported, {"scheme \"https:\""}));
-    EXPECT_TRUE(fails(qcow::parse_file_name(""), Errc::invalid_argument, {"empty"}));
-    EXPECT_TRUE(fails(qcow::parse_file_name("json:{"), Errc::invalid_argument, {"not a JSON object"}));
+    EXPECT_TRUE(fails(parse_location("nbd://host/export"), Errc::unsupported, {"scheme \"nbd:\""}));
+    EXPECT_TRUE(fails(parse_location("https://host/a.img"), Errc::unsupported, {"scheme \"https:\""}));
+    EXPECT_TRUE(fails(parse_location(""), Errc::invalid_argument, {"empty"}));
+    EXPECT_TRUE(fails(parse_location("json:{"), Errc::invalid_argument, {"not a JSON object"}));
 }
 
 TEST(ShellWord, IsQuotedWhereItHasToBe) {
@@ -192,6 +192,14 @@ TEST(JsonDescription, OptionsThatDoNotChangeTheContentsAreIgnored) {
                           "file": {"driver": "file", "filename": "base.img", "locking": "off", "aio": "io_uring",
                                    "auto-read-only": true, "drop-cache": true}})"),
               "base.img");
+}
+
+TEST(JsonDescription, OptionsOfTheFileStayInTheLocation) {
+    const auto location = must(parse_file_name(R"(json:{"driver": "qcow2", "read-only": true,
+        "file": {"driver": "host_device", "filename": "/dev/sdb", "locking": "off", "cache": {"direct": true}}})"));
+    EXPECT_EQ(location.scheme, Scheme::file);
+    EXPECT_EQ(location.options,
+              (std::map<std::string, std::string>{{"locking", "off"}, {"cache", R"({"direct":true})"}}));
 }
 
 TEST(JsonDescription, OptionsThatMayChangeTheContentsAreRefusedByName) {

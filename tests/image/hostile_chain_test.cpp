@@ -102,7 +102,7 @@ TEST_F(Hostile, LongChains) {
 std::vector<std::string> asked_for(const fuzz::SparseFile& overlay, Error& error) {
     std::vector<std::string> paths;
     const auto gate = [&](const FileReference& reference) -> Result<std::shared_ptr<Storage>> {
-        paths.push_back(reference.path);
+        paths.push_back(reference.location.path);
         return no_files()(reference);
     };
     const auto result = open_image(fuzz::storage_of(overlay, "images/top"), options_for(Format::qcow2, gate));

@@ -278,7 +278,7 @@ TEST_F(NewFiles, AreWrittenInPlaceWhereTheOldFileCannotBeReplaced) {
     EXPECT_EQ(read_file(path_), std::string("\0\0new", 5));
     std::string told;
     told_incomplete = &told;
-    abandon_new_files([](const char* path) { *told_incomplete += path; });
+    abandon_new_files([](const char* path, Incomplete) { *told_incomplete += path; });
     EXPECT_EQ(told, path_);
     must(file.publish());
     EXPECT_FALSE(file.is_incomplete());
@@ -315,7 +315,7 @@ TEST_F(NamedNewFiles, AreRemovedWhenASignalEndsTheProcess) {
     write_file(path_, "old");
     auto file = written(path_);
     EXPECT_EQ(directory_.names().size(), 2U);
-    abandon_new_files([](const char*) {});
+    abandon_new_files([](const char*, Incomplete) {});
     EXPECT_THAT(directory_.names(), ElementsAre("disk"));
 }
 

@@ -128,19 +128,25 @@ public:
     [[nodiscard]] bool usable() const { return wakeup_.fd() >= 0; }
 
     Result<void> listen_unix(const std::string& path) override {
-        listeners_.push_back(TRY(qcow::listen_unix(path)));
-        return {};
+        return within_memory([&]() -> Result<void> {
+            listeners_.push_back(TRY(qcow::listen_unix(path)));
+            return {};
+        });
     }
 
     Result<std::uint16_t> listen_tcp(const std::string& host, std::uint16_t port) override {
-        auto made = TRY(qcow::listen_tcp(host, port));
-        for (auto& listener : made.listeners) listeners_.push_back(std::move(listener));
-        return made.port;
+        return within_memory([&]() -> Result<std::uint16_t> {
+            auto made = TRY(qcow::listen_tcp(host, port));
+            for (auto& listener : made.listeners) listeners_.push_back(std::move(listener));
+            return made.port;
+        });
     }
 
     Result<void> listen_inherited(int fd) override {
-        listeners_.push_back(TRY(qcow::listen_inherited(fd)));
-        return {};
+        return within_memory([&]() -> Result<void> {
+            listeners_.push_back(TRY(qcow::listen_inherited(fd)));
+            return {};
+        });
     }
 
     Result<void> run() override;
@@ -291,9 +297,7 @@ void Server::part_with_all() {
     clients_.clear();
 }
 
-}  // namespace
-
-Result<std::unique_ptr<NbdServer>> NbdServer::make(std::vector<NbdExport> exports, const NbdOptions& options) {
+Result<std::unique_ptr<NbdServer>> make_server(std::vector<NbdExport> exports, const NbdOptions& options) {
     if (exports.empty()) return fail(Errc::invalid_argument, "server", "there is nothing to serve");
     std::set<std::string_view> names;
     for (const auto& exported : exports) {
@@ -315,6 +319,12 @@ Result<std::unique_ptr<NbdServer>> NbdServer::make(std::vector<NbdExport> export
     auto server = std::make_unique<Server>(std::move(exports), options, std::move(tls));
     if (!server->usable()) return system_error("cannot be made", "server", errno);
     return server;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<NbdServer>> NbdServer::make(std::vector<NbdExport> exports, const NbdOptions& options) {
+    return within_memory([&] { return make_server(std::move(exports), options); });
 }
 
 }  // namespace qcow

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "base/bits.h"
-#include "base/try.h"
+#include "base/within_memory.h"
 
 namespace qcow::nbd {
 namespace {
@@ -46,7 +46,9 @@ std::vector<NbdContext> built_in_contexts(const NbdExport& exported) {
 
 namespace qcow {
 
-Result<NbdContext> dirty_bitmap_context(std::shared_ptr<Image> image, const std::string& bitmap) {
+namespace {
+
+Result<NbdContext> bitmap_context(std::shared_ptr<Image> image, const std::string& bitmap) {
     TRY_VOID(image->each_dirty(bitmap, {0}, 0, [](const DirtyRun&) { return Result<void>(); }));
     // However many bits are alike, only so many are looked at for one answer.
     constexpr std::uint64_t max_bits = MiB * 8;
@@ -67,6 +69,12 @@ Result<NbdContext> dirty_bitmap_context(std::shared_ptr<Image> image, const std:
         return enough ? Result<void>() : visited;
     };
     return NbdContext{"qemu:dirty-bitmap:" + bitmap, std::move(status)};
+}
+
+}  // namespace
+
+Result<NbdContext> dirty_bitmap_context(std::shared_ptr<Image> image, const std::string& bitmap) {
+    return within_memory([&] { return bitmap_context(std::move(image), bitmap); });
 }
 
 }  // namespace qcow

@@ -1,0 +1,143 @@
+#include "operation/new_image.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cctype>
+#include <csignal>
+#include <filesystem>
+#include <optional>
+
+#include "base/within_memory.h"
+#include "qcow/text.h"
+
+namespace qcow {
+namespace {
+
+constexpr std::string_view incomplete = "was written in place and is incomplete; its earlier contents are gone";
+
+/// Warns where the name of a new file ends as those of another format do.
+void warn_of_ending(const NewImage& image, Warnings& warnings) {
+    auto ending = std::filesystem::path(image.path).extension().string();
+    for (auto& c : ending) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    constexpr auto endings =
+        std::to_array<std::string_view>({".raw", ".qcow", ".qcow2", ".qed", ".vdi", ".vhd", ".vhdx", ".vmdk", ".vpc"});
+    const auto format = format_name(image.format);
+    if (std::ranges::find(endings, ending) == endings.end() || ending.substr(1) == format) return;
+    const bool qcow2 = ending.starts_with(".qcow");
+    if (qcow2 && image.format == Format::qcow2) return;
+    Warning warning{Warning::Kind::misleading_name, fmt::format("{}: it will be {}, although its name says {}",
+                                                                printable(image.path), format, ending.substr(1))};
+    if (qcow2 || ending == ".raw") {
+        warning.format = qcow2 ? Format::qcow2 : Format::raw;
+    } else {
+        warning.message += "; qemu-img convert can make that";
+    }
+    warnings.add(std::move(warning));
+}
+
+/// Lets the signals that end a process wait, as long as this lives and no other thread takes them.
+class SignalsWait {
+public:
+    SignalsWait() {
+        sigset_t waiting;
+        sigemptyset(&waiting);
+        for (const int signal : {SIGINT, SIGTERM, SIGHUP}) sigaddset(&waiting, signal);
+        pthread_sigmask(SIG_BLOCK, &waiting, &before_);
+    }
+    SignalsWait(const SignalsWait&) = delete;
+    SignalsWait& operator=(const SignalsWait&) = delete;
+    ~SignalsWait() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+private:
+    sigset_t before_ = {};
+};
+
+Result<NewFile> begin(const std::string& path, const std::string& role, NewFile::Existing existing, FilesInUse& in_use,
+                      Warnings& warnings) {
+    auto file = NewFile::begin(path, in_use, role, existing);
+    if (file && !file->obstacle().empty()) {
+        warnings.add({Warning::Kind::written_in_place,
+                      fmt::format("{}: {}, so that it cannot be replaced; it is emptied and written in place",
+                                  printable(path), file->obstacle())});
+    }
+    return file;
+}
+
+class Files {
+public:
+    Files(NewFile image, std::optional<NewFile> data_file)
+        : image_(std::move(image)), data_file_(std::move(data_file)) {}
+
+    Result<void> fill(const Fill& fill) const {
+        return within_memory([&] {
+            return fill({image_.storage(), data_file_ ? data_file_->storage() : nullptr}, image_.starts_as_zeros());
+        });
+    }
+
+    /// Names both, or none.
+    Result<void> publish(NewFile::Contents contents) {
+        if (!data_file_) return image_.publish(contents);
+        if (contents == NewFile::Contents::durable) {
+            // What takes long and may fail, before one of both has its name.
+            TRY_VOID(data_file_->storage()->flush());
+            TRY_VOID(image_.storage()->flush());
+        }
+        const SignalsWait both_or_none;
+        TRY_VOID(data_file_->publish(contents));
+        auto published = image_.publish(contents);
+        if (!published) {
+            published.error().what +=
+                fmt::format("; its data file {} was made and stays", data_file_->storage()->name());
+        }
+        return published;
+    }
+
+    [[nodiscard]] bool image_is_incomplete() const { return image_.is_incomplete(); }
+    [[nodiscard]] bool data_file_is_incomplete() const { return data_file_ && data_file_->is_incomplete(); }
+
+private:
+    NewFile image_;
+    std::optional<NewFile> data_file_;
+};
+
+}  // namespace
+
+Result<Location> named_by(const NewImage& image, const std::string& name) { return parse_location(name, image.path); }
+
+Result<ImageSpec> backing_of(const NewImage& image) {
+    if (image.options.backing_format.empty()) {
+        return fail(Errc::invalid_argument, "backing file",
+                    "its format is to be recorded; say it with -F (raw, qcow or qcow2)");
+    }
+    ImageSpec spec{.location = {.path = TRY(named_by(image, image.options.backing_name)).path}};
+    spec.location.format = format_from_name(image.options.backing_format);
+    spec.untrusted = image.untrusted;
+    return spec;
+}
+
+Result<void> make_files(const NewImage& image, const std::string& role, FilesInUse& in_use, Warnings& warnings,
+                        const Fill& fill) {
+    using enum NewFile::Existing;
+    auto image_file = TRY(begin(image.path, role, replaced, in_use, warnings));
+    std::optional<NewFile> data_file;
+    std::string data_file_path;
+    if (!image.options.data_file_name.empty()) {
+        data_file_path = TRY(named_by(image, image.options.data_file_name)).path;
+        auto begun = begin(data_file_path, "the data file of " + role, only_if_empty, in_use, warnings);
+        if (!begun) return std::unexpected(std::move(begun).error().in("data file"));
+        data_file.emplace(*std::move(begun));
+    }
+    Files files(std::move(image_file), std::move(data_file));
+    warn_of_ending(image, warnings);
+    auto done = files.fill(fill);
+    if (done) done = files.publish(image.contents);
+    if (done) return done;
+    auto error = std::move(done).error();
+    if (files.image_is_incomplete()) error.what += fmt::format("; {} {}", image.path, incomplete);
+    if (files.data_file_is_incomplete()) error.what += fmt::format("; {} {}", data_file_path, incomplete);
+    return std::unexpected(std::move(error));
+}
+
+}  // namespace qcow

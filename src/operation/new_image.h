@@ -1,0 +1,50 @@
+#pragma once
+// The files of a new image: begun, filled and given their names in one way.
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "qcow/create.h"
+#include "qcow/files_in_use.h"
+#include "qcow/image_spec.h"
+
+namespace qcow {
+
+/// Passes warnings on, and keeps them for the result of a job.
+class Warnings {
+public:
+    explicit Warnings(const Warn& told) : told_(told) {}
+
+    void add(Warning warning) {
+        if (told_) told_(warning);
+        all_.push_back(std::move(warning));
+    }
+
+    [[nodiscard]] Warn to() {
+        return [this](const Warning& warning) { add(warning); };
+    }
+
+    [[nodiscard]] std::vector<Warning> take() { return std::move(all_); }
+
+private:
+    const Warn& told_;
+    std::vector<Warning> all_;
+};
+
+/// A name that a new image is to record, as a location from here.
+Result<Location> named_by(const NewImage& image, const std::string& name);
+
+/// The backing file that a new image names. Errc::invalid_argument where its format is not named.
+Result<ImageSpec> backing_of(const NewImage& image);
+
+/// Fills the files. The flag says whether the image's file reads as zeros.
+using Fill = std::function<Result<void>(const NewImageFiles& files, bool starts_as_zeros)>;
+
+/// Begins the files of the image, which has the `role` in the job, lets `fill` give them contents, and publishes them,
+/// the data file first. Warns before it does what cannot be undone. An error says what is left incomplete.
+Result<void> make_files(const NewImage& image, const std::string& role, FilesInUse& in_use, Warnings& warnings,
+                        const Fill& fill);
+
+}  // namespace qcow
