@@ -30,9 +30,9 @@ struct CreateOptions {
     bool extended_l2 = false;  ///< subclusters; clusters of at least 16 KiB
     Compression compression = Compression::zlib;
     Preallocation preallocation = Preallocation::off;
-    std::string backing_name;    ///< as it is to stand in the header; empty: no backing file
-    std::string backing_format;  ///< "raw", "qcow" or "qcow2"
-    std::string data_file_name;  ///< as it is to stand in the header; empty: data lie in the image
+    std::string backing_name = {};    ///< as it is to stand in the header; empty: no backing file
+    std::string backing_format = {};  ///< "raw", "qcow" or "qcow2"
+    std::string data_file_name = {};  ///< as it is to stand in the header; empty: data lie in the image
     /// The data file is to be a raw image by itself: all of the disk is mapped to it, so that both are always the same.
     bool data_file_raw = false;
 

@@ -36,7 +36,7 @@ struct JobControl {
     Warn warn = {};
     /// Once it is requested to stop, the job fails with Errc::cancelled as soon as its current pieces are done: each is
     /// a request for a few MiB of data, or for 1 GiB of zeros or of data that the kernel copies (on disks of more than
-    /// 64 TiB: for 1/65536 of the disk). Safe to request from any thread.
+    /// 64 TiB: for 1/65536 of the disk). A flush is not interrupted. Safe to request from any thread.
     std::stop_token stop = {};
 };
 

@@ -34,9 +34,9 @@ QCOW_API Result<NbdContext> dirty_bitmap_context(std::shared_ptr<Image> image, c
 
 /// A disk under a name.
 struct NbdExport {
-    std::string name;         ///< at most 4096 bytes of UTF-8; no two exports of a server have the same
-    std::string description;  ///< a text for people, at most 4096 bytes; empty: none
-    std::shared_ptr<Disk> disk;
+    std::string name;              ///< at most 4096 bytes of UTF-8; no two exports of a server have the same
+    std::string description = {};  ///< a text for people, at most 4096 bytes; empty: none
+    std::shared_ptr<Disk> disk = {};
     bool read_only = false;         ///< nothing that changes the disk is let through
     bool allocation_depth = false;  ///< offers "qemu:allocation-depth": which layer of the chain decides
     std::vector<NbdContext> contexts = {};

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <array>
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <vector>
 
 #include "base/within_memory.h"
 
@@ -53,52 +55,134 @@ std::unexpected<Error> bad_description(std::string what, Errc code = Errc::corru
     return fail(code, "json: description", std::move(what));
 }
 
-/// What is not UTF-8 in it is replaced.
-std::string text_of(const Json& value) { return value.dump(-1, ' ', false, Json::error_handler_t::replace); }
+/// A value of a description.
+struct Value {
+    enum class Kind : std::uint8_t { text, null, other, object, array };
+    Kind kind = Kind::other;
+    std::string text;  // of anything but objects and arrays
+};
+
+/// A description, by key. The keys of nested objects are joined by dots: QEMU writes them in either way.
+using Node = std::map<std::string, Value>;
+
+/// Reads a description into a Node. There are no Json objects on the way: to destroy one takes memory.
+class NodeReader final : public Json::json_sax_t {
+public:
+    explicit NodeReader(Node& node) : node_(node) {}
+
+    bool null() override { return put(Value::Kind::null, "null"); }
+    bool boolean(bool value) override { return put(Value::Kind::other, value ? "true" : "false"); }
+    bool number_integer(std::int64_t value) override { return put(Value::Kind::other, fmt::format("{}", value)); }
+    bool number_unsigned(std::uint64_t value) override { return put(Value::Kind::other, fmt::format("{}", value)); }
+    bool number_float(double, const std::string& text) override { return put(Value::Kind::other, text); }
+    bool string(std::string& value) override { return put(Value::Kind::text, std::move(value)); }
+    bool binary(Json::binary_t&) override { return false; }
+
+    bool start_object(std::size_t) override {
+        if (arrays_ == 0) objects_.push_back({path_.size(), true});
+        return true;
+    }
+
+    bool key(std::string& key) override {
+        if (arrays_ != 0) return true;
+        auto& object = objects_.back();
+        object.empty = false;
+        path_.resize(object.path_length);
+        if (objects_.size() > 1) path_ += '.';
+        path_ += key;
+        return true;
+    }
+
+    bool end_object() override {
+        if (arrays_ != 0) return true;
+        const auto object = objects_.back();
+        objects_.pop_back();
+        path_.resize(object.path_length);
+        return !object.empty || objects_.empty() || put(Value::Kind::object, "");
+    }
+
+    bool start_array(std::size_t) override {
+        const bool outermost = arrays_ == 0;
+        return (!outermost || put(Value::Kind::array, "")) && ++arrays_ != 0;
+    }
+
+    bool end_array() override {
+        --arrays_;
+        return true;
+    }
+
+    bool parse_error(std::size_t, const std::string&, const Json::exception&) override { return false; }
+
+private:
+    struct Object {
+        std::size_t path_length = 0;
+        bool empty = true;
+    };
+
+    /// False where it belongs to no object.
+    bool put(Value::Kind kind, std::string text) {
+        if (arrays_ != 0) return true;
+        if (objects_.empty()) return false;
+        node_[path_] = {kind, std::move(text)};
+        return true;
+    }
+
+    Node& node_;
+    std::string path_;
+    std::vector<Object> objects_;  // those that are open
+    unsigned arrays_ = 0;          // what is in them means nothing
+};
+
+Result<std::string> text_of(const Node& node, const std::string& key) {
+    const auto& value = node.at(key);
+    if (value.kind != Value::Kind::text) return bad_description(fmt::format("\"{}\" is not a string", key));
+    return value.text;
+}
+
+std::unexpected<Error> bad_option(std::string_view key) {
+    return bad_description(fmt::format("option \"{}\" is not supported", key), Errc::unsupported);
+}
 
 /// {"driver": "file", "filename": ...}: where the bytes lie.
-Result<Location> parse_protocol_level(const Json& node) {
-    if (node.is_string()) {
-        return bad_description("refers to a node by name, which means nothing outside of the process that wrote it",
-                               Errc::unsupported);
-    }
-    if (!node.is_object()) return bad_description("\"file\" is not an object");
+Result<Location> parse_protocol_level(const Node& node) {
     Location location;
     bool has_path = false;
-    for (const auto& [key, value] : node.items()) {
-        if (key == "filename" && value.is_string()) {
-            location.path = value.get<std::string>();
+    for (const auto& [key, value] : node) {
+        if (key == "filename" && value.kind == Value::Kind::text) {
+            location.path = value.text;
             has_path = true;
-        } else if (key == "driver" && value.is_string()) {
-            const auto driver = value.get<std::string>();
-            const auto* const syntax = find_driver(driver);
+        } else if (key == "driver" && value.kind == Value::Kind::text) {
+            const auto* const syntax = find_driver(value.text);
             if (syntax == nullptr) {
-                return bad_description(fmt::format("driver \"{}\" is not supported; only local files are", driver),
+                return bad_description(fmt::format("driver \"{}\" is not supported; only local files are", value.text),
                                        Errc::unsupported);
             }
             location.scheme = syntax->scheme;
         } else if (is_harmless(key)) {
-            location.options[key] = value.is_string() ? value.get<std::string>() : text_of(value);
+            location.options[key] = value.text;
         } else {
-            return bad_description(fmt::format("option \"{}\" is not supported", key), Errc::unsupported);
+            return bad_option(key);
         }
     }
     if (!has_path) return bad_description("no \"filename\"");
     return location;
 }
 
-/// QEMU also writes nested keys flat: {"file.filename": ...}.
-Json nested(const Json& flat) {
-    Json result = Json::object();
-    for (const auto& [key, value] : flat.items()) {
-        if (key.starts_with("file.")) {
-            if (!result.contains("file")) result["file"] = Json::object();
-            if (result["file"].is_object()) result["file"][key.substr(5)] = value;
-        } else {
-            result[key] = value;
+/// What the description says of the file that holds the image. Nothing: it says nothing.
+Result<std::optional<Node>> file_of(const Node& node) {
+    constexpr std::string_view prefix = "file.";
+    std::optional<Node> file;
+    for (const auto& [key, value] : node) {
+        if (key == "file" && value.kind == Value::Kind::text) {
+            return bad_description("refers to a node by name, which means nothing outside of the process that wrote it",
+                                   Errc::unsupported);
         }
+        if (key == "file" && value.kind != Value::Kind::object) return bad_description("\"file\" is not an object");
+        if (key != "file" && !key.starts_with(prefix)) continue;
+        if (!file) file.emplace();
+        if (key != "file") file->emplace(key.substr(prefix.size()), value);
     }
-    return result;
+    return file;
 }
 
 /// QEMU also takes strings in single quotes, and \' in those of either kind.
@@ -127,29 +211,28 @@ std::string with_double_quotes(std::string_view text) {
 }
 
 Result<Location> parse_description(std::string_view text) {
-    const Json parsed = Json::parse(with_double_quotes(text), nullptr, false);
-    if (!parsed.is_object()) return bad_description("not a JSON object");
-    const Json node = nested(parsed);
-
+    Node node;
+    NodeReader reader(node);
+    if (!Json::sax_parse(with_double_quotes(text), &reader)) return bad_description("not a JSON object");
     const bool has_driver = node.contains("driver");
-    if (has_driver && !node["driver"].is_string()) return bad_description("\"driver\" is not a string");
-    const bool is_protocol_level = has_driver ? !node.contains("file") : node.contains("filename");
+    const auto driver = has_driver ? TRY(text_of(node, "driver")) : std::string();
+    const auto file = TRY(file_of(node));
+    const bool is_protocol_level = !file && (has_driver || node.contains("filename"));
     if (is_protocol_level) return parse_protocol_level(node);
 
     Location result;
-    if (node.contains("file")) result = TRY(parse_protocol_level(node["file"]));
+    if (file) result = TRY(parse_protocol_level(*file));
     if (has_driver) {
-        const auto driver = node["driver"].get<std::string>();
         result.format = format_from_name(driver);
         if (!result.format)
             return bad_description(fmt::format("driver \"{}\" is not supported", driver), Errc::unsupported);
     }
-    for (const auto& [key, value] : node.items()) {
-        if (key == "driver" || key == "file") continue;
-        if (key == "backing" && value.is_null()) {
+    for (const auto& [key, value] : node) {
+        if (key == "driver" || key == "file" || key.starts_with("file.")) continue;
+        if (key == "backing" && value.kind == Value::Kind::null) {
             result.alone = true;
         } else if (!is_harmless(key)) {
-            return bad_description(fmt::format("option \"{}\" is not supported", key), Errc::unsupported);
+            return bad_option(key);
         }
     }
     if (result.path.empty()) return bad_description("no \"file\"");

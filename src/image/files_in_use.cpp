@@ -21,6 +21,12 @@ std::string role_of_data_file(unsigned depth, const std::string& role) {
     return "the data file of " + role_of(depth, role);
 }
 
+/// The one reason for which something that is there must not be left out.
+template <class T>
+bool is_no_memory(const Result<T>& result) {
+    return !result && result.error().code == Errc::no_memory;
+}
+
 }  // namespace
 
 Result<void> FilesInUse::add(Use use, const Image& image, const std::string& role) {
@@ -59,8 +65,10 @@ Result<void> FilesInUse::add_unopened(Use use, const ImageSpec& spec, const std:
         for (unsigned depth = 0; storage && seen.insert((*storage)->identity()).second; ++depth) {
             const bool guessed = !alone.format;
             const auto image = open_image(*storage, alone);
+            if (is_no_memory(image)) return std::unexpected(image.error());
             if (!image) break;
             const auto info = (*image)->info();
+            if (is_no_memory(info)) return std::unexpected(info.error());
             // As when it is opened: what a layer below names counts only where it was said to be an image.
             if (!info || (guessed && depth > 0)) break;
             if (const auto& data = info->data_file; data && !data->path.empty())
@@ -78,6 +86,7 @@ Result<void> FilesInUse::add_unopened(Use use, const ImageSpec& spec, const std:
                             .named_by = (*storage)->name(),
                             .guessed = guessed});
         }
+        if (is_no_memory(storage)) return std::unexpected(storage.error());
         return {};
     });
 }

@@ -9,6 +9,7 @@ Result<CheckResult> check(const ImageSpec& spec, const CheckOptions& options) {
     return within_memory([&]() -> Result<CheckResult> {
         auto image = open_image(spec, options.control.warn);
         std::optional<CheckFinding> broken_chain;
+        if (!image && image.error().code == Errc::no_memory) return std::unexpected(std::move(image).error());
         if (!image) {
             // The image itself may be sound, or worth a diagnosis.
             auto alone = spec;

@@ -212,29 +212,6 @@ TEST_P(MemoryTest, RunsOutWhileAnImageIsOpened) {
     EXPECT_GT(failures, allocations / 2);
 }
 
-/// Lets each allocation of the caller's thread fail in turn.
-template <class Work>
-void expect_no_memory(const Work& work) {
-    const auto run = [&](Shortage given) {
-        shortage = given;
-        auto result = work();
-        shortage.engine_works = false;
-        return result;
-    };
-    ASSERT_TRUE(run({.engine_works = true}));
-    const auto allocations = shortage.count;
-    ASSERT_GT(allocations, 0U);
-    unsigned failures = 0;
-    for (std::uint64_t i = 0; i < allocations; ++i) {
-        const auto result = run({.engine_works = true, .after = i});
-        if (result) continue;
-        ASSERT_EQ(result.error().code, Errc::no_memory) << result.error().message();
-        ++failures;
-    }
-    EXPECT_GT(failures, 0U);
-    shortage = {};
-}
-
 TEST_P(MemoryTest, RunsOutWhileAnImageIsChecked) {
     const auto image = value_of(open_kind(kind_, prepared_.files, false));
     expect_no_memory([&] { return image->check({.workers = 1}); });

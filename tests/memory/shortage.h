@@ -1,8 +1,12 @@
 #pragma once
 // Allocations of memory that fail. The program's operator new asks `shortage` (see shortage.cpp).
 
+#include <gtest/gtest.h>
+
 #include <cstdint>
 #include <utility>
+
+#include "qcow/error.h"
 
 namespace qcow::test {
 
@@ -37,5 +41,32 @@ public:
 private:
     bool before_;
 };
+
+/// Lets each allocation of the caller's thread fail in turn. `work` returns a Result, which must then be
+/// Errc::no_memory, unless it could do without.
+template <class Work>
+void expect_no_memory(const Work& work) {
+    const auto run = [&](Shortage given) {
+        shortage = given;
+        auto result = work();
+        shortage.engine_works = false;
+        return result;
+    };
+    {
+        const auto enough = run({.engine_works = true});
+        ASSERT_TRUE(enough) << enough.error().message();
+    }
+    const auto allocations = shortage.count;
+    ASSERT_GT(allocations, 0U);
+    unsigned failures = 0;
+    for (std::uint64_t i = 0; i < allocations; ++i) {
+        const auto result = run({.engine_works = true, .after = i});
+        if (result) continue;
+        ASSERT_EQ(result.error().code, Errc::no_memory) << result.error().message();
+        ++failures;
+    }
+    EXPECT_GT(failures, 0U);
+    shortage = {};
+}
 
 }  // namespace qcow::test
