@@ -6,7 +6,6 @@
 #include <initializer_list>
 #include <utility>
 
-#include "qcow/location.h"
 #include "qemu_words.h"
 #include "text.h"
 
@@ -190,14 +189,7 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
     }
     if (!arguments.backing.empty()) options.backing_name = arguments.backing;
     if (!arguments.backing_format.empty()) options.backing_format = arguments.backing_format;
-    for (auto* name : {&options.backing_name, &options.data_file_name}) {
-        if (name->empty()) continue;
-        const auto parsed = QCOW_TRY(qcow::parse_location(*name));
-        QCOW_TRY_VOID(verify_names_a_file(parsed.path));
-        if (name == &options.backing_name && options.backing_format.empty() && parsed.format)
-            options.backing_format = qcow::format_name(*parsed.format);
-        *name = QCOW_TRY(qcow::recorded_name(name == &options.data_file_name ? parsed.path : *name));
-    }
+    for (const auto& name : {options.backing_name, options.data_file_name}) QCOW_TRY_VOID(verify_names_a_file(name));
     if (options.backing_name.empty() && !options.backing_format.empty())
         return std::unexpected(
             qcow::Error{qcow::Errc::invalid_argument, "backing file", "its format is given, and its name is not"});

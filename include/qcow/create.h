@@ -57,8 +57,9 @@ QCOW_API Result<void> create_raw_image(const std::shared_ptr<Storage>& file, con
 struct NewImage {
     std::string path = {};          ///< a file to make or to replace, or a block device to overwrite
     Format format = Format::qcow2;  ///< raw or qcow2
-    /// The names of backing file and data file are relative to the directory of `path`, as they are recorded. A backing
-    /// file needs its format. A data file must be new or empty, or a block device.
+    /// The names of backing file and data file are names that a person gives: see parse_location. They are relative to
+    /// the directory of `path`, and the image records them as recorded_name() says. A backing file needs its format, in
+    /// `backing_format` or in its name. A data file must be new or empty, or a block device.
     CreateOptions options = {};
     bool untrusted = false;  ///< the backing file comes from a stranger: see ImageSpec::untrusted
     NewFile::Contents contents = NewFile::Contents::durable;

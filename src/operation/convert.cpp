@@ -76,7 +76,8 @@ private:
     }
 
     /// Makes the target. Returns its path, as the others do.
-    Result<std::string> into(const NewImage& target) {
+    Result<std::string> into(const NewImage& named) {
+        const auto target = TRY(with_recorded_names(named));
         const auto& options = target.options;
         const bool raw = target.format == Format::raw;
         if (raw && (job_.compress || job_.level || !options.backing_name.empty())) return refuse_raw();

@@ -45,7 +45,7 @@ Result<std::uint64_t> verify_backing(const ImageSpec& spec, FilesInUse& in_use, 
 }
 
 Result<CreateResult> make_image(const CreateJob& job, const JobControl& control) {
-    NewImage image = job.image;
+    auto image = TRY(with_recorded_names(job.image));
     auto& options = image.options;
     const bool has_backing = !options.backing_name.empty();
     if (image.format == Format::raw && (has_backing || !options.data_file_name.empty())) {

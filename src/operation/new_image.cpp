@@ -104,14 +104,24 @@ private:
 
 }  // namespace
 
-Result<Location> named_by(const NewImage& image, const std::string& name) { return parse_location(name, image.path); }
+Result<NewImage> with_recorded_names(NewImage image) {
+    auto& options = image.options;
+    if (!options.backing_name.empty()) {
+        const auto location = TRY(parse_location(options.backing_name));
+        if (options.backing_format.empty() && location.format) options.backing_format = format_name(*location.format);
+        options.backing_name = TRY(recorded_name(options.backing_name));
+    }
+    if (!options.data_file_name.empty())
+        options.data_file_name = TRY(recorded_name(TRY(parse_location(options.data_file_name)).path));
+    return image;
+}
 
 Result<ImageSpec> backing_of(const NewImage& image) {
     if (image.options.backing_format.empty()) {
         return fail(Errc::invalid_argument, "backing file",
                     "its format is to be recorded; say it with -F (raw, qcow or qcow2)");
     }
-    ImageSpec spec{.location = {.path = TRY(named_by(image, image.options.backing_name)).path}};
+    ImageSpec spec{.location = {.path = TRY(parse_location(image.options.backing_name, image.path)).path}};
     spec.location.format = format_from_name(image.options.backing_format);
     spec.untrusted = image.untrusted;
     return spec;
@@ -124,7 +134,7 @@ Result<void> make_files(const NewImage& image, const std::string& role, FilesInU
     std::optional<NewFile> data_file;
     std::string data_file_path;
     if (!image.options.data_file_name.empty()) {
-        data_file_path = TRY(named_by(image, image.options.data_file_name)).path;
+        data_file_path = TRY(parse_location(image.options.data_file_name, image.path)).path;
         auto begun = begin(data_file_path, "the data file of " + role, only_if_empty, in_use, warnings);
         if (!begun) return std::unexpected(std::move(begun).error().in("data file"));
         data_file.emplace(*std::move(begun));

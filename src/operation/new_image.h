@@ -33,10 +33,10 @@ private:
     std::vector<Warning> all_;
 };
 
-/// A name that a new image is to record, as a location from here.
-Result<Location> named_by(const NewImage& image, const std::string& name);
+/// The image with the names that it is to record, and the format of the backing file that its name says.
+Result<NewImage> with_recorded_names(NewImage image);
 
-/// The backing file that a new image names. Errc::invalid_argument where its format is not named.
+/// The backing file of an image with_recorded_names. Errc::invalid_argument where its format is not named.
 Result<ImageSpec> backing_of(const NewImage& image);
 
 /// Fills the files. The flag says whether the image's file reads as zeros.

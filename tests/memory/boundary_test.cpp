@@ -12,6 +12,7 @@
 #include "qcow/resize.h"
 #include "qcow/serve.h"
 #include "qcow/stream.h"
+#include "support/qemu.h"
 #include "support/result.h"
 #include "support/temporary_directory.h"
 
@@ -76,6 +77,9 @@ TEST_F(BoundaryTest, FilesInUse) {
     const auto spec = image(top_);
     expect_no_memory([&] { return FilesInUse().add(read, raw_, role_); });
     expect_no_memory([&] { return FilesInUse().add(read, *opened, role_); });
+    auto replaced = spec;
+    replaced.location.alone = true;
+    expect_no_memory([&] { return FilesInUse().add(read, *opened, replaced, role_); });
     expect_no_memory([&] { return FilesInUse().add_unopened(read, spec, role_); });
 }
 
@@ -129,6 +133,7 @@ TEST_F(BoundaryTest, Jobs) {
 }
 
 TEST_F(BoundaryTest, Servers) {
+    must_qemu_img({"bitmap", "--add", top_, "changes"});
     const auto disk = must(open_image(image(top_)));
     const std::vector<NbdExport> exports = {
         {.name = "an export with a long name", .disk = disk, .allocation_depth = true}};
@@ -136,6 +141,8 @@ TEST_F(BoundaryTest, Servers) {
         auto given = fed([&] { return exports; });
         return NbdServer::make(std::move(given));
     });
+    const std::string bitmap = "changes";
+    expect_no_memory([&] { return dirty_bitmap_context(disk, bitmap); });
     const auto server = must(NbdServer::make(exports));
     const std::string socket = directory_ / "a socket with a long name";
     const std::string host = "localhost";

@@ -50,6 +50,23 @@ TEST_F(JobsTest, CreateLooksAtTheBackingFile) {
     EXPECT_EQ(must(create(unchecked)).size, MiB);
 }
 
+TEST_F(JobsTest, CreateTakesNamesAsPeopleWriteThem) {
+    must(create({.image = {.path = path("vm:base"), .options = {.size = MiB}}}));
+    const auto described = R"(json:{"driver":"qcow2","file.filename":")" + path("vm:base") + "\"}";
+    for (const auto& [name, recorded] :
+         {std::pair<std::string, std::string>{"vm:base", "./vm:base"}, {described, described}}) {
+        auto job = overlay("overlay", name);
+        job.image.options.backing_format = name == described ? "" : "qcow2";
+        job.image.options.data_file_name = "vm:data";
+        must(create(job));
+        const auto info = must(must(open_image(image("overlay")))->info());
+        EXPECT_EQ(info.backing->name, recorded);
+        EXPECT_EQ(info.backing->format, "qcow2");
+        EXPECT_EQ(info.data_file->name, "./vm:data");
+        std::filesystem::remove(path("vm:data"));
+    }
+}
+
 TEST_F(JobsTest, CreateOverwritesNoLayerBelow) {
     must(create({.image = {.path = path("base"), .options = {.size = MiB}}}));
     must(create(overlay("middle", "base")));
