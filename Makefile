@@ -7,7 +7,7 @@ FUZZ_SECONDS ?= 60
 TORTURE_SECONDS ?= 3600
 SOAK_SECONDS ?= 3600
 
-.PHONY: all demo test test-asan test-tsan torture soak bench lint format fuzz install clean
+.PHONY: all demo test test-asan test-tsan torture soak bench lint lint-changed format fuzz install clean
 
 all: ## Build the tool: build/release/qcow
 	@cmake --preset release >/dev/null
@@ -25,7 +25,7 @@ test: ## Install what the tests need, build, and run them all
 	@ctest --test-dir build/release --output-on-failure -j $(JOBS)
 
 test-asan test-tsan: test-%: ## The same tests under the address and undefined-behaviour sanitizers, or the thread sanitizer
-	@scripts/install-dependencies build test
+	@scripts/install-dependencies build test fuzz
 	@cmake --preset $* >/dev/null
 	@cmake --build --preset $* -j $(JOBS)
 	@ctest --test-dir build/$* --output-on-failure -j $(JOBS)
@@ -51,18 +51,22 @@ bench: ## Measure against qemu-img, qemu-nbd, nbdkit, pread and pwrite
 	@bench/serve --qcow build/release/qcow
 
 lint: ## clang-format and clang-tidy
-	@scripts/install-dependencies build test lint
+	@scripts/install-dependencies build lint
 	@scripts/lint
+
+lint-changed: ## The same, with clang-tidy on no more than what changed
+	@scripts/install-dependencies build lint
+	@scripts/lint --changed
 
 format: ## Bring all sources into shape
 	@scripts/install-dependencies lint
 	@git ls-files '*.cpp' '*.h' | xargs clang-format-19 -i
 
 fuzz: ## Run every fuzzer for FUZZ_SECONDS (60)
-	@scripts/install-dependencies build fuzz
-	@cmake --preset fuzz >/dev/null
-	@cmake --build --preset fuzz -j $(JOBS)
-	@scripts/fuzz build/fuzz $(FUZZ_SECONDS)
+	@scripts/install-dependencies build test fuzz
+	@cmake --preset asan >/dev/null
+	@cmake --build --preset asan -j $(JOBS) --target fuzzers
+	@scripts/fuzz build/asan $(FUZZ_SECONDS)
 
 install: all ## Install below PREFIX (/usr/local)
 	@cmake --install build/release --prefix $(PREFIX)

@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 #include <gtest/gtest.h>
 
+#include "base/bits.h"
 #include "engine/bitmapped_image.h"
 #include "engine/crash_states.h"
 #include "engine/workload.h"
@@ -14,9 +15,6 @@
 
 namespace qcow::test {
 namespace {
-
-constexpr std::uint64_t KiB = 1024;
-constexpr std::uint64_t MiB = 1024 * KiB;
 
 /// A kind of image with bitmaps, and some bits in them already.
 struct Bitmapped {
@@ -503,7 +501,7 @@ Result<void> work_and_resize(Image& image, Random& random) {
     return image.close();
 }
 
-using Work = Result<void> (*)(Image&, Random&);
+using Job = Result<void> (*)(Image&, Random&);
 
 struct CrashedBits {
     unsigned states = 0;
@@ -513,7 +511,7 @@ struct CrashedBits {
 
 /// Power losses at every moment of the work; `left_out`: whether a flush did nothing, given by when it began and ended.
 using LeftOut = std::function<bool(const StorageLog& log, std::size_t begun, std::size_t ended)>;
-CrashedBits crash(const ImageKind& kind, Random& random, const LeftOut& left_out = {}, Work worker = work) {
+CrashedBits crash(const ImageKind& kind, Random& random, const LeftOut& left_out = {}, Job worker = work) {
     const auto prepared = with_bitmaps(kind, random, {{"fine", 512}, {"frozen", 4 * KiB, false}, {"coarse", 64 * KiB}});
     auto contents = contents_of_disk(kind, prepared.files);
     if (worker == work_and_resize) contents.resize(smallest_size);

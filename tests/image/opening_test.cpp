@@ -15,16 +15,16 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
 
-constexpr std::uint64_t disk_bytes = 1 << 20;
+constexpr std::uint64_t opened_bytes = 1 << 20;
 
 std::shared_ptr<Storage> raw_disk(std::uint8_t fill, const std::string& name = "disk.raw") {
-    return memory_storage(repeated(disk_bytes, fill), name);
+    return memory_storage(repeated(opened_bytes, fill), name);
 }
 
 std::shared_ptr<Storage> overlay(const std::string& backing, const std::string& format = "raw") {
     auto storage = memory_storage({}, "top");
     CreateOptions options;
-    options.size = disk_bytes;
+    options.size = opened_bytes;
     options.backing_name = backing;
     options.backing_format = format;
     must(create_image({storage, nullptr}, options));
@@ -49,13 +49,13 @@ protected:
 };
 
 TEST_F(Opened, WhatIsNoRawDisk) {
-    auto gzip = repeated(disk_bytes, 7);
+    auto gzip = repeated(opened_bytes, 7);
     gzip = with(gzip, 0, bytes({0x1f, 0x8b, 0x08}));
     const auto file = memory_storage(gzip, "disk.img.gz");
     EXPECT_TRUE(fails(open(file), Errc::unsupported, {"disk.img.gz", "gzip", "gunzip -c disk.img.gz > disk.img"}));
     EXPECT_TRUE(fails(open(file, {.follow = false}), Errc::unsupported, {"gzip"}));
     EXPECT_TRUE(fails(open(file, {.writable = true}), Errc::unsupported, {"gzip"}));
-    EXPECT_EQ(must(open(file, {.format = Format::raw}))->size(), disk_bytes);
+    EXPECT_EQ(must(open(file, {.format = Format::raw}))->size(), opened_bytes);
     // Said to be something that it is not.
     EXPECT_TRUE(fails(open(file, {.format = Format::qcow2}), Errc::corrupt, {"not a qcow2 image", "gzip"}));
     // A layer of which no format is recorded, and one of which it is.
@@ -98,7 +98,7 @@ TEST_F(Opened, NoBackingFile) {
     const auto image = must(open(overlay("gone"), {.backing = nullptr}));
     EXPECT_EQ(first_byte(*image), std::byte{0});
     EXPECT_EQ(image->backing(), nullptr);
-    EXPECT_EQ(must(image->extent({0}, disk_bytes)).kind, Extent::Kind::unallocated);
+    EXPECT_EQ(must(image->extent({0}, opened_bytes)).kind, Extent::Kind::unallocated);
     EXPECT_THAT(warnings_, ElementsAre(testing::AllOf(HasSubstr("gone"), HasSubstr("ZEROS"))));
     EXPECT_TRUE(fails(open(overlay("gone"), {.writable = true, .backing = nullptr}), Errc::invalid_argument, {"top"}));
     // Where there is none anyway, nothing is left out.

@@ -6,14 +6,13 @@
 #include <fstream>
 #include <iterator>
 
+#include "base/bits.h"
 #include "support/qemu.h"
 #include "support/random.h"
 #include "support/temporary_directory.h"
 
 namespace qcow::test {
 namespace {
-
-constexpr std::uint64_t KiB = 1024;
 
 std::string contents(const std::string& path) {
     std::ifstream file(path, std::ios::binary);

@@ -6,13 +6,13 @@
 #include <regex>
 #include <set>
 
+#include "base/bits.h"
 #include "interop/damage_exceptions.h"
 #include "interop/damaged_image.h"
 
 namespace qcow::test {
 namespace {
 
-constexpr std::uint64_t MiB = std::uint64_t{1} << 20;
 constexpr std::uint64_t copied = std::uint64_t{1} << 63;
 constexpr std::uint64_t compressed = std::uint64_t{1} << 62;
 

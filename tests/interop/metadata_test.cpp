@@ -6,6 +6,7 @@
 
 #include <fstream>
 
+#include "base/bits.h"
 #include "base/endian.h"
 #include "interop/damaged_image.h"
 #include "support/disks.h"
@@ -16,9 +17,6 @@ namespace qcow::test {
 namespace {
 
 using testing::HasSubstr;
-
-constexpr std::uint64_t KiB = 1024;
-constexpr std::uint64_t MiB = 1024 * KiB;
 
 class MetadataTest : public testing::Test {
 protected:

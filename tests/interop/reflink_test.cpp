@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "base/bits.h"
 #include "support/disks.h"
 #include "support/qemu.h"
 #include "support/random.h"
@@ -14,9 +15,6 @@
 
 namespace qcow::test {
 namespace {
-
-constexpr std::uint64_t KiB = 1024;
-constexpr std::uint64_t MiB = 1024 * KiB;
 
 class ReflinkTest : public testing::Test {
 protected:

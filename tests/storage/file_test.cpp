@@ -7,6 +7,7 @@
 
 #include <cerrno>
 
+#include "base/bits.h"
 #include "support/bytes.h"
 #include "support/loop_device.h"
 #include "support/result.h"
@@ -16,8 +17,6 @@ namespace qcow {
 namespace {
 
 using namespace qcow::test;
-
-constexpr std::uint64_t MiB = 1 << 20;
 
 class FileStorage : public testing::Test {
 protected:

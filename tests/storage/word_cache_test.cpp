@@ -230,15 +230,15 @@ TEST(WordCacheTest, APageHasSpaceInTheFileBeforeItChanges) {
     const auto refused = cache.store({8192 + 16}, {&word, 1}, 1);
     ASSERT_FALSE(refused);
     EXPECT_EQ(refused.error().code, Errc::no_space);
-    EXPECT_EQ(value_of(cache.load({8192 + 16})), scrambled((8192 + 16) / 8));
+    EXPECT_EQ(must(cache.load({8192 + 16})), scrambled((8192 + 16) / 8));
     EXPECT_EQ(cache.changed_count(1), 0U);
     EXPECT_FALSE(cache.reserve_space({8192}));
 
     storage->full = false;
-    value_of(cache.reserve_space({8192 + 64}));
+    must(cache.reserve_space({8192 + 64}));
     storage->full = true;
-    EXPECT_TRUE(value_of(cache.store({8192 + 16}, {&word, 1}, 1)));
-    EXPECT_TRUE(value_of(cache.store({8192 + 24}, {&word, 1}, 1)));
+    EXPECT_TRUE(must(cache.store({8192 + 16}, {&word, 1}, 1)));
+    EXPECT_TRUE(must(cache.store({8192 + 24}, {&word, 1}, 1)));
     EXPECT_EQ(storage->spaces, (std::vector<std::pair<std::uint64_t, std::uint64_t>>{{8192, 4096}}));
 }
 

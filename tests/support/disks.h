@@ -21,12 +21,12 @@
 
 namespace qcow::test {
 
-/// The value, or an exception with the error's message.
-template <class T>
-T value_of(Result<T> result) {
+/// The value, or an exception with the error's message. An object: a function would compete with qcow::value_of, which the
+/// argument's namespace makes visible.
+inline constexpr auto value_of = []<class T>(Result<T> result) -> T {
     if (!result) throw std::runtime_error(result.error().message());
     if constexpr (!std::is_void_v<T>) return *std::move(result);
-}
+};
 
 /// Opens an image with all that it names.
 inline Result<std::shared_ptr<Image>> try_open(const std::string& path, std::optional<Format> format = {}) {
