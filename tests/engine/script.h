@@ -51,200 +51,49 @@ private:
         std::uint64_t length = 0;
     };
 
-    void step() {
-        const auto dice = random_.below(100);
-        if (dice < 38) return write();
-        if (dice < 50) return zero();
-        if (dice < 62) return discard();
-        if (dice < 74) return read();
-        if (dice < 80) return subject_.can_compress ? write_compressed() : write();
-        if (dice < 86) return flush();
-        if (dice < 89) return walk();
-        if (dice < 92) return refuse();
-        if (dice < 96) return resize();
-        return reopen();
-    }
+    void step();
 
     /// From single bytes to many blocks, on their borders and off them.
-    Range range() {
-        const auto size = expected_.size();
-        const auto block = image_->block_size();
-        auto at = random_.below(size);
-        auto length =
-            random_.between(1, random_.pick({std::uint64_t{16}, std::uint64_t{512}, 3 * block, size / 8 + 1}));
-        const auto grain = random_.pick({std::uint64_t{1}, std::uint64_t{512}, block});
-        at = at / grain * grain;
-        if (random_.chance(50)) length = (length + grain - 1) / grain * grain;
-        if (random_.chance(3)) length = size;
-        return {at, std::min(length, size - at)};
-    }
+    Range range();
 
     void note(std::string step) { steps_.push_back(std::move(step)); }
 
-    static void demand(bool condition, const std::string& otherwise) {
-        if (!condition) throw std::runtime_error(otherwise);
-    }
+    static void demand(bool condition, const std::string& otherwise);
 
-    Bytes data(std::uint64_t length) {
-        if (random_.chance(15)) return Bytes(length);
-        if (random_.chance(30)) return repeated(length, static_cast<std::uint8_t>(random_.between(1, 255)));
-        const auto text = random_.bytes(length);
-        const auto bytes = std::as_bytes(std::span(text));
-        Bytes result(bytes.begin(), bytes.end());
-        if (random_.chance(20)) {
-            const auto zeros = random_.below(length);
-            std::fill_n(result.begin() + static_cast<std::ptrdiff_t>(random_.below(length - zeros)), zeros,
-                        std::byte{0});
-        }
-        return result;
-    }
+    Bytes data(std::uint64_t length);
 
-    void expect(Range where, const Bytes& bytes) {
-        std::ranges::copy(bytes, expected_.begin() + static_cast<std::ptrdiff_t>(where.at));
-    }
+    void expect(Range where, const Bytes& bytes);
 
-    void write() {
-        const auto where = range();
-        const auto bytes = data(where.length);
-        note(fmt::format("write {} {}", where.at, where.length));
-        value_of(image_->write({where.at}, bytes));
-        expect(where, bytes);
-    }
+    void write();
 
-    void write_compressed() {
-        const auto block = image_->block_size();
-        const auto at = random_.below(expected_.size()) / block * block;
-        const Range where{at, std::min(random_.between(1, 3) * block, expected_.size() - at)};
-        const auto bytes = data(where.length);
-        note(fmt::format("write_compressed {} {}", where.at, where.length));
-        value_of(image_->write_compressed({where.at}, bytes));
-        expect(where, bytes);
-    }
+    void write_compressed();
 
-    void zero() {
-        const auto where = range();
-        const auto zeroes = random_.pick({Disk::Zeroes::keep, Disk::Zeroes::release});
-        note(fmt::format("write_zeroes {} {} {}", where.at, where.length, zeroes == Disk::Zeroes::keep ? "keep" : ""));
-        value_of(image_->write_zeroes({where.at}, where.length, zeroes));
-        expect(where, Bytes(where.length));
-    }
+    void zero();
 
     /// Bytes outside of whole blocks stay. Whole ones become zeros; where the format cannot say so they may stay, too.
-    void discard() {
-        const auto where = range();
-        note(fmt::format("discard {} {}", where.at, where.length));
-        value_of(image_->discard({where.at}, where.length));
-        const auto block = image_->block_size();
-        const auto end = where.at + where.length;
-        for (auto begin = (where.at + block - 1) / block * block; begin < end; begin += block) {
-            // A last block that is not whole because the disk ends there may count as whole.
-            const auto length = std::min(block, expected_.size() - begin);
-            if (begin + length > end) break;
-            const auto found = read_bytes({begin, length});
-            if (std::ranges::all_of(found, [](std::byte byte) { return byte == std::byte{0}; })) {
-                expect({begin, length}, found);
-            } else {
-                demand(length < block || !subject_.discards_read_as_zeros,
-                       fmt::format("the block at {} does not read as zeros after a discard", begin));
-            }
-        }
-        verify(where.at > block ? where.at - block : 0, std::min<std::uint64_t>(end + block, expected_.size()));
-    }
+    void discard();
 
-    Bytes read_bytes(Range where) {
-        Bytes bytes(where.length, std::byte{0xa5});
-        value_of(image_->read({where.at}, bytes));
-        return bytes;
-    }
+    Bytes read_bytes(Range where);
 
-    void verify(std::uint64_t begin, std::uint64_t end) {
-        const auto found = read_bytes({begin, end - begin});
-        const auto differ =
-            std::mismatch(found.begin(), found.end(), expected_.begin() + static_cast<std::ptrdiff_t>(begin));
-        demand(
-            differ.first == found.end(),
-            fmt::format("byte {} is {:#x}, not {:#x}", begin + static_cast<std::uint64_t>(differ.first - found.begin()),
-                        differ.first == found.end() ? 0 : std::to_integer<unsigned>(*differ.first),
-                        differ.first == found.end() ? 0 : std::to_integer<unsigned>(*differ.second)));
-    }
+    void verify(std::uint64_t begin, std::uint64_t end);
 
-    void verify_all() {
-        demand(image_->size() == expected_.size(), fmt::format("size {}, not {}", image_->size(), expected_.size()));
-        verify(0, expected_.size());
-    }
+    void verify_all();
 
-    void read() {
-        const auto where = range();
-        note(fmt::format("read {} {}", where.at, where.length));
-        verify(where.at, where.at + where.length);
-    }
+    void read();
 
-    void flush() {
-        note("flush");
-        value_of(image_->flush());
-    }
+    void flush();
 
     /// The extents cover the disk, and only those of data hold anything.
-    void walk() {
-        note("extents");
-        std::uint64_t at = 0;
-        value_of(each_extent(*image_, {0}, image_->size(), [&](const Extent& extent) -> Result<void> {
-            const auto wrong = [&](const char* what) {
-                return std::unexpected(Error{Errc::corrupt, fmt::format("extent at {}", extent.start.value), what});
-            };
-            if (extent.start.value != at) return wrong("it does not follow the one before");
-            at += extent.length;
-            if (extent.kind == Extent::Kind::data) return {};
-            const auto begin = expected_.begin() + static_cast<std::ptrdiff_t>(extent.start.value);
-            const auto end = begin + static_cast<std::ptrdiff_t>(extent.length);
-            if (std::any_of(begin, end, [](std::byte byte) { return byte != std::byte{0}; }))
-                return wrong("it is said to be zeros");
-            return {};
-        }));
-        demand(at == image_->size(), "the extents end too early");
-    }
+    void walk();
 
     /// What must not work, and changes nothing.
-    void refuse() {
-        note("requests past the end");
-        const auto size = image_->size();
-        const Bytes bytes(1024, std::byte{1});
-        demand(!image_->write({size - 1}, bytes) && !image_->write_zeroes({size}, 1) && !image_->discard({size - 1}, 2),
-               "a request past the end succeeds");
-        demand(!image_->resize(size / 2 / 512 * 512, Image::Shrink::refuse),
-               "it becomes smaller although that is refused");
-        verify_all();
-    }
+    void refuse();
 
-    void resize() {
-        const auto size = expected_.size();
-        auto target = random_.between(1, largest / 512) * 512;
-        if (random_.chance(50)) target = std::min(largest, size + 512 * random_.below(300));
-        note(fmt::format("resize {} to {}", size, target));
-        const auto resized = image_->resize(target, Image::Shrink::allow);
-        if (!resized && subject_.may_refuse_resize && resized.error().code == Errc::unsupported) return verify_all();
-        value_of(resized);
-        expected_.resize(target);
-        verify_all();
-    }
+    void resize();
 
-    void close() {
-        value_of(image_->close());
-        verify_all();
-        demand(!image_->write({0}, bytes({1})), "it can be written although it is closed");
-        image_.reset();
-    }
+    void close();
 
-    void reopen() {
-        note("reopen");
-        if (random_.chance(50)) {
-            close();
-        } else {
-            image_.reset();
-        }
-        image_ = subject_.open();
-        verify_all();
-    }
+    void reopen();
 
     ScriptSubject subject_;
     Bytes expected_;

@@ -16,28 +16,16 @@ namespace qcow::test {
 
 class RunningServer {
 public:
-    explicit RunningServer(std::vector<NbdExport> exports, const NbdOptions& options = {})
-        : server_(must(NbdServer::make(std::move(exports), options))) {
-        must(server_->listen_unix(socket()));
-        thread_ = std::thread([this] { result_ = server_->run(); });
-    }
+    explicit RunningServer(std::vector<NbdExport> exports, const NbdOptions& options = {});
     RunningServer(const RunningServer&) = delete;
     RunningServer& operator=(const RunningServer&) = delete;
-    ~RunningServer() {
-        if (thread_.joinable()) static_cast<void>(stop());
-    }
+    ~RunningServer();
 
     [[nodiscard]] std::string socket() const { return directory_ / "socket"; }
 
-    Result<void> stop() {
-        server_->stop();
-        return wait();
-    }
+    Result<void> stop();
 
-    Result<void> wait() {
-        thread_.join();
-        return result_;
-    }
+    Result<void> wait();
 
 private:
     TemporaryDirectory directory_;
@@ -47,13 +35,6 @@ private:
 };
 
 /// Whether the server ends well, and soon enough for one whose clients do not hold it up.
-inline testing::AssertionResult must_stop(RunningServer& server) {
-    const auto begin = std::chrono::steady_clock::now();
-    const auto result = server.stop();
-    if (!result) return testing::AssertionFailure() << result.error().message();
-    if (std::chrono::steady_clock::now() - begin > std::chrono::seconds(4))
-        return testing::AssertionFailure() << "it took as long as the server waits for those that are stuck";
-    return testing::AssertionSuccess();
-}
+testing::AssertionResult must_stop(RunningServer& server);
 
 }  // namespace qcow::test

@@ -28,82 +28,27 @@ public:
     [[nodiscard]] std::uint64_t size() const override { return bytes_.size(); }
     [[nodiscard]] std::uint64_t block_size() const override { return block_size_; }
 
-    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
-        TRY_VOID(verify_range(*this, at, to.size()));
-        TRY_VOID(enter(at, to.size()));
-        ++reads;
-        const std::shared_lock lock(mutex_);
-        std::copy_n(bytes_.begin() + static_cast<std::ptrdiff_t>(at.value), to.size(), to.begin());
-        return {};
-    }
+    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override;
 
-    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
-        TRY_VOID(verify_range(*this, at, 1));
-        const std::shared_lock lock(mutex_);
-        const auto first = at.value / block;
-        auto last = first + 1;
-        while (last < holes_.size() && holes_[last] == holes_[first]) ++last;
-        Extent extent;
-        extent.start = at;
-        extent.length = std::min({limit, last * block - at.value, size() - at.value});
-        extent.kind = holes_[first] ? Extent::Kind::unallocated : Extent::Kind::data;
-        extent.depth = first % 2;
-        return extent;
-    }
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override;
 
-    Result<void> do_write(GuestOffset at, std::span<const std::byte> from) override {
-        TRY_VOID(verify_range(*this, at, from.size()));
-        TRY_VOID(enter(at, from.size()));
-        ++writes;
-        const std::unique_lock lock(mutex_);
-        std::ranges::copy(from, bytes_.begin() + static_cast<std::ptrdiff_t>(at.value));
-        for (auto i = at.value / block; i * block < at.value + from.size(); ++i) holes_[i] = false;
-        return {};
-    }
+    Result<void> do_write(GuestOffset at, std::span<const std::byte> from) override;
 
-    Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
-        TRY_VOID(verify_range(*this, at, length));
-        ++(zeroes == Zeroes::keep ? kept : released);
-        const std::unique_lock lock(mutex_);
-        std::fill_n(bytes_.begin() + static_cast<std::ptrdiff_t>(at.value), length, std::byte{0});
-        return {};
-    }
+    Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override;
 
-    Result<void> do_discard(GuestOffset at, std::uint64_t length) override {
-        TRY_VOID(verify_range(*this, at, length));
-        ++discards;
-        return {};
-    }
+    Result<void> do_discard(GuestOffset at, std::uint64_t length) override;
 
-    Result<void> do_flush() override {
-        ++flushes;
-        if (flush_fails) return fail(Errc::no_space, "disk", "full");
-        return {};
-    }
+    Result<void> do_flush() override;
 
     /// Fills it with random bytes, all data.
-    void fill(Random& random) {
-        for (std::size_t at = 0; at < bytes_.size(); at += block) {
-            const auto piece = random.bytes(std::min<std::size_t>(block, bytes_.size() - at));
-            std::ranges::copy(as_bytes(piece), bytes_.begin() + static_cast<std::ptrdiff_t>(at));
-        }
-    }
+    void fill(Random& random);
 
     /// Makes the block at `at` a hole.
-    void punch(std::uint64_t at) {
-        holes_[at / block] = true;
-        std::fill_n(bytes_.begin() + static_cast<std::ptrdiff_t>(at), block, std::byte{0});
-    }
+    void punch(std::uint64_t at);
 
     /// From now on requests wait until open() is called.
     void close() { closed_ = true; }
-    void open() {
-        {
-            const std::lock_guard lock(gate_mutex_);
-            closed_ = false;
-        }
-        gate_.notify_all();
-    }
+    void open();
 
     /// The contents.
     [[nodiscard]] std::span<std::byte> bytes() { return bytes_; }
@@ -118,21 +63,7 @@ public:
     [[nodiscard]] Result<void> verify_writable() const override { return {}; }
 
 private:
-    Result<void> enter(GuestOffset at, std::uint64_t length) {
-        const auto now = ++inside;
-        for (auto most = most_inside.load(); now > most && !most_inside.compare_exchange_weak(most, now);) {
-        }
-        const auto covers = [&](std::uint64_t sector) { return at.value <= sector && sector < at.value + length; };
-        if (delay_microseconds > 0) std::this_thread::sleep_for(std::chrono::microseconds(delay_microseconds));
-        if (covers(slow_sector)) std::this_thread::sleep_for(std::chrono::milliseconds(300));
-        if (closed_) {
-            std::unique_lock lock(gate_mutex_);
-            gate_.wait(lock, [&] { return !closed_; });
-        }
-        --inside;
-        if (covers(bad_sector)) return fail(Errc::io, "disk", "a bad sector");
-        return {};
-    }
+    Result<void> enter(GuestOffset at, std::uint64_t length);
 
     mutable std::shared_mutex mutex_;
     std::vector<std::byte> bytes_;

@@ -23,56 +23,14 @@ struct Wallet {
 class TlsEnd {
 public:
     /// Throws where the server does not want this client.
-    TlsEnd(int fd, const Wallet& wallet) : TlsEnd(fd) {
-        check(gnutls_priority_set_direct(session_, wallet.priority.c_str(), nullptr));
-        if (!wallet.certificate.empty()) {
-            check(gnutls_certificate_set_x509_key_file(certificates_, wallet.certificate.c_str(), wallet.key.c_str(),
-                                                       GNUTLS_X509_FMT_PEM));
-        }
-        if (!wallet.trusted.empty()) {
-            check(gnutls_certificate_set_x509_trust_file(certificates_, wallet.trusted.c_str(), GNUTLS_X509_FMT_PEM));
-            gnutls_session_set_verify_cert(session_, "localhost", 0);
-        }
-        if (wallet.psk.empty()) {
-            check(gnutls_credentials_set(session_, GNUTLS_CRD_CERTIFICATE, certificates_));
-        } else {
-            auto digits = wallet.psk;
-            const gnutls_datum_t key = {reinterpret_cast<unsigned char*>(digits.data()),
-                                        static_cast<unsigned>(digits.size())};
-            check(gnutls_psk_set_client_credentials(psk_, wallet.psk_name.c_str(), &key, GNUTLS_PSK_KEY_HEX));
-            check(gnutls_credentials_set(session_, GNUTLS_CRD_PSK, psk_));
-        }
-        check(gnutls_handshake(session_));
-    }
+    TlsEnd(int fd, const Wallet& wallet);
     TlsEnd(const TlsEnd&) = delete;
     TlsEnd& operator=(const TlsEnd&) = delete;
-    ~TlsEnd() {
-        gnutls_deinit(session_);
-        gnutls_certificate_free_credentials(certificates_);
-        gnutls_psk_free_client_credentials(psk_);
-    }
+    ~TlsEnd();
 
-    void send(std::span<const std::byte> bytes) {
-        while (!bytes.empty()) {
-            const auto n = gnutls_record_send(session_, bytes.data(), bytes.size());
-            if (n <= 0) throw Closed();
-            bytes = bytes.subspan(static_cast<std::size_t>(n));
-        }
-    }
+    void send(std::span<const std::byte> bytes);
 
-    Bytes receive(std::size_t count) {
-        Bytes bytes(count);
-        for (std::size_t done = 0; done < count;) {
-            const auto n = gnutls_record_recv(session_, bytes.data() + done, count - done);
-            // Where there was a key update, there may be more.
-            if (n == GNUTLS_E_AGAIN && errno != EAGAIN) continue;
-            if (n == GNUTLS_E_AGAIN) throw std::runtime_error("the server does not answer");
-            told_of_end_ = n == 0;
-            if (n <= 0) throw Closed();
-            done += static_cast<std::size_t>(n);
-        }
-        return bytes;
-    }
+    Bytes receive(std::size_t count);
 
     /// New keys for this side, and the other side is asked for its own.
     void update_keys() { check(gnutls_session_key_update(session_, GNUTLS_KU_PEER)); }
@@ -83,24 +41,12 @@ public:
     /// Whether the end of what was received was an orderly one.
     [[nodiscard]] bool told_of_end() const { return told_of_end_; }
 
-    [[nodiscard]] std::string version() const {
-        return gnutls_protocol_get_name(gnutls_protocol_get_version(session_));
-    }
+    [[nodiscard]] std::string version() const;
 
 private:
-    explicit TlsEnd(int fd) {
-        // A certificate is shown whomever the server would rather see.
-        gnutls_init(&session_, GNUTLS_CLIENT | GNUTLS_NO_SIGNAL | GNUTLS_FORCE_CLIENT_CERT);
-        gnutls_certificate_allocate_credentials(&certificates_);
-        gnutls_psk_allocate_client_credentials(&psk_);
-        gnutls_transport_set_int(session_, fd);
-    }
+    explicit TlsEnd(int fd);
 
-    void check(int error) {
-        if (error == GNUTLS_E_FATAL_ALERT_RECEIVED)
-            throw std::runtime_error(gnutls_alert_get_name(gnutls_alert_get(session_)));
-        if (error < 0) throw std::runtime_error(gnutls_strerror(error));
-    }
+    void check(int error);
 
     gnutls_session_t session_ = nullptr;
     gnutls_certificate_credentials_t certificates_ = nullptr;
@@ -114,18 +60,13 @@ public:
     using NbdClient::NbdClient;
 
     /// Behind the greeting.
-    void start_tls(const Wallet& wallet) {
-        if (outcome(nbd::Option::starttls) != nbd::OptionReply::ack) throw std::runtime_error("STARTTLS was refused");
-        begin_tls(wallet);
-    }
+    void start_tls(const Wallet& wallet);
     /// Behind STARTTLS.
     void begin_tls(const Wallet& wallet) { tls_ = std::make_unique<TlsEnd>(fd_, wallet); }
 
     void send(std::span<const std::byte> bytes) const override { tls_ ? tls_->send(bytes) : NbdClient::send(bytes); }
     using NbdClient::send;
-    [[nodiscard]] Bytes receive(std::size_t count) const override {
-        return tls_ ? tls_->receive(count) : NbdClient::receive(count);
-    }
+    [[nodiscard]] Bytes receive(std::size_t count) const override;
 
     TlsEnd& tls() { return *tls_; }
 

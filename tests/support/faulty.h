@@ -19,34 +19,15 @@ public:
     static constexpr std::uint64_t block_bytes = 4096;
 
     /// From now on there are so many; nothing: as many as anybody wants.
-    void set(std::optional<std::uint64_t> blocks) {
-        const std::lock_guard lock(mutex_);
-        free_ = blocks;
-    }
+    void set(std::optional<std::uint64_t> blocks);
 
     /// How many of `wanted` there are.
-    std::uint64_t take(std::uint64_t wanted) {
-        const std::lock_guard lock(mutex_);
-        const auto given = free_ ? std::min(wanted, *free_) : wanted;
-        if (free_) *free_ -= given;
-        taken_ += given;
-        if (given < wanted) ++refused_;
-        return given;
-    }
+    std::uint64_t take(std::uint64_t wanted);
 
-    void give(std::uint64_t blocks) {
-        const std::lock_guard lock(mutex_);
-        if (free_) *free_ += blocks;
-    }
+    void give(std::uint64_t blocks);
 
-    [[nodiscard]] std::uint64_t taken() const {
-        const std::lock_guard lock(mutex_);
-        return taken_;
-    }
-    [[nodiscard]] std::uint64_t refused() const {
-        const std::lock_guard lock(mutex_);
-        return refused_;
-    }
+    [[nodiscard]] std::uint64_t taken() const;
+    [[nodiscard]] std::uint64_t refused() const;
 
 private:
     mutable std::mutex mutex_;
@@ -62,67 +43,25 @@ public:
     /// Blocks of which there are only zeros at first are holes, or are not.
     enum class Zeros : bool { blocks, holes };
 
-    SparseStorage(std::shared_ptr<Storage> inner, std::shared_ptr<FreeBlocks> free, Zeros zeros)
-        : PassThrough(std::move(inner)), free_(std::move(free)) {
-        Bytes bytes(must(this->inner().size()));
-        must(this->inner().read({0}, bytes));
-        for (std::uint64_t at = 0; at < bytes.size(); at += block) {
-            const auto contents = std::span(bytes).subspan(at, std::min<std::uint64_t>(block, bytes.size() - at));
-            there_.push_back(zeros == Zeros::blocks ||
-                             std::ranges::any_of(contents, [](std::byte b) { return b != std::byte{0}; }));
-        }
-    }
+    SparseStorage(std::shared_ptr<Storage> inner, std::shared_ptr<FreeBlocks> free, Zeros zeros);
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
-        const std::lock_guard lock(mutex_);
-        const auto done = take(at.value, at.value + from.size());
-        if (done == at.value + from.size()) return inner().write(at, from);
-        if (done > at.value) must(inner().write(at, from.first(done - at.value)));
-        return full();
-    }
+    Result<void> write(HostOffset at, std::span<const std::byte> from) override;
 
-    Result<void> allocate(HostOffset at, std::uint64_t length) override {
-        const std::lock_guard lock(mutex_);
-        if (take(at.value, at.value + length) < at.value + length) return full();
-        return inner().allocate(at, length);
-    }
+    Result<void> allocate(HostOffset at, std::uint64_t length) override;
 
-    Result<void> write_zeroes(HostOffset at, std::uint64_t length) override {
-        const std::lock_guard lock(mutex_);
-        give((at.value + block - 1) / block, (at.value + length) / block);
-        return inner().write_zeroes(at, length);
-    }
+    Result<void> write_zeroes(HostOffset at, std::uint64_t length) override;
 
-    Result<void> resize(std::uint64_t size) override {
-        const std::lock_guard lock(mutex_);
-        give((size + block - 1) / block, there_.size());
-        return inner().resize(size);
-    }
+    Result<void> resize(std::uint64_t size) override;
 
 private:
     static constexpr std::uint64_t block = FreeBlocks::block_bytes;
 
     /// Returns up to where there are blocks now.
-    std::uint64_t take(std::uint64_t begin, std::uint64_t end) {
-        there_.resize(std::max<std::size_t>(there_.size(), (end + block - 1) / block));
-        for (auto i = begin / block; i * block < end; ++i) {
-            if (there_[i]) continue;
-            if (free_->take(1) == 0) return std::max(begin, i * block);
-            there_[i] = true;
-        }
-        return end;
-    }
+    std::uint64_t take(std::uint64_t begin, std::uint64_t end);
 
-    void give(std::uint64_t first, std::uint64_t end) {
-        for (auto i = first; i < std::min<std::uint64_t>(end, there_.size()); ++i) {
-            if (there_[i]) free_->give(1);
-            there_[i] = false;
-        }
-    }
+    void give(std::uint64_t first, std::uint64_t end);
 
-    [[nodiscard]] std::unexpected<Error> full() const {
-        return std::unexpected(Error{Errc::no_space, name(), "no block is free in the test"});
-    }
+    [[nodiscard]] std::unexpected<Error> full() const;
 
     std::shared_ptr<FreeBlocks> free_;
     std::mutex mutex_;
@@ -148,48 +87,19 @@ public:
     };
 
     /// From now on.
-    void arm(const Fault& fault) {
-        const std::lock_guard lock(mutex_);
-        fault_ = fault;
-        counts_ = {};
-        hits_ = 0;
-    }
+    void arm(const Fault& fault);
 
-    void disarm() {
-        const std::lock_guard lock(mutex_);
-        fault_.reset();
-    }
+    void disarm();
 
     /// No file grows beyond so many bytes; nothing lifts the limit.
-    void set_room(std::optional<std::uint64_t> bytes) {
-        const std::lock_guard lock(mutex_);
-        room_ = bytes;
-    }
+    void set_room(std::optional<std::uint64_t> bytes);
 
     /// Since the last arm(): how many operations there were, and how many of them failed.
-    [[nodiscard]] std::uint64_t count(Operation operation) const {
-        const std::lock_guard lock(mutex_);
-        return counts_[static_cast<std::size_t>(operation)];
-    }
-    [[nodiscard]] std::uint64_t hits() const {
-        const std::lock_guard lock(mutex_);
-        return hits_;
-    }
+    [[nodiscard]] std::uint64_t count(Operation operation) const;
+    [[nodiscard]] std::uint64_t hits() const;
 
     /// The fault that this operation meets.
-    std::optional<Fault> next(Operation operation, std::uint64_t end = 0) {
-        const std::lock_guard lock(mutex_);
-        const auto n = counts_[static_cast<std::size_t>(operation)]++;
-        if (fault_ && fault_->operation == operation && n >= fault_->after && n - fault_->after < fault_->times) {
-            ++hits_;
-            return fault_;
-        }
-        if (room_ && end > *room_) {
-            ++hits_;
-            return Fault{operation, 0, 1, Errc::no_space, 0};
-        }
-        return std::nullopt;
-    }
+    std::optional<Fault> next(Operation operation, std::uint64_t end = 0);
 
 private:
     mutable std::mutex mutex_;
@@ -206,47 +116,20 @@ public:
     FaultyStorage(std::shared_ptr<Storage> inner, std::shared_ptr<Faults> faults)
         : PassThrough(std::move(inner)), faults_(std::move(faults)) {}
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
-        if (const auto fault = faults_->next(Operation::read)) return failed(*fault);
-        return inner().read(at, to);
-    }
+    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override;
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
-        if (const auto fault = faults_->next(Operation::write, at.value + from.size())) {
-            // Disks write whole sectors or nothing of them.
-            const auto end = at.value + from.size() * fault->percent_done / 100;
-            const auto whole_end = fault->percent_done == 100 ? end : std::max(at.value, end / 512 * 512);
-            const auto done = from.first(whole_end - at.value);
-            if (auto partly = inner().write(at, done); !partly) return partly;
-            return failed(*fault);
-        }
-        return inner().write(at, from);
-    }
+    Result<void> write(HostOffset at, std::span<const std::byte> from) override;
 
-    Result<void> write_zeroes(HostOffset at, std::uint64_t length) override {
-        if (const auto fault = faults_->next(Operation::space)) return failed(*fault);
-        return inner().write_zeroes(at, length);
-    }
+    Result<void> write_zeroes(HostOffset at, std::uint64_t length) override;
 
-    Result<void> allocate(HostOffset at, std::uint64_t length) override {
-        if (const auto fault = faults_->next(Operation::space, at.value + length)) return failed(*fault);
-        return inner().allocate(at, length);
-    }
+    Result<void> allocate(HostOffset at, std::uint64_t length) override;
 
-    Result<void> resize(std::uint64_t size) override {
-        if (const auto fault = faults_->next(Operation::space, size)) return failed(*fault);
-        return inner().resize(size);
-    }
+    Result<void> resize(std::uint64_t size) override;
 
-    Result<void> flush() override {
-        if (const auto fault = faults_->next(Operation::flush)) return failed(*fault);
-        return inner().flush();
-    }
+    Result<void> flush() override;
 
 private:
-    [[nodiscard]] std::unexpected<Error> failed(const Faults::Fault& fault) const {
-        return std::unexpected(Error{fault.code, name(), "failed by the test"});
-    }
+    [[nodiscard]] std::unexpected<Error> failed(const Faults::Fault& fault) const;
 
     std::shared_ptr<Faults> faults_;
 };

@@ -16,26 +16,10 @@ namespace qcow::test {
 /// A loop device of zeros, as long as this lives. Only root can have it, where there are loop devices.
 class LoopDevice {
 public:
-    explicit LoopDevice(std::uint64_t bytes) {
-        const auto file = directory_ / "file";
-        write_file(file, "");
-        std::filesystem::resize_file(file, bytes);
-        if (geteuid() != 0) {
-            obstacle_ = "only root can have a loop device";
-            return;
-        }
-        try {
-            path_ = must_run({"losetup", "--find", "--show", file}).out;
-            path_.pop_back();  // the end of the line
-        } catch (const std::exception& error) {
-            obstacle_ = error.what();
-        }
-    }
+    explicit LoopDevice(std::uint64_t bytes);
     LoopDevice(const LoopDevice&) = delete;
     LoopDevice& operator=(const LoopDevice&) = delete;
-    ~LoopDevice() {
-        if (obstacle_.empty()) run({"losetup", "--detach", path_});
-    }
+    ~LoopDevice();
 
     /// Why there is none; empty if there is.
     [[nodiscard]] const std::string& obstacle() const { return obstacle_; }

@@ -25,27 +25,12 @@ using Value = std::uint64_t;
 inline constexpr Value foreign = ~Value{0};
 
 /// Fills whole sectors, the first of which is number `first` of the disk.
-inline void stamp(std::uint64_t first, Value value, std::span<std::byte> sectors) {
-    for (std::size_t at = 0; at < sectors.size(); at += 16) {
-        const std::uint64_t words[] = {value == 0 ? 0 : ~(first + at / sector_bytes), value};
-        std::memcpy(sectors.data() + at, words, 16);
-    }
-}
+void stamp(std::uint64_t first, Value value, std::span<std::byte> sectors);
 
-inline Bytes stamped(std::uint64_t first, std::uint64_t count, Value value) {
-    Bytes result(count * sector_bytes);
-    stamp(first, value, result);
-    return result;
-}
+Bytes stamped(std::uint64_t first, std::uint64_t count, Value value);
 
 /// The value of sector number `index`, as it was read.
-inline Value value_in(std::uint64_t index, std::span<const std::byte> sector) {
-    std::uint64_t words[2] = {};
-    std::memcpy(words, sector.data(), 16);
-    const bool whole = std::memcmp(sector.data(), sector.data() + 16, sector_bytes - 16) == 0;
-    if (whole && words[0] == 0 && words[1] == 0) return 0;
-    return whole && words[0] == ~index ? words[1] : foreign;
-}
+Value value_in(std::uint64_t index, std::span<const std::byte> sector);
 
 // ---- What is allowed ----
 
@@ -62,44 +47,18 @@ public:
     void begin(Value value, Tick at, bool weak = false) { versions_.push_back({value, at, never, weak}); }
 
     /// That which began then is complete, and `durable` if it needs no flush to survive.
-    void end(Tick begun, Tick at, bool durable = false) {
-        for (auto& version : versions_) {
-            if (version.begin != begun) continue;
-            version.end = at;
-            version.durable = durable;
-        }
-    }
+    void end(Tick begun, Tick at, bool durable = false);
 
     /// As end(), of what failed: it may have been done or not.
-    void fail(Tick begun, Tick at) {
-        for (auto& version : versions_) {
-            if (version.begin == begun) version.weak = true;
-        }
-        end(begun, at);
-    }
+    void fail(Tick begun, Tick at);
 
     /// What may be there at `now`, where all that ended before `settled` has had its effect.
-    [[nodiscard]] bool allows(Value value, Tick settled, Tick now) const {
-        const auto latest = latest_settled(settled, now);
-        return std::ranges::any_of(versions_, [&](const Version& version) {
-            return version.value == value && version.begin < now && version.end > latest;
-        });
-    }
+    [[nodiscard]] bool allows(Value value, Tick settled, Tick now) const;
 
     /// Whether something may have begun to change it that is not settled.
-    [[nodiscard]] bool unsettled(Tick settled, Tick now) const {
-        return std::ranges::any_of(
-            versions_, [&](const Version& version) { return version.begin < now && version.end > settled; });
-    }
+    [[nodiscard]] bool unsettled(Tick settled, Tick now) const;
 
-    [[nodiscard]] std::vector<Value> allowed(Tick settled, Tick now) const {
-        std::vector<Value> result;
-        for (const auto& version : versions_) {
-            if (allows(version.value, settled, now) && std::ranges::find(result, version.value) == result.end())
-                result.push_back(version.value);
-        }
-        return result;
-    }
+    [[nodiscard]] std::vector<Value> allowed(Tick settled, Tick now) const;
 
 private:
     static constexpr Tick never = ~Tick{0};
@@ -113,14 +72,7 @@ private:
     };
 
     /// When the last of those began that are settled: what ended before that is gone.
-    [[nodiscard]] Tick latest_settled(Tick settled, Tick now) const {
-        Tick latest = 0;
-        for (const auto& version : versions_) {
-            const bool is_settled = version.end <= settled || (version.durable && version.end < now);
-            if (is_settled && !version.weak) latest = std::max(latest, version.begin);
-        }
-        return latest;
-    }
+    [[nodiscard]] Tick latest_settled(Tick settled, Tick now) const;
 
     std::vector<Version> versions_;
 };
@@ -141,65 +93,28 @@ public:
         Tick begun = 0;
     };
 
-    Change begin(std::uint64_t first, std::uint64_t count, Value value, Tick at, bool weak = false) {
-        const std::lock_guard lock(mutex_);
-        for (auto i = first; i < first + count; ++i) sectors_[i].begin(value, at, weak);
-        return {first, count, at};
-    }
-    void end(const Change& change, Tick at, bool durable = false) {
-        const std::lock_guard lock(mutex_);
-        for (auto i = change.first; i < change.first + change.count; ++i) sectors_[i].end(change.begun, at, durable);
-    }
+    Change begin(std::uint64_t first, std::uint64_t count, Value value, Tick at, bool weak = false);
+    void end(const Change& change, Tick at, bool durable = false);
 
-    void fail(const Change& change, Tick at) {
-        const std::lock_guard lock(mutex_);
-        for (auto i = change.first; i < change.first + change.count; ++i) sectors_[i].fail(change.begun, at);
-    }
+    void fail(const Change& change, Tick at);
 
     void begin_resize(std::uint64_t sectors, Tick at) { size_.begin(sectors, at); }
     void end_resize(Tick begun, Tick at) { size_.end(begun, at); }
 
-    void flushed(Tick begun, Tick ended) {
-        const std::lock_guard lock(mutex_);
-        flushes_.push_back({begun, ended});
-    }
+    void flushed(Tick begun, Tick ended);
 
     /// What has ended before this moment survives a power loss at `now`.
-    [[nodiscard]] Tick settled_at(Tick now) const {
-        const std::lock_guard lock(mutex_);
-        Tick settled = 1;
-        for (const auto& flush : flushes_) {
-            if (flush.ended < now) settled = std::max(settled, flush.begun);
-        }
-        return settled;
-    }
+    [[nodiscard]] Tick settled_at(Tick now) const;
 
     /// Whether a flush was under way that succeeded.
-    [[nodiscard]] bool flushing_at(Tick now) const {
-        const std::lock_guard lock(mutex_);
-        return std::ranges::any_of(flushes_,
-                                   [&](const Flush& flush) { return flush.begun < now && now < flush.ended; });
-    }
+    [[nodiscard]] bool flushing_at(Tick now) const;
 
-    [[nodiscard]] bool allows(std::uint64_t index, Value value, Tick settled, Tick now) const {
-        const std::lock_guard lock(mutex_);
-        return sectors_[index].allows(value, settled, now);
-    }
-    [[nodiscard]] bool unsettled(std::uint64_t index, Tick settled, Tick now) const {
-        const std::lock_guard lock(mutex_);
-        return sectors_[index].unsettled(settled, now);
-    }
-    [[nodiscard]] bool allows_size(std::uint64_t sectors, Tick settled, Tick now) const {
-        return size_.allows(sectors, settled, now);
-    }
+    [[nodiscard]] bool allows(std::uint64_t index, Value value, Tick settled, Tick now) const;
+    [[nodiscard]] bool unsettled(std::uint64_t index, Tick settled, Tick now) const;
+    [[nodiscard]] bool allows_size(std::uint64_t sectors, Tick settled, Tick now) const;
 
     /// "sector 7 holds write 9, not one of 3, 4".
-    [[nodiscard]] std::string complaint(std::uint64_t index, Value value, Tick settled, Tick now) const {
-        const std::lock_guard lock(mutex_);
-        return fmt::format("sector {} holds {}, not one of {}", index,
-                           value == foreign ? "what was never written there" : std::to_string(value),
-                           fmt::join(sectors_[index].allowed(settled, now), ", "));
-    }
+    [[nodiscard]] std::string complaint(std::uint64_t index, Value value, Tick settled, Tick now) const;
 
 private:
     struct Flush {

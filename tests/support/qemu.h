@@ -12,42 +12,19 @@ namespace qcow::test {
 using Arguments = std::vector<std::string>;
 
 /// Runs qemu-img whatever comes of it.
-inline Finished qemu_img(Arguments arguments, const std::filesystem::path& directory = {}) {
-    arguments.insert(arguments.begin(), "qemu-img");
-    return run(arguments, directory);
-}
+Finished qemu_img(Arguments arguments, const std::filesystem::path& directory = {});
 
 /// Runs qemu-img; failure is an exception.
-inline Finished must_qemu_img(Arguments arguments, const std::filesystem::path& directory = {}) {
-    arguments.insert(arguments.begin(), "qemu-img");
-    return must_run(arguments, directory);
-}
+Finished must_qemu_img(Arguments arguments, const std::filesystem::path& directory = {});
 
-inline nlohmann::json qemu_img_json(const Arguments& arguments, const std::filesystem::path& directory = {}) {
-    return nlohmann::json::parse(must_qemu_img(arguments, directory).out);
-}
+nlohmann::json qemu_img_json(const Arguments& arguments, const std::filesystem::path& directory = {});
 
 /// One session of commands on an image. A command that fails is an exception.
-inline void must_qemu_io(const std::string& image, const std::string& format, const std::vector<std::string>& commands,
-                         const std::filesystem::path& directory = {}) {
-    // Nothing that tests make needs to survive power loss.
-    Arguments arguments = {"qemu-io", "-t", "unsafe", "-f", format};
-    for (const auto& command : commands) {
-        arguments.emplace_back("-c");
-        arguments.push_back(command);
-    }
-    arguments.push_back(image);
-    const auto finished = must_run(arguments, directory);
-    if (finished.out.find("failed") != std::string::npos) throw std::runtime_error("unexpected: " + finished.text());
-}
+void must_qemu_io(const std::string& image, const std::string& format, const std::vector<std::string>& commands,
+                  const std::filesystem::path& directory = {});
 
 /// The contents of an image, or of one of its snapshots, as a raw file.
-inline void qemu_convert_to_raw(const std::string& image, const std::string& format, const std::string& target,
-                                const std::string& snapshot = {}, const std::filesystem::path& directory = {}) {
-    Arguments arguments = {"convert", "-t", "unsafe", "-f", format, "-O", "raw"};
-    if (!snapshot.empty()) arguments.insert(arguments.end(), {"-l", "snapshot.name=" + snapshot});
-    arguments.insert(arguments.end(), {image, target});
-    must_qemu_img(arguments, directory);
-}
+void qemu_convert_to_raw(const std::string& image, const std::string& format, const std::string& target,
+                         const std::string& snapshot = {}, const std::filesystem::path& directory = {});
 
 }  // namespace qcow::test

@@ -39,10 +39,7 @@ public:
     /// A moment between two events. The first one is 1: everything that is there at first is older.
     Tick mark() { return append({}); }
 
-    Tick append(StorageEvent event) {
-        const std::lock_guard lock(mutex_);
-        return append_locked(std::move(event));
-    }
+    Tick append(StorageEvent event);
 
     /// Changes a file and notes it as one step, so that the order of the log is the order in which things happened. The
     /// change may still complete the event.
@@ -72,10 +69,7 @@ public:
     StorageLog(StorageLog&& other) noexcept : events_(std::move(other.events_)) {}
 
 private:
-    Tick append_locked(StorageEvent event) {
-        events_.push_back(std::move(event));
-        return events_.size() - 1;
-    }
+    Tick append_locked(StorageEvent event);
 
     std::mutex mutex_;
     std::vector<StorageEvent> events_ = std::vector<StorageEvent>(1);
@@ -90,39 +84,15 @@ public:
                      std::chrono::microseconds flush_time = {})
         : PassThrough(std::move(inner)), file_(std::move(file)), log_(log), flush_time_(flush_time) {}
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
-        StorageEvent event{Kind::write, file_, at.value, from.size(), Bytes(from.begin(), from.end())};
-        return log_.apply(std::move(event), [&] { return inner().write(at, from); });
-    }
+    Result<void> write(HostOffset at, std::span<const std::byte> from) override;
 
-    Result<void> write_zeroes(HostOffset at, std::uint64_t length) override {
-        return log_.apply({Kind::zeroes, file_, at.value, length}, [&] { return inner().write_zeroes(at, length); });
-    }
+    Result<void> write_zeroes(HostOffset at, std::uint64_t length) override;
 
-    Result<void> allocate(HostOffset at, std::uint64_t length) override {
-        // Space within the file changes no contents. Others may make the file longer meanwhile.
-        const auto now = inner().size();
-        if (!now) return std::unexpected(now.error());
-        if (at.value + length <= *now) return inner().allocate(at, length);
-        StorageEvent event{Kind::size, file_};
-        return log_.apply(std::move(event), [&]() -> Result<void> {
-            auto allocated = inner().allocate(at, length);
-            event.length = inner().size().value_or(0);
-            return allocated;
-        });
-    }
+    Result<void> allocate(HostOffset at, std::uint64_t length) override;
 
-    Result<void> resize(std::uint64_t size) override {
-        return log_.apply({Kind::size, file_, 0, size}, [&] { return inner().resize(size); });
-    }
+    Result<void> resize(std::uint64_t size) override;
 
-    Result<void> flush() override {
-        const auto begun = log_.append({Kind::flush_begin, file_});
-        if (flush_time_.count() != 0) std::this_thread::sleep_for(flush_time_);
-        auto flushed = inner().flush();
-        log_.append({flushed ? Kind::flush_end : Kind::flush_lost, file_, 0, 0, {}, begun});
-        return flushed;
-    }
+    Result<void> flush() override;
 
 private:
     std::string file_;

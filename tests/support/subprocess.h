@@ -27,9 +27,7 @@ struct Finished {
     std::string command;
 
     /// All of it, for messages.
-    [[nodiscard]] std::string text() const {
-        return command + "\nexit status " + std::to_string(status) + "\n" + out + err;
-    }
+    [[nodiscard]] std::string text() const;
 };
 
 /// A running program with pipes to its standard input, output and error. Killed, if need be, when it goes.
@@ -37,119 +35,34 @@ class Subprocess {
 public:
     using Clock = std::chrono::steady_clock;
 
-    explicit Subprocess(const std::vector<std::string>& argv, const std::filesystem::path& directory = {}) {
-        for (const auto& word : argv) command_ += (command_.empty() ? "" : " ") + word;
-        std::array<std::array<int, 2>, 3> pipes = {};
-        for (auto& pipe : pipes) {
-            if (pipe2(pipe.data(), O_CLOEXEC) != 0) fail("pipe2", errno);
-        }
-        posix_spawn_file_actions_t actions;
-        posix_spawn_file_actions_init(&actions);
-        posix_spawn_file_actions_adddup2(&actions, pipes[0][0], STDIN_FILENO);
-        posix_spawn_file_actions_adddup2(&actions, pipes[1][1], STDOUT_FILENO);
-        posix_spawn_file_actions_adddup2(&actions, pipes[2][1], STDERR_FILENO);
-        if (!directory.empty()) posix_spawn_file_actions_addchdir_np(&actions, directory.c_str());
-        std::vector<char*> words;
-        for (const auto& word : argv) words.push_back(const_cast<char*>(word.c_str()));
-        words.push_back(nullptr);
-        const int error = posix_spawnp(&pid_, words[0], &actions, nullptr, words.data(), environ);
-        posix_spawn_file_actions_destroy(&actions);
-        close(pipes[0][0]);
-        close(pipes[1][1]);
-        close(pipes[2][1]);
-        in_ = pipes[0][1];
-        out_ = pipes[1][0];
-        err_ = pipes[2][0];
-        if (error != 0) {
-            pid_ = -1;
-            close_pipes();
-            fail("cannot be started", error);
-        }
-    }
+    explicit Subprocess(const std::vector<std::string>& argv, const std::filesystem::path& directory = {});
     Subprocess(const Subprocess&) = delete;
     Subprocess& operator=(const Subprocess&) = delete;
-    ~Subprocess() {
-        if (pid_ > 0) {
-            kill(pid_, SIGKILL);
-            waitpid(pid_, nullptr, 0);
-        }
-        close_pipes();
-    }
+    ~Subprocess();
 
-    void write(const std::string& text) {
-        for (std::size_t done = 0; done < text.size();) {
-            const auto n = ::write(in_, text.data() + done, text.size() - done);
-            if (n < 0) fail("does not read its input", errno);
-            done += static_cast<std::size_t>(n);
-        }
-    }
+    void write(const std::string& text);
 
     void signal(int number) const { kill(pid_, number); }
 
-    void close_input() {
-        if (in_ >= 0) close(in_);
-        in_ = -1;
-    }
+    void close_input();
 
     /// Waits until its output (standard output and error together) contains `text`.
-    void wait_for(const std::string& text, std::chrono::seconds timeout = std::chrono::seconds(30)) {
-        const auto deadline = Clock::now() + timeout;
-        while ((finished_.out + finished_.err).find(text) == std::string::npos) {
-            if (!collect(deadline)) throw std::runtime_error(command_ + ": no \"" + text + "\" in " + seen());
-        }
-    }
+    void wait_for(const std::string& text, std::chrono::seconds timeout = std::chrono::seconds(30));
 
     /// Waits for its end; a program that takes longer than the timeout is killed, and that is an error.
-    Finished finish(std::chrono::seconds timeout = std::chrono::seconds(120)) {
-        close_input();
-        const auto deadline = Clock::now() + timeout;
-        while (out_ >= 0 || err_ >= 0) {
-            if (!collect(deadline) && Clock::now() >= deadline)
-                throw std::runtime_error(command_ + ": still running after " + std::to_string(timeout.count()) + " s");
-        }
-        int status = 0;
-        waitpid(pid_, &status, 0);
-        pid_ = -1;
-        finished_.status = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
-        finished_.command = command_;
-        return finished_;
-    }
+    Finished finish(std::chrono::seconds timeout = std::chrono::seconds(120));
 
 private:
     /// Takes what there is to read, waiting for it; false if there is nothing and never or not in time will be.
-    bool collect(Clock::time_point deadline) {
-        std::array<pollfd, 2> polled = {pollfd{out_, POLLIN, 0}, pollfd{err_, POLLIN, 0}};
-        const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
-        if (out_ < 0 && err_ < 0) return false;
-        if (poll(polled.data(), polled.size(), static_cast<int>(left < 0 ? 0 : left)) <= 0) return false;
-        if (polled[0].revents != 0) take(out_, finished_.out);
-        if (polled[1].revents != 0) take(err_, finished_.err);
-        return true;
-    }
+    bool collect(Clock::time_point deadline);
 
-    static void take(int& fd, std::string& to) {
-        std::array<char, 65536> buffer;
-        const auto n = read(fd, buffer.data(), buffer.size());
-        if (n > 0) {
-            to.append(buffer.data(), static_cast<std::size_t>(n));
-        } else if (n == 0 || errno != EINTR) {
-            close(fd);
-            fd = -1;
-        }
-    }
+    static void take(int& fd, std::string& to);
 
     [[nodiscard]] std::string seen() const { return "\"" + finished_.out + finished_.err + "\""; }
 
-    [[noreturn]] void fail(const std::string& what, int error) const {
-        throw std::runtime_error(command_ + ": " + what + ": " + std::strerror(error));
-    }
+    [[noreturn]] void fail(const std::string& what, int error) const;
 
-    void close_pipes() {
-        for (int* fd : {&in_, &out_, &err_}) {
-            if (*fd >= 0) close(*fd);
-            *fd = -1;
-        }
-    }
+    void close_pipes();
 
     std::string command_;
     pid_t pid_ = -1;
@@ -160,15 +73,9 @@ private:
 };
 
 /// Runs a program to its end, with an empty standard input.
-inline Finished run(const std::vector<std::string>& argv, const std::filesystem::path& directory = {}) {
-    return Subprocess(argv, directory).finish();
-}
+Finished run(const std::vector<std::string>& argv, const std::filesystem::path& directory = {});
 
 /// As run(), where anything but success means that the test itself is broken.
-inline Finished must_run(const std::vector<std::string>& argv, const std::filesystem::path& directory = {}) {
-    auto finished = run(argv, directory);
-    if (finished.status != 0) throw std::runtime_error("unexpected: " + finished.text());
-    return finished;
-}
+Finished must_run(const std::vector<std::string>& argv, const std::filesystem::path& directory = {});
 
 }  // namespace qcow::test
