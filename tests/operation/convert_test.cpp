@@ -1,6 +1,7 @@
 // Whole conversions, from the names of files to the names of files.
 
 #include "qcow/convert.h"
+#include "base/bits.h"
 
 #include <fcntl.h>
 #include <gmock/gmock.h>
@@ -21,8 +22,6 @@ namespace {
 using namespace qcow::test;
 using testing::ElementsAre;
 using testing::IsEmpty;
-
-constexpr std::uint64_t MiB = std::uint64_t{1} << 20;
 
 class ConvertTest : public testing::Test {
 protected:

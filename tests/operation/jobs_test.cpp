@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "base/bits.h"
 #include "qcow/create.h"
 #include "qcow/resize.h"
 #include "support/result.h"
@@ -13,8 +14,6 @@ namespace {
 
 using namespace qcow::test;
 using testing::ElementsAre;
-
-constexpr std::uint64_t MiB = std::uint64_t{1} << 20;
 
 class JobsTest : public testing::Test {
 protected:
