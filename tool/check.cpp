@@ -31,6 +31,54 @@ std::string_view severity_name(qcow::CheckFinding::Severity severity) {
     return "";
 }
 
+std::string_view kind_name(qcow::CheckFinding::Kind kind) {
+    using Kind = qcow::CheckFinding::Kind;
+    switch (kind) {
+        case Kind::other: return "other";
+        case Kind::leak: return "leak";
+        case Kind::refcount_too_low: return "refcount-too-low";
+        case Kind::refcount_old: return "refcount-old";
+        case Kind::uncounted: return "uncounted";
+        case Kind::overlap: return "overlap";
+        case Kind::past_end: return "past-end";
+        case Kind::misaligned: return "misaligned";
+        case Kind::reserved_bits: return "reserved-bits";
+        case Kind::copied_flag: return "copied-flag";
+        case Kind::bad_entry: return "bad-entry";
+        case Kind::bad_header: return "bad-header";
+        case Kind::bad_table: return "bad-table";
+        case Kind::wrong_length: return "wrong-length";
+        case Kind::duplicate_name: return "duplicate-name";
+        case Kind::misplaced: return "misplaced";
+        case Kind::backing_chain: return "backing-chain";
+    }
+    return "";
+}
+
+std::string_view remedy_name(qcow::CheckFinding::Remedy remedy) {
+    using Remedy = qcow::CheckFinding::Remedy;
+    switch (remedy) {
+        case Remedy::nothing: return "nothing";
+        case Remedy::rebuild_refcounts: return "rebuild-refcounts";
+        case Remedy::correct_entry: return "correct-entry";
+        case Remedy::drop_entry: return "drop-entry";
+        case Remedy::copy_contents: return "copy-contents";
+        case Remedy::remove_bitmap: return "remove-bitmap";
+        case Remedy::remove_snapshot: return "remove-snapshot";
+    }
+    return "";
+}
+
+Json finding_json(const qcow::CheckFinding& finding) {
+    Json json = {{"severity", severity_name(finding.severity)},
+                 {"kind", kind_name(finding.kind)},
+                 {"place", finding.place},
+                 {"what", finding.what},
+                 {"remedy", remedy_name(finding.remedy)}};
+    if (finding.cluster) json["cluster"] = finding.cluster->value;
+    return json;
+}
+
 void print_report_json(const qcow::CheckReport& report, const std::string& path, qcow::Format format) {
     Json json = {{"filename", path},
                  {"format", qcow::format_name(format)},
@@ -45,8 +93,7 @@ void print_report_json(const qcow::CheckReport& report, const std::string& path,
                  {"compressed-clusters", report.compressed_clusters},
                  {"fragmented-clusters", report.fragmented_clusters},
                  {"findings", Json::array()}};
-    for (const auto& f : report.findings)
-        json["findings"].push_back({{"severity", severity_name(f.severity)}, {"place", f.place}, {"what", f.what}});
+    for (const auto& finding : report.findings) json["findings"].push_back(finding_json(finding));
     print_json(json);
 }
 

@@ -3,15 +3,18 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "qcow/error.h"
 #include "qcow/export.h"
 #include "qcow/job.h"
+#include "qcow/offset.h"
 
 namespace qcow {
 
+/// One thing that is wrong with an image. `place` and `what` say it in words, the other fields say it to programs.
 struct CheckFinding {
     enum class Severity : std::uint8_t {
         leak,        ///< space that nothing uses: wasteful, harmless
@@ -19,9 +22,43 @@ struct CheckFinding {
         error,       ///< something could not be verified
         postponed,   ///< an old refcount in an image that was not closed: opening the image for writing mends it
     };
+    enum class Kind : std::uint8_t {
+        other,             ///< none of the following
+        leak,              ///< a refcount is higher than the references to its cluster
+        refcount_too_low,  ///< a refcount is lower than the references to its cluster
+        refcount_old,      ///< a refcount is wrong in an image that was not closed
+        uncounted,         ///< a refcount is higher than the references that could be found; damage hides others
+        overlap,           ///< a cluster is used for two purposes
+        past_end,          ///< a reference leads past the end of the file
+        misaligned,        ///< a reference does not lead to the beginning of a cluster
+        reserved_bits,     ///< bits are set that have no meaning
+        copied_flag,       ///< the COPIED flag of an entry contradicts the refcount, or the entry itself
+        bad_entry,         ///< an entry contradicts itself
+        bad_header,        ///< a field of the header contradicts the rest of it
+        bad_table,         ///< a table cannot be used at all
+        wrong_length,      ///< a structure is too short, or too long for what it describes
+        duplicate_name,    ///< several bitmaps have one name
+        misplaced,         ///< a cluster lies elsewhere in the data file than it has to
+        backing_chain,     ///< a file that the image depends on cannot be opened
+    };
+    /// What would mend it.
+    enum class Remedy : std::uint8_t {
+        nothing,            ///< no change of the metadata does
+        rebuild_refcounts,  ///< counting all references, and writing the refcounts that follow
+        correct_entry,      ///< writing the entry, or the field, with other bits
+        drop_entry,         ///< clearing the entry: what it leads to is lost
+        copy_contents,      ///< copying what the entry leads to into a cluster of its own
+        remove_bitmap,
+        remove_snapshot,
+    };
     Severity severity = Severity::error;
     std::string place;
     std::string what;
+    Kind kind = Kind::other;
+    /// The host cluster that it is about: the one that is counted or referenced in the wrong way, or the one that holds
+    /// the entry at fault. In the image file, in bytes, aligned to the cluster size. Nothing: it is about no cluster.
+    std::optional<HostOffset> cluster = {};
+    Remedy remedy = Remedy::nothing;
 };
 
 struct CheckReport {

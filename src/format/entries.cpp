@@ -33,15 +33,19 @@ SubclusterRun EntryRules::run(L2Entry entry, unsigned index) const {
 }
 
 std::optional<EntryFlaw> EntryRules::flaw(L2Entry entry) const {
-    const auto unreadable = [](std::string_view what) { return EntryFlaw{what, true}; };
+    using Kind = EntryFlaw::Kind;
+    const auto unreadable = [](std::string_view what, Kind kind = Kind::contradiction) {
+        return EntryFlaw{kind, what, true};
+    };
     if (entry.compressed()) {
         if (external_data) return unreadable("compressed, which an external data file excludes");
-        if (entry.copied()) return EntryFlaw{"compressed and COPIED at once"};
-        if (entry.bitmap != 0) return EntryFlaw{"compressed with a subcluster bitmap that is not zero"};
+        if (entry.copied()) return EntryFlaw{Kind::copied_flag, "compressed and COPIED at once"};
+        if (entry.bitmap != 0)
+            return EntryFlaw{Kind::contradiction, "compressed with a subcluster bitmap that is not zero"};
         return std::nullopt;
     }
     if (!is_aligned(entry.cluster().value, geometry.cluster_size())) {
-        return unreadable("its host offset is not a multiple of the cluster size");
+        return unreadable("its host offset is not a multiple of the cluster size", Kind::misaligned);
     }
     if (version < 3 && (entry.word & zero_bit) != 0)
         return unreadable("marked as zeros, which version 2 does not have");
@@ -52,9 +56,10 @@ std::optional<EntryFlaw> EntryRules::flaw(L2Entry entry) const {
         if (allocated != 0 && !has_cluster(entry))
             return unreadable("subclusters are allocated, but there is no host cluster");
     }
-    if (entry.copied() && !has_cluster(entry)) return EntryFlaw{"COPIED, but there is no host cluster"};
+    if (entry.copied() && !has_cluster(entry))
+        return EntryFlaw{Kind::copied_flag, "COPIED, but there is no host cluster"};
     const std::uint64_t meaningful = offset_mask | copied_bit | (geometry.extended_l2 ? 0 : zero_bit);
-    if ((entry.word & ~meaningful) != 0) return EntryFlaw{"reserved bits are set"};
+    if ((entry.word & ~meaningful) != 0) return EntryFlaw{Kind::reserved_bits, "reserved bits are set"};
     return std::nullopt;
 }
 

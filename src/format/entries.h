@@ -87,6 +87,8 @@ struct SubclusterRun {
 };
 
 struct EntryFlaw {
+    enum class Kind : std::uint8_t { contradiction, misaligned, copied_flag, reserved_bits };
+    Kind kind = Kind::contradiction;
     std::string_view what;
     bool unreadable = false;  // where the data lies can no longer be told; else reading can go on
 };

@@ -16,7 +16,8 @@ Result<CheckResult> check(const ImageSpec& spec, const CheckOptions& options) {
             alone.follow = false;
             auto opened = open_image(alone, options.control.warn);
             if (!opened) return std::unexpected(std::move(image).error());
-            broken_chain.emplace(CheckFinding::Severity::error, "backing chain", image.error().message());
+            broken_chain.emplace(CheckFinding::Severity::error, "backing chain", image.error().message(),
+                                 CheckFinding::Kind::backing_chain);
             image = std::move(opened);
         }
         auto report = (*image)->check(options);

@@ -2,8 +2,6 @@
 
 #include <cstdint>
 #include <mutex>
-#include <string>
-#include <type_traits>
 #include <vector>
 
 #include "qcow/check.h"
@@ -15,12 +13,11 @@ class Findings {
 public:
     explicit Findings(std::size_t max_kept) : max_kept_(max_kept) {}
 
-    /// `order`: the host offset that it is about. `count`: how many clusters or faults this one stands for. `place` and
-    /// `what` are texts, or functions that make them, which are called only for what is kept: there may be millions.
-    template <class Place, class What>
-    void add(CheckFinding::Severity severity, std::uint64_t order, const Place& place, const What& what,
-             std::uint64_t count = 1) {
-        if (count_one(severity, count)) keep({order, {severity, text_of(place), text_of(what)}});
+    /// `order`: the host offset that it is about. `count`: how many clusters or faults this one stands for.
+    /// `make()` gives the finding, with its texts. It is called only for what is kept: there may be millions.
+    template <class Make>
+    void add(CheckFinding::Severity severity, std::uint64_t order, std::uint64_t count, const Make& make) {
+        if (count_one(severity, count)) keep({order, make()});
     }
 
     void move_to(CheckReport& report);
@@ -30,15 +27,6 @@ private:
         std::uint64_t order;
         CheckFinding finding;
     };
-
-    template <class Text>
-    static std::string text_of(const Text& text) {
-        if constexpr (std::is_invocable_v<const Text&>) {
-            return text();
-        } else {
-            return std::string(text);
-        }
-    }
 
     std::vector<Kept>& list_of(CheckFinding::Severity severity) {
         return severity == CheckFinding::Severity::postponed ? kept_postponed_ : kept_;

@@ -13,7 +13,7 @@
 #include "format/luks.h"
 #include "qcow/text.h"
 #include "qcow2/bitmap_runs.h"
-#include "qcow2/check.h"
+#include "qcow2/image_check.h"
 #include "qcow2/known_bitmaps.h"
 #include "qcow2/metadata/directories.h"
 #include "qcow2/view.h"

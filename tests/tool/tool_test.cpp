@@ -2,6 +2,7 @@
 
 #include "tool/tool_fixture.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "base/endian.h"
@@ -141,6 +142,10 @@ TEST_F(ToolTest, CheckOfLeaksGives3) {
     const auto as_json = tool({"check", "--json", "leak.qcow2"});
     EXPECT_EQ(as_json.status, 3);
     EXPECT_GT(json::parse(as_json.out)["leaks"], 0);
+    const auto finding = json::parse(as_json.out)["findings"].back();
+    EXPECT_EQ(finding["kind"], "leak");
+    EXPECT_EQ(finding["cluster"], end * 65536);
+    EXPECT_EQ(finding["remedy"], "rebuild-refcounts");
 }
 
 TEST_F(ToolTest, CheckOfCorruptionGives2) {
@@ -153,6 +158,37 @@ TEST_F(ToolTest, CheckOfCorruptionGives2) {
     const auto report = json::parse(as_json.out);
     EXPECT_GT(report["corruptions"], 0);
     EXPECT_GT(report["findings"].size(), 0);
+}
+
+/// What a program needs in order to mend an image, without a look at the texts.
+TEST_F(ToolTest, CheckAsJsonTellsKindClusterAndRemedy) {
+    corrupt_l2_entry();
+    auto bytes = bytes_of("base.qcow2");
+    const auto end = bytes.size() / 65536;
+    bytes.resize((end + 1) * 65536);
+    bytes[2 * 65536 + 2 * end + 1] = 1;  // refcount 1 for a cluster that nobody has
+    put_file(directory_.file("base.qcow2"), bytes);
+    const auto findings = json::parse(tool({"check", "--json", "base.qcow2"}).out)["findings"];
+    const auto with_kind = [&](std::string_view kind) {
+        const auto found = std::ranges::find_if(findings, [&](const json& finding) { return finding["kind"] == kind; });
+        return found == findings.end() ? json() : *found;
+    };
+    const auto entry = with_kind("misaligned");
+    ASSERT_TRUE(entry.is_object()) << findings;
+    EXPECT_EQ(entry["severity"], "corruption");
+    EXPECT_EQ(entry["remedy"], "drop-entry");
+    EXPECT_EQ(entry["cluster"].get<std::uint64_t>() % 65536, 0);
+    const auto place = entry["place"].get<std::string>();
+    EXPECT_THAT(place, HasSubstr("L2 entry at host offset"));
+    // What the entry led to may have this cluster: nobody can tell.
+    const auto rest = with_kind("uncounted");
+    ASSERT_TRUE(rest.is_object()) << findings;
+    EXPECT_EQ(rest["remedy"], "nothing");
+
+    std::filesystem::remove(directory_.file("base.qcow2"));
+    const auto chain = json::parse(tool({"check", "--json", "top.qcow2"}).out)["findings"][0];
+    EXPECT_EQ(chain["kind"], "backing-chain");
+    EXPECT_FALSE(chain.contains("cluster"));
 }
 
 TEST_F(ToolTest, CheckThatCannotBeDoneGives1) {

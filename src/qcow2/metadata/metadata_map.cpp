@@ -6,10 +6,10 @@
 #include <array>
 #include <iterator>
 
+#include "base/bits.h"
 #include "base/try.h"
-#include "format/refcount.h"
 #include "qcow/text.h"
-#include "qcow2/metadata/directories.h"
+#include "qcow2/walker.h"
 
 namespace qcow::qcow2 {
 namespace {
@@ -21,104 +21,97 @@ constexpr std::array<std::string_view, 8> names = {"the header",         "an L1 
 /// What a chunk of clusters is in the filter: never the number of a cluster.
 std::uint64_t key_of_chunk(std::uint64_t chunk) { return ~chunk; }
 
-/// Calls `visit` with each word of a table that is not zero. Nobody has changed the table since the file was opened.
-template <class Visit>
-Result<void> each_word(const Metadata& metadata, HostOffset table, std::uint64_t count, Visit&& visit) {
-    std::array<std::uint64_t, 512> words;
-    std::uint64_t data_end = 0;
-    for (std::uint64_t i = 0; i < count;) {
-        // Hostile tables are long and nearly all hole.
-        if (i >= data_end && count > words.size()) {
-            const auto run = TRY(metadata.file().run(table + i * 8, (count - i) * 8));
-            data_end = i + std::max<std::uint64_t>(1, run.length / 8);
-            if (!run.data && run.length >= 8) {
-                i = data_end;
-                continue;
-            }
-        }
-        const auto n = TRY(metadata.words().load(
-            table + i * 8, std::span(words).first(std::min<std::uint64_t>(words.size(), count - i))));
-        for (std::size_t k = 0; k < n; ++k) {
-            if (words[k] != 0) TRY_VOID(visit(words[k]));
-        }
-        i += n;
+MetadataMap::Kind kind_of(Structure structure) {
+    using Kind = MetadataMap::Kind;
+    switch (structure) {
+        case Structure::encryption_header: return Kind::encryption;
+        case Structure::refcount_table: return Kind::refcount_table;
+        case Structure::refcount_block: return Kind::refcount_block;
+        case Structure::l1_table: return Kind::l1_table;
+        case Structure::l2_table: return Kind::l2_table;
+        case Structure::snapshot_table: return Kind::snapshots;
+        case Structure::bitmap_directory:
+        case Structure::bitmap:
+        case Structure::bitmap_table:
+        case Structure::bitmap_bits: return Kind::bitmaps;
+        case Structure::header:
+        case Structure::data:
+        case Structure::compressed: break;
     }
-    return {};
+    return Kind::header;
 }
 
 }  // namespace
 
-Result<void> MetadataMap::load(const Metadata& metadata) {
-    const auto& header = metadata.header();
-    const auto state = metadata.state();
-    const std::uint64_t cluster_size = header.cluster_size();
-    const std::uint64_t file_size = TRY(metadata.file().size());
-    const auto too_large = [&](const std::string& thing, const std::string& what) {
-        return fail(Errc::limit_exceeded, fmt::format("{}: {}", metadata.file().name(), thing),
+/// Adds what a walk visits. The first flaw that hides something from it is an error.
+class MetadataMap::Loader : public Visitor {
+public:
+    Loader(MetadataMap& map, const Storage& file, std::uint64_t file_bytes, std::uint64_t cluster_size)
+        : map_(map), file_(file), file_end_(divide_up(file_bytes, cluster_size) * cluster_size) {}
+
+    Result<void> reference(const Reference& reference) override {
+        if (map_.runs_.size() >= max_runs) {
+            return too_large("metadata", fmt::format("they lie in more than {} places; remove bitmaps with another "
+                                                     "program",
+                                                     max_runs));
+        }
+        return map_.add(reference.at, reference.bytes, kind_of(reference.kind));
+    }
+
+    Result<void> flaw(const Flaw& flaw) override {
+        if (!flaw.hides_references) return {};
+        const auto kind = kind_of(flaw.target);
+        switch (flaw.kind) {
+            case Flaw::Kind::unusable: return std::unexpected(*flaw.reason);
+            case Flaw::Kind::overlap: return map_.add(flaw.at, flaw.bytes, kind);
+            case Flaw::Kind::too_long: return refuse_length(flaw);
+            default: break;
+        }
+        // The file's last cluster may be short.
+        if (flaw.kind == Flaw::Kind::past_end && lies_within(flaw.at.value, flaw.bytes, file_end_))
+            return map_.add(flaw.at, flaw.bytes, kind);
+        return fail(Errc::corrupt, file_.name(),
+                    fmt::format("{} at host offset {:#x} is not aligned or does not lie within the file; check the "
+                                "image before it is written",
+                                names[static_cast<std::size_t>(kind)], flaw.at.value));
+    }
+
+    [[nodiscard]] std::uint64_t next_used(std::uint64_t first, std::uint64_t end) const override {
+        const auto found = map_.first_in(first, end);
+        return found == map_.runs_.end() ? end : std::max(first, found->first);
+    }
+
+private:
+    [[nodiscard]] std::unexpected<Error> too_large(const std::string& thing, const std::string& what) const {
+        return fail(Errc::limit_exceeded, fmt::format("{}: {}", file_.name(), thing),
                     what + ", or open the image for reading only");
-    };
-    const auto add_table = [&](HostOffset at, std::uint64_t length, Kind kind) -> Result<void> {
-        if (length == 0) return {};
-        if (!is_aligned(at.value, cluster_size) ||
-            !lies_within(at.value, length, divide_up(file_size, cluster_size) * cluster_size)) {
-            return fail(Errc::corrupt, metadata.file().name(),
-                        fmt::format("{} at host offset {:#x} is not aligned or does not lie within the file; check the "
-                                    "image before it is written",
-                                    names[static_cast<std::size_t>(kind)], at.value));
-        }
-        if (runs_.size() >= max_runs) {
-            return too_large(
-                "metadata",
-                fmt::format("they lie in more than {} places; remove bitmaps with another program", max_runs));
-        }
-        return add(at, length, kind);
-    };
-    TRY_VOID(add({0}, cluster_size, Kind::header));
-    TRY_VOID(add_table(state.refcount_table, state.refcount_table_clusters * cluster_size, Kind::refcount_table));
-    TRY_VOID(each_word(
-        metadata, state.refcount_table, state.refcount_table_clusters * cluster_size / 8,
-        [&](std::uint64_t word) {
-            return add_table(format::RefcountTableEntry{word}.block(), cluster_size, Kind::refcount_block);
-        }));
-    TRY_VOID(add_table(state.l1_table, std::uint64_t{state.l1_entries} * 8, Kind::l1_table));
-    TRY_VOID(each_word(
-        metadata, state.l1_table, state.l1_entries,
-        [&](std::uint64_t word) -> Result<void> {
-            const format::L1Entry entry{word};
-            return entry.allocated() ? add_table(entry.l2_table(), cluster_size, Kind::l2_table) : Result<void>();
-        }));
-    if (header.encryption) TRY_VOID(add(header.encryption->offset, header.encryption->length, Kind::encryption));
-    const auto snapshots = TRY(read_snapshots(metadata));
-    TRY_VOID(add_table(state.snapshot_table, snapshots.bytes, Kind::snapshots));
-    for (const auto& snapshot : snapshots.entries) {
-        const std::uint64_t bytes = std::uint64_t{snapshot.l1_entries} * 8;
-        if (bytes > format::max_l1_bytes) {
-            return too_large(
-                fmt::format("the L1 table of snapshot \"{}\" (host offset {:#x})", printable(snapshot.info.name),
-                            snapshot.l1_table.value),
-                fmt::format("its {} entries are more than 32 MiB; delete the snapshot with another program",
-                            snapshot.l1_entries));
-        }
-        TRY_VOID(add_table(snapshot.l1_table, bytes, Kind::l1_table));
     }
-    const auto bitmaps = TRY(read_bitmaps(metadata));
-    if (!bitmaps.empty()) TRY_VOID(add_table(header.bitmaps->directory, header.bitmaps->directory_size, Kind::bitmaps));
-    for (const auto& bitmap : bitmaps) {
-        if (bitmap.table_entries > format::max_bitmap_bytes / cluster_size) {
-            return too_large(fmt::format("bitmap \"{}\" (table at host offset {:#x})", printable(bitmap.info.name),
-                                         bitmap.table.value),
-                             fmt::format("its {} table entries stand for more than 512 MiB of bits; remove it with "
-                                         "another program",
-                                         bitmap.table_entries));
+
+    [[nodiscard]] Result<void> refuse_length(const Flaw& flaw) const {
+        const auto name = printable(flaw.place.name.value_or(""));
+        const std::uint64_t entries = flaw.bytes / 8;
+        if (flaw.target == Structure::l1_table) {
+            return too_large(
+                fmt::format("the L1 table of snapshot \"{}\" (host offset {:#x})", name, flaw.at.value),
+                fmt::format("its {} entries are more than 32 MiB; delete the snapshot with another program", entries));
         }
-        TRY_VOID(add_table(bitmap.table, std::uint64_t{bitmap.table_entries} * 8, Kind::bitmaps));
-        TRY_VOID(each_word(
-            metadata, bitmap.table, bitmap.table_entries,
-            [&](std::uint64_t word) -> Result<void> {
-                const auto cluster = format::BitmapTableEntry{word}.cluster();
-                return cluster.value == 0 ? Result<void>() : add_table(cluster, cluster_size, Kind::bitmaps);
-            }));
+        return too_large(fmt::format("bitmap \"{}\" (table at host offset {:#x})", name, flaw.at.value),
+                         fmt::format("its {} table entries stand for more than 512 MiB of bits; remove it with another "
+                                     "program",
+                                     entries));
     }
+
+    MetadataMap& map_;
+    const Storage& file_;
+    std::uint64_t file_end_;
+};
+
+Result<void> MetadataMap::load(const Metadata& metadata) {
+    const std::uint64_t file_bytes = TRY(walked_length(metadata));
+    Loader loader(*this, metadata.file(), file_bytes, metadata.cluster_size());
+    WalkOptions options;
+    options.guest_data = false;
+    TRY(walk(metadata, file_bytes, options, loader));
     return {};
 }
 

@@ -50,6 +50,8 @@ public:
     [[nodiscard]] std::string_view find(HostOffset at, std::uint64_t length) const;
 
 private:
+    class Loader;
+
     struct Run {
         std::uint64_t end = 0;  // cluster behind it
         Kind kind = {};

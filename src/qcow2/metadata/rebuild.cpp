@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "base/try.h"
-#include "qcow2/check.h"
+#include "qcow2/image_check.h"
 #include "qcow2/metadata/allocator.h"
 
 namespace qcow::qcow2 {

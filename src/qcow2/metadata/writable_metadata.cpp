@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include "base/try.h"
-#include "qcow2/check.h"
+#include "qcow2/image_check.h"
 
 namespace qcow::qcow2 {
 namespace {

@@ -1,0 +1,161 @@
+#include "qcow2/image_check.h"
+
+#include <atomic>
+#include <optional>
+#include <vector>
+
+#include "base/try.h"
+#include "qcow2/findings.h"
+#include "qcow2/refcount_comparison.h"
+#include "qcow2/walker.h"
+
+namespace qcow::qcow2 {
+namespace {
+
+/// What the references of a kind add to a cluster.
+std::uint32_t uses_of(const Reference& reference) {
+    const auto mark = !reference.active ? 0 : reference.copied ? References::copied : References::not_copied;
+    switch (reference.kind) {
+        case Structure::l2_table: return References::l2_table | mark;
+        case Structure::data: return References::data | mark;
+        case Structure::compressed: return References::compressed;
+        default: return References::metadata;
+    }
+}
+
+/// Counts the references of an image, and keeps what is wrong with them.
+class Counter : public Visitor {
+public:
+    Counter(const Metadata& metadata, const CheckOptions& options, ReferenceMap& references)
+        : cluster_bits_(metadata.geometry().cluster_bits), references_(references), findings_(options.max_findings) {}
+
+    Result<void> reference(const Reference& reference) override {
+        if (reference.kind == Structure::refcount_table) blocks_.resize(reference.bytes / 8);
+        const std::uint64_t first = reference.at.value >> cluster_bits_;
+        const std::uint64_t last = (reference.at.value + reference.bytes - 1) >> cluster_bits_;
+        TRY_VOID(references_.add(first, last - first + 1, reference.count, uses_of(reference)));
+        if (reference.kind == Structure::refcount_block) blocks_[*reference.place.index] = reference.at;
+        return {};
+    }
+
+    Result<void> flaw(const Flaw& flaw) override {
+        if (flaw.hides_references) uncounted_ = true;
+        findings_.add(CheckFinding::Severity::corruption, subject_of(flaw).value, flaw.count,
+                      [&] { return finding_of(flaw, cluster_bits_); });
+        return {};
+    }
+
+    [[nodiscard]] std::uint64_t next_used(std::uint64_t first, std::uint64_t end) const override {
+        return references_.next_used(first, end);
+    }
+
+    /// The refcount blocks by index in the refcount table, 0 for none; empty: the image has no refcounts.
+    [[nodiscard]] const std::vector<HostOffset>& blocks() const { return blocks_; }
+    /// Whether references exist that the walk could not follow.
+    [[nodiscard]] bool uncounted() const { return uncounted_; }
+    [[nodiscard]] Findings& findings() { return findings_; }
+
+private:
+    const unsigned cluster_bits_;
+    ReferenceMap& references_;
+    std::vector<HostOffset> blocks_;
+    std::atomic<bool> uncounted_ = false;
+    Findings findings_;
+};
+
+/// An image whose references are being counted.
+class Check {
+public:
+    static Result<std::unique_ptr<Check>> begin(const Metadata& metadata, const CheckOptions& options) {
+        auto check = std::unique_ptr<Check>(new Check(metadata, options));
+        check->file_bytes_ = TRY(walked_length(metadata));
+        // One more than the file has: a preallocated cluster may lie right behind its end.
+        auto references =
+            ReferenceMap::create(metadata.geometry().clusters(check->file_bytes_) + 1, options.memory_bytes);
+        if (!references) return std::unexpected(std::move(references).error().in("check").in(metadata.file().name()));
+        check->references_ = *std::move(references);
+        check->counter_.emplace(metadata, options, *check->references_);
+        return check;
+    }
+
+    Result<void> count(const Storage* data_file) {
+        WalkOptions walk_options;
+        walk_options.data_file = data_file;
+        walk_options.workers = options_.workers;
+        walk_options.memory_bytes = options_.memory_bytes;
+        walk_options.control = options_.control;
+        mapped_ = TRY(walk(metadata_, file_bytes_, walk_options, *counter_));
+        return {};
+    }
+
+    Result<ComparedRefcounts> compare() {
+        return compare_refcounts({.metadata = metadata_,
+                                  .references = *references_,
+                                  .blocks = counter_->blocks(),
+                                  .file_bytes = file_bytes_,
+                                  .uncounted = counter_->uncounted(),
+                                  .workers = options_.workers,
+                                  .control = options_.control},
+                                 counter_->findings());
+    }
+
+    /// What was found so far.
+    CheckReport report() {
+        CheckReport report;
+        const auto state = metadata_.state();
+        report.dirty = state.has(format::incompatible::dirty);
+        report.total_clusters = metadata_.geometry().clusters(state.size);
+        report.allocated_clusters = mapped_.allocated;
+        report.compressed_clusters = mapped_.compressed;
+        report.fragmented_clusters = mapped_.fragmented;
+        counter_->findings().move_to(report);
+        return report;
+    }
+
+    std::unique_ptr<ReferenceMap> take_references() { return std::move(references_); }
+
+private:
+    Check(const Metadata& metadata, const CheckOptions& options) : metadata_(metadata), options_(options) {}
+
+    const Metadata& metadata_;
+    const CheckOptions& options_;
+    std::uint64_t file_bytes_ = 0;
+    std::unique_ptr<ReferenceMap> references_;
+    std::optional<Counter> counter_;
+    MappedClusters mapped_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<ReferenceMap>> count_references(const Metadata& metadata, const CheckOptions& options) {
+    const auto check = TRY(Check::begin(metadata, options));
+    TRY_VOID(check->count(nullptr));
+    const auto report = check->report();
+    if (report.corruptions == 0 && report.errors == 0) return check->take_references();
+    const auto& first = report.findings.front();
+    return fail(Errc::corrupt, first.place, first.what);
+}
+
+Result<void> verify_counted(const Metadata& metadata, const CheckOptions& options) {
+    const auto check = TRY(Check::begin(metadata, options));
+    TRY_VOID(check->count(nullptr));
+    auto compared = TRY(check->compare());
+    if (compared.undercounted) return std::unexpected(*std::move(compared.undercounted));
+    return {};
+}
+
+Result<CheckReport> check_image(const Metadata& metadata, const Storage* data_file, const CheckOptions& options) {
+    const auto check = TRY(Check::begin(metadata, options));
+    const auto compare = [&]() -> Result<ComparedRefcounts> {
+        TRY_VOID(check->count(data_file));
+        return check->compare();
+    };
+    auto compared = compare();
+    if (!compared) return std::unexpected(std::move(compared).error().in("check"));
+    auto report = check->report();
+    report.counted_past_end = compared->counted_past_end;
+    report.image_end = compared->image_end;
+    return report;
+}
+
+}  // namespace qcow::qcow2
