@@ -1,7 +1,9 @@
 #include "qcow2/image_check.h"
 
 #include <atomic>
+#include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "base/try.h"
@@ -23,6 +25,13 @@ std::uint32_t uses_of(const Reference& reference) {
     }
 }
 
+/// Whether it means that guest data were cut off.
+bool loses_guest_data(const Flaw& flaw) {
+    if (flaw.kind == Flaw::Kind::data_file_cut) return true;
+    return flaw.kind == Flaw::Kind::past_end &&
+           (flaw.target == Structure::data || flaw.target == Structure::compressed);
+}
+
 /// Counts the references of an image, and keeps what is wrong with them.
 class Counter : public Visitor {
 public:
@@ -40,6 +49,7 @@ public:
 
     Result<void> flaw(const Flaw& flaw) override {
         if (flaw.hides_references) uncounted_ = true;
+        if (loses_guest_data(flaw)) note_cut(flaw);
         findings_.add(CheckFinding::Severity::corruption, subject_of(flaw).value, flaw.count,
                       [&] { return finding_of(flaw, cluster_bits_); });
         return {};
@@ -54,12 +64,25 @@ public:
     /// Whether references exist that the walk could not follow.
     [[nodiscard]] bool uncounted() const { return uncounted_; }
     [[nodiscard]] Findings& findings() { return findings_; }
+    /// The first place that leads behind the end of a file.
+    [[nodiscard]] std::optional<Error> cut() const {
+        if (!cut_) return std::nullopt;
+        return Error{Errc::corrupt, cut_->second.place, cut_->second.what};
+    }
 
 private:
+    void note_cut(const Flaw& flaw) {
+        const std::lock_guard lock(cut_mutex_);
+        const std::uint64_t order = subject_of(flaw).value;
+        if (!cut_ || order < cut_->first) cut_.emplace(order, finding_of(flaw, cluster_bits_));
+    }
+
     const unsigned cluster_bits_;
     ReferenceMap& references_;
     std::vector<HostOffset> blocks_;
     std::atomic<bool> uncounted_ = false;
+    std::mutex cut_mutex_;
+    std::optional<std::pair<std::uint64_t, CheckFinding>> cut_;
     Findings findings_;
 };
 
@@ -99,6 +122,8 @@ public:
                                  counter_->findings());
     }
 
+    [[nodiscard]] std::optional<Error> cut() const { return counter_->cut(); }
+
     /// What was found so far.
     CheckReport report() {
         CheckReport report;
@@ -136,12 +161,20 @@ Result<std::unique_ptr<ReferenceMap>> count_references(const Metadata& metadata,
     return fail(Errc::corrupt, first.place, first.what);
 }
 
-Result<void> verify_counted(const Metadata& metadata, const CheckOptions& options) {
+Result<std::optional<Hazard>> find_hazard(const Metadata& metadata, const Storage* data_file,
+                                          const CheckOptions& options) {
     const auto check = TRY(Check::begin(metadata, options));
-    TRY_VOID(check->count(nullptr));
+    TRY_VOID(check->count(data_file));
+    if (auto cut = check->cut()) {
+        cut->what += ", so that a write would make lost data look like zeros";
+        return Hazard{*std::move(cut), "copy what is left of it with qcow convert --salvage"};
+    }
     auto compared = TRY(check->compare());
-    if (compared.undercounted) return std::unexpected(*std::move(compared.undercounted));
-    return {};
+    if (!compared.undercounted) return std::nullopt;
+    compared.undercounted->what += ", so that a write could destroy data";
+    return Hazard{*std::move(compared.undercounted),
+                  "it can still be read, so copy its contents with qcow convert, or have its refcounts counted anew "
+                  "with qemu-img check -r all"};
 }
 
 Result<CheckReport> check_image(const Metadata& metadata, const Storage* data_file, const CheckOptions& options) {

@@ -2,6 +2,8 @@
 // Verification of a qcow2 image: its references are counted, and compared with its refcounts.
 
 #include <memory>
+#include <optional>
+#include <string_view>
 
 #include "qcow/check.h"
 #include "qcow2/metadata/metadata.h"
@@ -17,9 +19,17 @@ Result<CheckReport> check_image(const Metadata& metadata, const Storage* data_fi
 /// makes this uncertain, io where they cannot be read.
 Result<std::unique_ptr<ReferenceMap>> count_references(const Metadata& metadata, const CheckOptions& options);
 
-/// Whether an image can be written without harm to what it holds: no cluster has a refcount that is lower than the
-/// number of its references, and no shared cluster is marked COPIED. Errc::corrupt names the first that is not so;
-/// limit_exceeded: it takes more memory than the options allow; io.
-Result<void> verify_counted(const Metadata& metadata, const CheckOptions& options);
+/// Damage that makes every write to an image a danger to what it holds.
+struct Hazard {
+    Error damage;             ///< the first in the file
+    std::string_view remedy;  ///< for a message
+};
+
+/// Finds out whether an image can be written without harm. It cannot where the file was cut, since what a write puts
+/// behind the end makes the lost data look like zeros; where a refcount is lower than the number of its references; or
+/// where a shared cluster is marked COPIED. `data_file`: see check_image. Errors: Errc::limit_exceeded where it takes
+/// more memory than the options allow; io.
+Result<std::optional<Hazard>> find_hazard(const Metadata& metadata, const Storage* data_file,
+                                          const CheckOptions& options);
 
 }  // namespace qcow::qcow2

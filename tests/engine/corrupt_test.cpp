@@ -7,6 +7,7 @@
 #include "qcow/create.h"
 #include "support/bytes.h"
 #include "support/disks.h"
+#include "support/result.h"
 
 namespace qcow::test {
 namespace {
@@ -232,6 +233,15 @@ TEST_F(UncountedTest, SharedAndMarkedAsItsOwn) {
     put_word(l2_table() + 8, entry);
     set_refcount((entry & ~(std::uint64_t{1} << 63)) / (64 * KiB), 2);
     expect_not_opened();
+}
+
+/// What a write puts behind the end of a file would make the data that were cut off zeros.
+TEST_F(UncountedTest, DataPastTheEndOfTheFile) {
+    put_word(l2_table() + 8, (contents().size() + 4 * 64 * KiB) | std::uint64_t{1} << 63);
+    const auto before = contents();
+    const auto image = open_image(storage_, {.writable = true, .format = Format::qcow2});
+    EXPECT_TRUE(fails(image, Errc::corrupt, {"guest offset 0x10000", "past the end of the file", "convert --salvage"}));
+    expect_only_the_mark(before);
 }
 
 /// What wastes space, or costs a copy more than need be, is no reason to refuse.

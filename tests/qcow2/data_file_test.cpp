@@ -47,7 +47,7 @@ TEST(DataFileTest, TheLastClusterOfAFileNeedNotBeComplete) {
 TEST(DataFileTest, AnExternalOneMayHoldAnythingAndEndsWithItsFile) {
     const auto external = memory_storage();
     CreateOptions options{.size = std::uint64_t{1} << 20, .cluster_size = 4096};
-    options.data_file = "data";
+    options.data_file_name = "data";
     OpenParts open(options, external);
     auto& data = open.parts->data;
     EXPECT_TRUE(data.is_external());

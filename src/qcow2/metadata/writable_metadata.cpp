@@ -36,14 +36,9 @@ Result<void> WritableMetadata::verify_refcounts() {
     CheckOptions options;
     options.memory_bytes = max_verify_bytes;
     options.workers = TRY(metadata_.file().size()) < small_file_bytes ? 1 : 0;
-    auto verified = verify_counted(metadata_, options);
-    if (verified || verified.error().code == Errc::limit_exceeded) return {};
-    if (verified.error().code != Errc::corrupt) return verified;
-    auto error = std::move(verified).error();
-    error.what += ", so that a write could destroy data";
-    return declare_corrupt(std::move(error),
-                           "it can still be read, so copy its contents with qcow convert, or have its refcounts "
-                           "counted anew with qemu-img check -r all");
+    auto hazard = find_hazard(metadata_, data_file_, options);
+    if (!hazard) return hazard.error().code == Errc::limit_exceeded ? Result<void>() : std::unexpected(hazard.error());
+    return *hazard ? declare_corrupt(std::move((*hazard)->damage), (*hazard)->remedy) : Result<void>();
 }
 
 Result<void> WritableMetadata::rebuild_refcounts() {

@@ -26,8 +26,8 @@ public:
 
     /// Reads what writing needs. Errors: Errc::corrupt, limit_exceeded, io.
     Result<void> load();
-    /// Compares the refcounts with all references. Errors: Errc::corrupt, marked in the image, where a refcount is too
-    /// low, so that its cluster would be handed out although something refers to it.
+    /// Counts all references and compares them with the refcounts and the files' lengths. Errors: Errc::corrupt, marked
+    /// in the image, where a write could destroy what it holds: see find_hazard().
     Result<void> verify_refcounts();
     /// Counts all references anew, of an image whose last writer kept its refcounts in memory. Errors: Errc::corrupt,
     /// io.

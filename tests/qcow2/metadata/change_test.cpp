@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "qcow2/check.h"
+#include "qcow2/image_check.h"
 #include "qcow2/open_parts.h"
 
 namespace qcow::test {
