@@ -129,6 +129,20 @@ protected:
         }
     }
 
+    /// QEMU finds the image sound, with the same flags and bits.
+    void expect_qemu_agrees() {
+        const TemporaryDirectory directory;
+        save(image_.files, directory.path());
+        const auto checked = qemu_img({"check", "-f", "qcow2", image_name}, directory.path());
+        EXPECT_EQ(checked.status, 0) << checked.text();
+        EXPECT_EQ(flags_in_qemu(directory.path()),
+                  (std::set<std::string>{"coarse: auto", "fine: auto", "frozen: ", "one bit: auto"}));
+        for (const auto& model : image_.models) {
+            const auto difference = model.difference(bits_in_qemu(model.spec, image_.size, directory.path()));
+            EXPECT_FALSE(difference) << "QEMU: " << *difference;
+        }
+    }
+
     Random random_ = Random::named(GetParam().name);
     Bitmapped image_;
 };
@@ -152,16 +166,7 @@ TEST_P(BitmapTest, HasEveryChange) {
     ASSERT_NO_FATAL_FAILURE(expect_bits(*image));
     expect_clean(*image);
 
-    const TemporaryDirectory directory;
-    save(image_.files, directory.path());
-    const auto checked = qemu_img({"check", "-f", "qcow2", image_name}, directory.path());
-    EXPECT_EQ(checked.status, 0) << checked.text();
-    EXPECT_EQ(flags_in_qemu(directory.path()),
-              (std::set<std::string>{"coarse: auto", "fine: auto", "frozen: ", "one bit: auto"}));
-    for (const auto& model : image_.models) {
-        const auto difference = model.difference(bits_in_qemu(model.spec, image_.size, directory.path()));
-        EXPECT_FALSE(difference) << "QEMU: " << *difference;
-    }
+    expect_qemu_agrees();
 }
 
 /// New bits are clean; a bit of which a part is left stays.
@@ -183,16 +188,7 @@ TEST_P(BitmapTest, FollowsTheSize) {
         value_of(image->close());
         expect_clean(*value_of(open_kind(GetParam(), image_.files, false)));
     }
-    const TemporaryDirectory directory;
-    save(image_.files, directory.path());
-    const auto checked = qemu_img({"check", "-f", "qcow2", image_name}, directory.path());
-    EXPECT_EQ(checked.status, 0) << checked.text();
-    EXPECT_EQ(flags_in_qemu(directory.path()),
-              (std::set<std::string>{"coarse: auto", "fine: auto", "frozen: ", "one bit: auto"}));
-    for (const auto& model : image_.models) {
-        const auto difference = model.difference(bits_in_qemu(model.spec, image_.size, directory.path()));
-        EXPECT_FALSE(difference) << "QEMU: " << *difference;
-    }
+    expect_qemu_agrees();
 }
 
 std::vector<ImageKind> kinds_that_have_bitmaps() {

@@ -61,6 +61,19 @@ protected:
         EXPECT_TRUE(now == before);
     }
 
+    /// A new image, open for writing, over this one.
+    Result<std::shared_ptr<Image>> open_overlay() {
+        const auto top = memory_storage();
+        CreateOptions options;
+        options.size = 16 * MiB;
+        options.backing_name = "base";
+        options.backing_format = "qcow2";
+        value_of(create_image({top, nullptr}, options));
+        OpenOptions writable = {.writable = true, .format = Format::qcow2};
+        writable.gate = [&](const FileReference&) -> Result<std::shared_ptr<Storage>> { return storage_; };
+        return open_image(top, writable);
+    }
+
     void expect_refused(const Result<void>& result) {
         ASSERT_FALSE(result);
         EXPECT_EQ(result.error().code, Errc::corrupt) << result.error().message();
@@ -166,16 +179,8 @@ TEST_F(CorruptTest, DamagedEntriesStopWriting) {
 
 /// Damage below is not the image's own.
 TEST_F(CorruptTest, DamageOfABackingFileIsNotMarkedAbove) {
-    const auto top = memory_storage();
-    CreateOptions options;
-    options.size = 16 * MiB;
-    options.backing_name = "base";
-    options.backing_format = "qcow2";
-    value_of(create_image({top, nullptr}, options));
     put_word(l2_table(), 0x200);
-    OpenOptions writable = {.writable = true, .format = Format::qcow2};
-    writable.gate = [&](const FileReference&) -> Result<std::shared_ptr<Storage>> { return storage_; };
-    const auto image = value_of(open_image(top, writable));
+    const auto image = value_of(open_overlay());
     Bytes to(512);
     expect_refused(image->read({0}, to));
     expect_refused(image->write({512}, std::span(block_).first(512)));
@@ -263,16 +268,8 @@ TEST_F(UncountedTest, RefcountsAreBelievedWhereTheCallerSaysSo) {
 
 /// What a write needs to know of the layer below may be what cannot be read. It has taken clusters by then.
 TEST_F(CorruptTest, AWriteThatFailsOverADamagedBackingFileLeaksNothing) {
-    const auto top = memory_storage();
-    CreateOptions options;
-    options.size = 16 * MiB;
-    options.backing_name = "base";
-    options.backing_format = "qcow2";
-    value_of(create_image({top, nullptr}, options));
     put_word(word_at(40), 512);
-    OpenOptions writable = {.writable = true, .format = Format::qcow2};
-    writable.gate = [&](const FileReference&) -> Result<std::shared_ptr<Storage>> { return storage_; };
-    const auto image = value_of(open_image(top, writable));
+    const auto image = value_of(open_overlay());
     expect_refused(image->write({4096}, std::span(block_).first(512)));
     expect_refused(image->write({1 * MiB}, block_));
     value_of(image->close());
