@@ -64,8 +64,8 @@ public:
 
 private:
     struct Bitmap {
-        Bitmap(const format::BitmapEntry& from, std::size_t position, HostOffset flags)
-            : entry(from), index(position), flags_at(flags) {}
+        Bitmap(format::BitmapEntry from, std::size_t position, HostOffset flags)
+            : entry(std::move(from)), index(position), flags_at(flags) {}
         format::BitmapEntry entry;
         std::size_t index = 0;
         HostOffset flags_at;

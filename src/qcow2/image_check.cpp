@@ -89,19 +89,15 @@ private:
 /// An image whose references are being counted.
 class Check {
 public:
-    static Result<std::unique_ptr<Check>> begin(const Metadata& metadata, const CheckOptions& options) {
-        auto check = std::unique_ptr<Check>(new Check(metadata, options));
-        check->file_bytes_ = TRY(walked_length(metadata));
-        // One more than the file has: a preallocated cluster may lie right behind its end.
-        auto references =
-            ReferenceMap::create(metadata.geometry().clusters(check->file_bytes_) + 1, options.memory_bytes);
-        if (!references) return std::unexpected(std::move(references).error().in("check").in(metadata.file().name()));
-        check->references_ = *std::move(references);
-        check->counter_.emplace(metadata, options, *check->references_);
-        return check;
-    }
+    Check(const Metadata& metadata, const CheckOptions& options) : metadata_(metadata), options_(options) {}
 
     Result<void> count(const Storage* data_file) {
+        file_bytes_ = TRY(walked_length(metadata_));
+        // One more than the file has: a preallocated cluster may lie right behind its end.
+        auto references = ReferenceMap::create(metadata_.geometry().clusters(file_bytes_) + 1, options_.memory_bytes);
+        if (!references) return std::unexpected(std::move(references).error().in(metadata_.file().name()));
+        references_ = *std::move(references);
+        counter_.emplace(metadata_, options_, *references_);
         WalkOptions walk_options;
         walk_options.data_file = data_file;
         walk_options.workers = options_.workers;
@@ -140,8 +136,6 @@ public:
     std::unique_ptr<ReferenceMap> take_references() { return std::move(references_); }
 
 private:
-    Check(const Metadata& metadata, const CheckOptions& options) : metadata_(metadata), options_(options) {}
-
     const Metadata& metadata_;
     const CheckOptions& options_;
     std::uint64_t file_bytes_ = 0;
@@ -153,23 +147,23 @@ private:
 }  // namespace
 
 Result<std::unique_ptr<ReferenceMap>> count_references(const Metadata& metadata, const CheckOptions& options) {
-    const auto check = TRY(Check::begin(metadata, options));
-    TRY_VOID(check->count(nullptr));
-    const auto report = check->report();
-    if (report.corruptions == 0 && report.errors == 0) return check->take_references();
+    Check check(metadata, options);
+    TRY_VOID(check.count(nullptr));
+    const auto report = check.report();
+    if (report.corruptions == 0 && report.errors == 0) return check.take_references();
     const auto& first = report.findings.front();
     return fail(Errc::corrupt, first.place, first.what);
 }
 
 Result<std::optional<Hazard>> find_hazard(const Metadata& metadata, const Storage* data_file,
                                           const CheckOptions& options) {
-    const auto check = TRY(Check::begin(metadata, options));
-    TRY_VOID(check->count(data_file));
-    if (auto cut = check->cut()) {
+    Check check(metadata, options);
+    TRY_VOID(check.count(data_file));
+    if (auto cut = check.cut()) {
         cut->what += ", so that a write would make lost data look like zeros";
         return Hazard{*std::move(cut), "copy what is left of it with qcow convert --salvage"};
     }
-    auto compared = TRY(check->compare());
+    auto compared = TRY(check.compare());
     if (!compared.undercounted) return std::nullopt;
     compared.undercounted->what += ", so that a write could destroy data";
     return Hazard{*std::move(compared.undercounted),
@@ -178,14 +172,14 @@ Result<std::optional<Hazard>> find_hazard(const Metadata& metadata, const Storag
 }
 
 Result<CheckReport> check_image(const Metadata& metadata, const Storage* data_file, const CheckOptions& options) {
-    const auto check = TRY(Check::begin(metadata, options));
+    Check check(metadata, options);
     const auto compare = [&]() -> Result<ComparedRefcounts> {
-        TRY_VOID(check->count(data_file));
-        return check->compare();
+        TRY_VOID(check.count(data_file));
+        return check.compare();
     };
     auto compared = compare();
     if (!compared) return std::unexpected(std::move(compared).error().in("check"));
-    auto report = check->report();
+    auto report = check.report();
     report.counted_past_end = compared->counted_past_end;
     report.image_end = compared->image_end;
     return report;

@@ -193,12 +193,14 @@ protected:
         info.lazy_refcounts = (state.compatible & format::compatible::lazy_refcounts) != 0;
         info.extended_l2 = metadata_.geometry().extended_l2;
         info.features = format::features_of(header, state);
-        if (!header.backing_name.empty())
+        if (!header.backing_name.empty()) {
             info.backing = reference_info(FileReference::Role::backing_file, header.backing_name, header.backing_format,
                                           metadata_);
-        if (metadata_.rules().external_data)
+        }
+        if (metadata_.rules().external_data) {
             info.data_file =
                 reference_info(FileReference::Role::data_file, header.data_file_name.value_or(""), "raw", metadata_);
+        }
         info.data_file_raw =
             metadata_.rules().external_data && (state.autoclear & format::autoclear::raw_external_data) != 0;
         if (header.crypt != format::Crypt::none) {

@@ -26,7 +26,7 @@ public:
     [[nodiscard]] bool test(std::uint64_t n) const {
         return ((*this)[n / 64].load(std::memory_order_acquire) & bit(n % 64)) != 0;
     }
-    void set(std::uint64_t n) { (*this)[n / 64].fetch_or(bit(n % 64), std::memory_order_release); }
+    void set(std::uint64_t n) const { (*this)[n / 64].fetch_or(bit(n % 64), std::memory_order_release); }
 
     // By one thread at a time:
 

@@ -62,6 +62,7 @@ private:
     Result<void> begin(GuestOffset at, std::uint64_t length);
     Result<void> begin_first();
 
+    RequestGate gate_;  // first, as it is aligned to cache lines
     std::shared_ptr<ImageParts> parts_;
     View& active_;
     bool verifies_refcounts_;
@@ -72,7 +73,6 @@ private:
     Zeroing zeroing_;
     CompressedWrites compressed_;
     Resizing resizing_;
-    RequestGate gate_;
     std::mutex begin_mutex_;
     std::mutex resize_mutex_;
     std::atomic<bool> begun_ = false;  // the image is marked as being changed

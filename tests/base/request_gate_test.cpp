@@ -16,7 +16,9 @@ TEST(RequestGateTest, ClosingWaitsForRequestsThatRun) {
     RequestGate gate;
     std::optional<RequestGate::Pass> running(std::in_place, gate);
     EXPECT_FALSE(gate.close(10ms)) << "one still runs";
-    { const RequestGate::Pass another(gate); }  // it is open again
+    {
+        const RequestGate::Pass another(gate);
+    }  // it is open again
     running.reset();
     EXPECT_TRUE(gate.close(10ms));
     gate.open();
