@@ -12,6 +12,7 @@ namespace {
 constexpr std::uint64_t max_queue_bytes = 4 * MiB;               // for tables, or compressed streams
 constexpr std::uint64_t growth = 4;                              // from one reservation to the next
 constexpr std::uint64_t search_window = std::uint64_t{1} << 18;  // clusters whose refcounts are looked at in one go
+constexpr std::uint64_t young_window = 4;                        // times what a request wants
 constexpr std::size_t max_runs = 256;  // in one reservation, where free clusters lie scattered
 
 }  // namespace
@@ -122,10 +123,13 @@ Result<ClusterRun> Allocator::reserve_for(std::uint64_t guest, std::uint64_t wan
     const std::uint64_t size = metadata_.state().size;
     auto window = data_.next_window(guest, wanted, divide_up(size, bit(cluster_bits_)));
     std::uint64_t count = 0;
+    // A guest that writes here and there leaves most of its windows free. What is left of them comes first.
+    if (!window || window->count <= young_window * wanted) {
+        if (const auto spare = data_.take_spare(guest, wanted)) return *spare;
+    }
     if (window) {
         count = window->count;
     } else {
-        if (const auto spare = data_.take_spare(guest, wanted)) return *spare;
         const std::uint64_t most = std::clamp(size / 16, 1 * MiB, max_window_bytes) >> cluster_bits_;
         count = std::max(wanted, next_spare_);
         next_spare_ = std::min(next_spare_ * 2, std::max(most, min_reserved_clusters));
