@@ -12,16 +12,16 @@ constexpr std::uint64_t zero_piece_bytes = 1 * GiB;  // at least, after which wh
 }  // namespace
 
 Writer::Writer(std::shared_ptr<ImageParts> parts, View& active, const WriteOptions& options)
-    : parts_(std::move(parts)),
+    : metadata_(parts->metadata, parts->data.to_flush(), options),
+      parts_(std::move(parts)),
       active_(active),
-      verifies_refcounts_(options.verify_refcounts),
-      metadata_(parts_->metadata, parts_->data.to_flush(), options),
       bitmaps_(metadata_),
       mapping_(metadata_, active.mapping()),
       writes_(metadata_, *parts_, active, mapping_),
       zeroing_(metadata_, *parts_, mapping_, writes_),
       compressed_(metadata_, mapping_, writes_),
-      resizing_(metadata_, *parts_, mapping_, zeroing_, bitmaps_) {
+      resizing_(metadata_, *parts_, mapping_, zeroing_, bitmaps_),
+      verifies_refcounts_(options.verify_refcounts) {
     active_.on_damage([this](Error damage) { return metadata_.declare_corrupt(std::move(damage)); });
     parts_->data.protect(&metadata_);
 }

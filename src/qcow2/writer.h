@@ -62,11 +62,11 @@ private:
     Result<void> begin(GuestOffset at, std::uint64_t length);
     Result<void> begin_first();
 
-    RequestGate gate_;  // first, as it is aligned to cache lines
+    // First what is aligned to cache lines.
+    RequestGate gate_;
+    WritableMetadata metadata_;
     std::shared_ptr<ImageParts> parts_;
     View& active_;
-    bool verifies_refcounts_;
-    WritableMetadata metadata_;
     DirtyBitmaps bitmaps_;
     ActiveMapping mapping_;
     CopyOnWrite writes_;
@@ -75,6 +75,7 @@ private:
     Resizing resizing_;
     std::mutex begin_mutex_;
     std::mutex resize_mutex_;
+    bool verifies_refcounts_;
     std::atomic<bool> begun_ = false;  // the image is marked as being changed
 };
 

@@ -271,9 +271,10 @@ Result<void> Allocator::release(const RetiredRun& retired) {
         }
         if (last.count == 0) continue;
         // Still counted, so nobody is given them. That they cannot be punched does not keep them from being used again.
-        if (punch_)
+        if (punch_) {
             static_cast<void>(
                 metadata_.file().write_zeroes({last.first << cluster_bits_}, last.count << cluster_bits_));
+        }
         const std::lock_guard lock(mutex_);
         TRY_VOID(refcounts_.add(last, -1));
         search_from_ = std::min(search_from_, last.first);
