@@ -73,8 +73,8 @@ struct WriteOptions {
     /// Whether Disk::discard does anything, and storage that is no longer used is given back to the file system.
     bool discard = true;
     DetectZeroes detect_zeroes = DetectZeroes::off;
-    /// Counts all references when the image is opened. An image whose refcounts are too low is marked as corrupt and
-    /// refused, before a write could destroy what it holds. It takes as long as Image::check, about 0.1 s for 1 TiB of
+    /// Counts all references when the image is opened. An image whose refcounts are too low, or whose file or data file
+    /// was cut, is marked as corrupt and refused, before a write could destroy what it holds. It takes as long as Image::check, about 0.1 s for 1 TiB of
     /// mapped disk, and for that time four bytes a host cluster in use; an image that would need more than 256 MiB is
     /// not counted. False: the refcounts are believed. Only the clusters of metadata are then known, and never handed
     /// out.

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "base/stripes.h"
+
 namespace qcow {
 
 /// Requests enter and leave; what they may have seen is torn down two epochs after it was taken out of sight. (The
@@ -42,14 +44,10 @@ private:
     struct alignas(64) Stripe {
         std::array<std::atomic<std::uint64_t>, 2> active = {};
     };
-    static constexpr std::size_t stripe_count = 16;
-
     std::atomic<std::uint64_t>& enter() {
-        static std::atomic<std::size_t> threads = 0;
-        thread_local const std::size_t stripe = threads++ % stripe_count;
         for (;;) {
             const std::uint64_t epoch = epoch_.load();
-            auto& count = stripes_[stripe].active[epoch % 2];
+            auto& count = stripes_[stripe_of_thread()].active[epoch % 2];
             count.fetch_add(1);
             if (epoch_.load() == epoch) return count;
             count.fetch_sub(1);  // a new epoch has begun in between: this one may not be waited for any more

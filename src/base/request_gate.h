@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <mutex>
 
+#include "base/stripes.h"
+
 namespace qcow {
 
 /// Requests pass an open gate and count as running until they are done. Closing it lets no more in and waits for those
@@ -48,7 +50,6 @@ public:
     }
 
 private:
-    // Threads count apart, so that they do not share a cache line.
     struct alignas(64) Stripe {
         std::atomic<std::uint64_t> running = 0;
     };
@@ -61,9 +62,7 @@ private:
     }
 
     std::atomic<std::uint64_t>& enter() {
-        static std::atomic<std::size_t> threads = 0;
-        thread_local const std::size_t stripe = threads++ % 16;
-        auto& running = stripes_[stripe].running;
+        auto& running = stripes_[stripe_of_thread()].running;
         for (;;) {
             running.fetch_add(1);
             if (!closed_.load()) return running;
@@ -82,7 +81,7 @@ private:
         }
     }
 
-    std::array<Stripe, 16> stripes_;
+    std::array<Stripe, stripe_count> stripes_;
     std::atomic<bool> closed_ = false;
     std::mutex mutex_;
     std::condition_variable changed_;

@@ -249,6 +249,52 @@ TEST_F(UncountedTest, DataPastTheEndOfTheFile) {
     expect_only_the_mark(before);
 }
 
+class CutDataFileTest : public testing::Test {
+protected:
+    void create(bool raw) {
+        CreateOptions options;
+        options.size = 1 * MiB;
+        options.data_file_name = "data";
+        options.data_file_raw = raw;
+        file_ = memory_storage();
+        data_ = memory_storage();
+        value_of(create_image({file_, data_}, options));
+    }
+
+    Result<void> write(std::uint64_t at) {
+        OpenOptions writable = {.writable = true, .format = Format::qcow2};
+        writable.gate = [&](const FileReference&) -> Result<std::shared_ptr<Storage>> { return data_; };
+        auto image = open_image(file_, writable);
+        if (!image) return std::unexpected(image.error());
+        value_of((*image)->write({at}, Bytes(64 * KiB, std::byte{0x77})));
+        return (*image)->close();
+    }
+
+    std::shared_ptr<Storage> file_;
+    std::shared_ptr<Storage> data_;
+};
+
+TEST_F(CutDataFileTest, IsNotWrittenAndASparseOneIs) {
+    for (const bool raw : {false, true}) {
+        create(raw);
+        value_of(write(0));
+        value_of(write(512 * KiB));  // there is a hole before it, and one behind it
+        value_of(data_->resize(512 * KiB + 4096));
+        EXPECT_TRUE(fails(write(0), Errc::corrupt, {"convert --salvage"})) << raw;
+        EXPECT_EQ(value_of(data_->size()), 512 * KiB + 4096) << raw;
+    }
+}
+
+/// Others read a raw file without looking at the image: it ends with the disk, whatever is mapped.
+TEST_F(CutDataFileTest, ARawOneEndsWithTheDisk) {
+    create(false);
+    const std::byte raw{2};
+    value_of(file_->write({95}, {&raw, 1}));  // autoclear feature bit 1
+    value_of(write(0));
+    value_of(data_->resize(512 * KiB));
+    EXPECT_TRUE(fails(write(0), Errc::corrupt, {"the file was cut", "convert --salvage"}));
+}
+
 /// What wastes space, or costs a copy more than need be, is no reason to refuse.
 TEST_F(UncountedTest, RefcountsThatAreTooHighDoNoHarm) {
     const auto entry = word_at(l2_table());

@@ -9,6 +9,7 @@
 #include "engine/image_kinds.h"
 #include "qcow/create.h"
 #include "support/bytes.h"
+#include "support/counting_storage.h"
 #include "support/disks.h"
 #include "support/memory_files.h"
 #include "support/random.h"
@@ -73,6 +74,20 @@ TEST(LayoutTest, StreamsOnThreads) {
         for (auto& thread : threads) thread.join();
         EXPECT_LE(data_extents(*image), streams == 1 ? 8U : 32U);
     }
+}
+
+/// On a disk where nearly every cluster is near one that was written before.
+TEST(LayoutTest, WritesHereAndThereCostNoFlushOfTheirOwn) {
+    const auto file = std::make_shared<CountingStorage>(new_file(2 * GiB));
+    const auto image = open_writable(file);
+    auto random = Random::named("here and there");
+    const auto before = file->flushes.load();
+    constexpr unsigned requests = 2000;
+    for (unsigned i = 0; i < requests; ++i) {
+        value_of(image->write({random.below(2 * GiB / (4 * KiB)) * 4 * KiB}, Bytes(4 * KiB, std::byte{1})));
+        value_of(image->flush());
+    }
+    EXPECT_LE(file->flushes - before, requests * 3 / 2);
 }
 
 /// The file as a killed process leaves it.

@@ -6,6 +6,7 @@
 #include "qcow/create.h"
 #include "qcow2/active_mapping.h"
 #include "support/bytes.h"
+#include "support/counting_storage.h"
 #include "support/result.h"
 
 namespace qcow::test {
@@ -13,7 +14,7 @@ namespace qcow::test {
 struct OpenParts {
     explicit OpenParts(CreateOptions options = {.size = std::uint64_t{1} << 20, .cluster_size = 4096},
                        std::shared_ptr<Storage> external = nullptr)
-        : file(memory_storage()) {
+        : file(std::make_shared<CountingStorage>(memory_storage())) {
         must(create_image({file, external}, options));
         Bytes cluster(options.cluster_size);
         must(file->read({0}, cluster));
@@ -25,7 +26,7 @@ struct OpenParts {
         mapping = std::make_unique<qcow2::ActiveMapping>(*metadata, view->mapping());
     }
 
-    std::shared_ptr<Storage> file;
+    std::shared_ptr<CountingStorage> file;
     std::shared_ptr<qcow2::ImageParts> parts;
     std::unique_ptr<qcow2::View> view;
     std::unique_ptr<qcow2::WritableMetadata> metadata;

@@ -71,12 +71,14 @@ TEST_F(ChangeTest, AMovedChangeGivesBackOnce) {
 }
 
 TEST_F(ChangeTest, TheHeaderIsChangedDurably) {
+    const auto flushes = open_.file->flushes.load();
     Change change(*open_.metadata);
     must(change.commit_header([](format::HeaderState& state) { state.size += 512; }));
     EXPECT_EQ(open_.parts->metadata.state().size, (std::uint64_t{1} << 20) + 512);
     Bytes cluster(4096);
     must(open_.file->read({0}, cluster));
     EXPECT_EQ(must(format::parse_header(cluster)).size, (std::uint64_t{1} << 20) + 512);
+    EXPECT_EQ(open_.file->flushes, flushes + 1);
 }
 
 TEST_F(ChangeTest, EntriesReplaceOnlyPlacesThatTheyDoNotKeep) {
