@@ -74,10 +74,10 @@ struct WriteOptions {
     bool discard = true;
     DetectZeroes detect_zeroes = DetectZeroes::off;
     /// Counts all references when the image is opened. An image whose refcounts are too low, or whose file or data file
-    /// was cut, is marked as corrupt and refused, before a write could destroy what it holds. It takes as long as Image::check, about 0.1 s for 1 TiB of
-    /// mapped disk, and for that time four bytes a host cluster in use; an image that would need more than 256 MiB is
-    /// not counted. False: the refcounts are believed. Only the clusters of metadata are then known, and never handed
-    /// out.
+    /// was cut, is marked as corrupt and refused, before a write could destroy what it holds. It takes as long as
+    /// Image::check, about 0.1 s for 1 TiB of mapped disk, and for that time four bytes a host cluster in use; an image
+    /// that would need more than 256 MiB is not counted. False: refcounts and file lengths are believed. Only the
+    /// clusters of metadata are then known, and never handed out.
     bool verify_refcounts = true;
 };
 
