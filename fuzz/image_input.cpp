@@ -89,8 +89,10 @@ private:
         }
     }
 
-    /// All at once, in pieces and through the copier: always the same bytes.
+    /// All at once, in pieces and through the copier: always the same bytes. A disk with a layer out of reach is not
+    /// copied.
     void read_whole() {
+        if (!succeeded(disk_.read({0}, {}))) return;
         std::vector<std::byte> whole(disk_.size());
         if (!succeeded(disk_.read({0}, whole))) return;
         std::vector<std::byte> pieces(whole.size());

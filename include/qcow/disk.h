@@ -57,7 +57,8 @@ public:
 
     /// Fills `to` with the guest's bytes from `at` on. Errors: Errc::invalid_argument where the range does not lie
     /// within size(). On any error the contents of `to` are unspecified; other ranges stay readable. A read of no bytes
-    /// fails where none could succeed, as of an encrypted disk: zeros and holes are told by extent() there, too.
+    /// fails where a layer of the chain is out of reach, as one that is encrypted: reads of bytes fail where they need
+    /// that layer, and extent() tells its zeros and holes.
     Result<void> read(GuestOffset at, std::span<std::byte> to);
 
     /// Returns the run of alike bytes that begins at `at` (< size()), at most `limit` bytes (> 0). It may end earlier

@@ -30,7 +30,7 @@ Result<void> verify_bitmap(const Metadata& metadata, const format::BitmapEntry& 
         return bad(fmt::format("its table has {} entries, but the disk needs {}", bitmap.table_entries, needed));
     if (!is_aligned(bitmap.table.value, cluster_size))
         return bad("the table's offset is not a multiple of the cluster size");
-    const auto file_size = TRY(metadata.file().size());
+    const auto file_size = TRY(metadata.addressable_bytes());
     if (!lies_within(bitmap.table.value, std::uint64_t{bitmap.table_entries} * 8, file_size))
         return bad(fmt::format("the table reaches past the end of the file ({} bytes)", file_size));
     return {};
@@ -49,7 +49,7 @@ Result<format::BitmapTableEntry> bitmap_table_entry(const Metadata& metadata, co
     const auto cluster_size = metadata.header().cluster_size();
     if (!is_aligned(cluster, cluster_size))
         return bad(fmt::format("host offset {:#x} is not a multiple of the cluster size", cluster));
-    const auto file_end = divide_up(TRY(metadata.file().size()), cluster_size) * cluster_size;
+    const auto file_end = divide_up(TRY(metadata.addressable_bytes()), cluster_size) * cluster_size;
     if (!lies_within(cluster, cluster_size, file_end))
         return bad(fmt::format("the cluster at {:#x} lies past the end of the file", cluster));
     return entry;

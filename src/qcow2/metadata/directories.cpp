@@ -25,7 +25,7 @@ Result<SnapshotTable> read_snapshots(const Metadata& metadata) {
     SnapshotTable table;
     const auto header = metadata.state();
     if (header.snapshot_count == 0) return table;
-    const auto file_size = TRY(metadata.file().size());
+    const auto file_size = TRY(metadata.addressable_bytes());
     if (auto there = format::verify_snapshot_table(header, metadata.header().cluster_bits, file_size); !there)
         return std::unexpected(std::move(there).error().in(metadata.file().name()));
     // How long the table is shows only as it is parsed; a piece of it is in memory, which has at least an entry.
@@ -66,7 +66,7 @@ Result<std::vector<format::BitmapEntry>> read_bitmaps(const Metadata& metadata) 
             fmt::format("{}: bitmap directory at host offset {:#x}", metadata.file().name(), extension.directory.value),
             std::move(what));
     };
-    const auto file_size = TRY(metadata.file().size());
+    const auto file_size = TRY(metadata.addressable_bytes());
     if (extension.count == 0 || extension.count > format::max_bitmaps)
         return bad_extension(fmt::format("{} bitmaps: there may be 1 to {}", extension.count, format::max_bitmaps));
     if (!is_aligned(extension.directory.value, header.cluster_size()))
@@ -116,11 +116,11 @@ Result<void> verify_snapshot_l1(const Metadata& metadata, const format::Snapshot
                     std::move(what));
     };
     const std::uint64_t bytes = std::uint64_t{snapshot.l1_entries} * 8;
-    const auto file_size = TRY(metadata.file().size());
+    const auto file_size = TRY(metadata.addressable_bytes());
     if (bytes > format::max_l1_bytes) return bad(fmt::format("{} entries are more than 32 MiB", snapshot.l1_entries));
     if (!is_aligned(snapshot.l1_table.value, metadata.header().cluster_size()))
         return bad("its offset is not a multiple of the cluster size");
-    if (!lies_within(snapshot.l1_table.value, bytes, std::min(file_size, format::max_host_offset)) ||
+    if (!lies_within(snapshot.l1_table.value, bytes, file_size) ||
         (bytes != 0 && snapshot.l1_table.value == 0)) {
         return bad(fmt::format("its {} entries do not lie within the file ({} bytes)", snapshot.l1_entries, file_size));
     }

@@ -54,7 +54,10 @@ public:
     [[nodiscard]] WordCache& words() const { return words_; }
     [[nodiscard]] std::size_t cache_bytes() const { return cache_bytes_; }
 
-    /// Whether the file holds these bytes. Asks for the file's length only where the last answer does not do.
+    /// The length in bytes of the part of the file that tables may lie in: entries end at 2^56, files need not.
+    [[nodiscard]] Result<std::uint64_t> addressable_bytes() const;
+
+    /// Whether the file holds these bytes, and an entry can express them. Asks for the file's length only where the last answer does not do.
     [[nodiscard]] Result<bool> is_in_file(HostOffset at, std::uint64_t bytes) const;
 
     /// Whether the file ends before the L1 table does, because its writer left out a table of zeros.
