@@ -62,7 +62,7 @@ format: ## Bring all sources into shape
 	@scripts/install-dependencies lint
 	@git ls-files '*.cpp' '*.h' | xargs clang-format-19 -i
 
-fuzz: ## Run every fuzzer for FUZZ_SECONDS (60)
+fuzz: ## Run every fuzzer for FUZZ_SECONDS (60), from another seed each time
 	@scripts/install-dependencies build test fuzz
 	@cmake --preset asan >/dev/null
 	@cmake --build --preset asan -j $(JOBS) --target fuzzers
