@@ -19,44 +19,46 @@ std::unexpected<Error> over_budget(std::size_t budget_bytes) {
 }  // namespace
 
 Result<std::unique_ptr<ReferenceMap>> ReferenceMap::create(std::uint64_t clusters, std::size_t budget_bytes) {
-    const std::uint64_t directories = divide_up(clusters, chunk_clusters * directory_chunks);
-    if (directories > budget_bytes / sizeof(std::atomic<Directory*>)) return over_budget(budget_bytes);
+    const std::uint64_t regions = divide_up(clusters, chunk_clusters * region_chunks);
+    if (regions > budget_bytes / sizeof(std::atomic<Region*>)) return over_budget(budget_bytes);
     return std::unique_ptr<ReferenceMap>(new ReferenceMap(clusters, budget_bytes));
 }
 
 ReferenceMap::ReferenceMap(std::uint64_t clusters, std::size_t budget_bytes)
-    : clusters_(clusters),
-      budget_bytes_(budget_bytes),
-      used_bytes_(divide_up(clusters, chunk_clusters * directory_chunks) * sizeof(std::atomic<Directory*>)),
-      directories_(divide_up(clusters, chunk_clusters * directory_chunks)) {}
+    : clusters_(clusters), budget_bytes_(budget_bytes), regions_(divide_up(clusters, chunk_clusters * region_chunks)) {
+    used_bytes_ = regions_.size() * sizeof(std::atomic<Region*>);
+}
+
+ReferenceMap::Directory* ReferenceMap::find_directory(std::uint64_t chunk) const {
+    const auto* region = regions_[chunk / region_chunks].load(std::memory_order_acquire);
+    if (region == nullptr) return nullptr;
+    return (*region)[chunk % region_chunks / directory_chunks].load(std::memory_order_acquire);
+}
 
 ReferenceMap::Chunk* ReferenceMap::find_chunk(std::uint64_t cluster) const {
     const std::uint64_t chunk = cluster / chunk_clusters;
-    const auto* directory = directories_[chunk / directory_chunks].load(std::memory_order_acquire);
+    const auto* directory = find_directory(chunk);
     return directory == nullptr ? nullptr : (*directory)[chunk % directory_chunks].load(std::memory_order_acquire);
 }
 
-Result<void> ReferenceMap::take_bytes(std::size_t bytes) {
-    if (bytes > budget_bytes_ - used_bytes_) return over_budget(budget_bytes_);
-    used_bytes_ += bytes;
-    return {};
+/// The node that `link` leads to; a new one where there is none. The caller holds `growth_`.
+template <class Node>
+Result<Node*> ReferenceMap::grow(std::atomic<Node*>& link, std::vector<std::unique_ptr<Node>>& owner) {
+    if (auto* node = link.load(std::memory_order_relaxed)) return node;
+    if (sizeof(Node) > budget_bytes_ - used_bytes_) return over_budget(budget_bytes_);
+    owner.push_back(std::make_unique<Node>());
+    used_bytes_ += sizeof(Node);
+    link.store(owner.back().get(), std::memory_order_release);
+    return owner.back().get();
 }
 
 Result<ReferenceMap::Chunk*> ReferenceMap::chunk_for(std::uint64_t cluster) {
     if (auto* chunk = find_chunk(cluster)) return chunk;
     const std::lock_guard lock(growth_);
-    if (auto* chunk = find_chunk(cluster)) return chunk;
     const std::uint64_t number = cluster / chunk_clusters;
-    auto& directory = directories_[number / directory_chunks];
-    if (directory.load(std::memory_order_relaxed) == nullptr) {
-        TRY_VOID(take_bytes(sizeof(Directory)));
-        owned_directories_.push_back(std::make_unique<Directory>());
-        directory.store(owned_directories_.back().get(), std::memory_order_release);
-    }
-    TRY_VOID(take_bytes(sizeof(Chunk)));
-    owned_chunks_.push_back(std::make_unique<Chunk>());
-    (*directory)[number % directory_chunks].store(owned_chunks_.back().get(), std::memory_order_release);
-    return owned_chunks_.back().get();
+    auto* region = TRY(grow(regions_[number / region_chunks], owned_regions_));
+    auto* directory = TRY(grow((*region)[number % region_chunks / directory_chunks], owned_directories_));
+    return grow((*directory)[number % directory_chunks], owned_chunks_);
 }
 
 Result<void> ReferenceMap::add(std::uint64_t first, std::uint64_t length, std::uint64_t count, std::uint32_t kind) {
@@ -92,8 +94,11 @@ std::uint64_t ReferenceMap::next_used(std::uint64_t first, std::uint64_t last) c
     const std::uint64_t end = std::min(last, clusters_);
     while (first < end) {
         constexpr std::uint64_t directory_clusters = chunk_clusters * directory_chunks;
-        if (directories_[first / directory_clusters].load(std::memory_order_acquire) == nullptr) {
-            first = align_down(first, directory_clusters) + directory_clusters;
+        constexpr std::uint64_t region_clusters = chunk_clusters * region_chunks;
+        const auto* region = regions_[first / region_clusters].load(std::memory_order_acquire);
+        if (region == nullptr || find_directory(first / chunk_clusters) == nullptr) {
+            const auto skipped = region == nullptr ? region_clusters : directory_clusters;
+            first = align_down(first, skipped) + skipped;
             continue;
         }
         const std::uint64_t piece = std::min(end - first, chunk_clusters - first % chunk_clusters);

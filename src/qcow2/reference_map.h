@@ -64,20 +64,25 @@ private:
         std::array<References, chunk_clusters> references = {};
     };
 
-    /// The chunks of a stretch of clusters, one behind the other; null where there are no references.
+    // A tree of three levels finds a chunk by its number. A node is null where there are no references.
     static constexpr std::uint64_t directory_chunks = 512;
     using Directory = std::array<std::atomic<Chunk*>, directory_chunks>;
+    static constexpr std::uint64_t region_chunks = 4096 * directory_chunks;
+    using Region = std::array<std::atomic<Directory*>, region_chunks / directory_chunks>;
 
     ReferenceMap(std::uint64_t clusters, std::size_t budget_bytes);
+    [[nodiscard]] Directory* find_directory(std::uint64_t chunk) const;
     [[nodiscard]] Chunk* find_chunk(std::uint64_t cluster) const;
     Result<Chunk*> chunk_for(std::uint64_t cluster);
-    Result<void> take_bytes(std::size_t bytes);
+    template <class Node>
+    Result<Node*> grow(std::atomic<Node*>& link, std::vector<std::unique_ptr<Node>>& owner);
 
     std::uint64_t clusters_;
     std::size_t budget_bytes_;
-    std::size_t used_bytes_;
-    std::vector<std::atomic<Directory*>> directories_;
+    std::size_t used_bytes_ = 0;
+    std::vector<std::atomic<Region*>> regions_;
     std::mutex growth_;
+    std::vector<std::unique_ptr<Region>> owned_regions_;
     std::vector<std::unique_ptr<Directory>> owned_directories_;
     std::vector<std::unique_ptr<Chunk>> owned_chunks_;
 };
