@@ -56,8 +56,11 @@ public:
     [[nodiscard]] Result<std::uint64_t> size() const override { return size_; }
     [[nodiscard]] Result<std::uint64_t> allocated() const override { return 0; }
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
-        file_.read(at.value, to);
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
+        for (std::uint64_t begin = at.value; const auto piece : to) {
+            file_.read(begin, piece);
+            begin += piece.size();
+        }
         return at.value >= size_ ? 0 : std::min<std::uint64_t>(to.size(), size_ - at.value);
     }
 
@@ -72,7 +75,7 @@ public:
         return Run{false, end};
     }
 
-    Result<void> write(HostOffset, std::span<const std::byte>) override { return read_only(); }
+    Result<void> write(HostOffset, ConstBuffers) override { return read_only(); }
     Result<void> write_zeroes(HostOffset, std::uint64_t) override { return read_only(); }
     Result<void> resize(std::uint64_t) override { return read_only(); }
     Result<void> flush() override { return {}; }

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/buffers.h"
+
 namespace qcow::fuzz {
 
 WritableStorage::WritableStorage(const SparseFile& file, std::string name)
@@ -26,23 +28,23 @@ std::shared_ptr<WritableStorage> WritableStorage::copy() const {
 
 std::string WritableStorage::identity() const { return fmt::format("writable:{}", static_cast<const void*>(this)); }
 
-Result<std::size_t> WritableStorage::read(HostOffset at, std::span<std::byte> to) const {
-    if (to.empty()) return 0;
-    std::memset(to.data(), 0, to.size());
+Result<std::size_t> WritableStorage::read(HostOffset at, Buffers to) const {
+    fill_zeros(to);
     if (at.value >= size_) return 0;
     const std::uint64_t end = at.value + std::min<std::uint64_t>(to.size(), size_ - at.value);
     for (auto page = pages_.lower_bound(at.value / page_bytes); page != pages_.end() && page->first * page_bytes < end;
          ++page) {
         const std::uint64_t begin = page->first * page_bytes;
         const std::uint64_t first = std::max(at.value, begin);
-        std::memcpy(to.data() + (first - at.value), page->second.data() + (first - begin),
-                    std::min(end, begin + page_bytes) - first);
+        const auto bytes = std::span(page->second).subspan(first - begin, std::min(end, begin + page_bytes) - first);
+        scatter(bytes, to.subspan(first - at.value));
     }
     return end - at.value;
 }
 
-Result<void> WritableStorage::write(HostOffset at, std::span<const std::byte> from) {
-    if (from.empty()) return {};
+Result<void> WritableStorage::write(HostOffset at, ConstBuffers pieces) {
+    if (pieces.empty()) return {};
+    const auto from = gathered(pieces);
     if (watcher_.write) watcher_.write(at, from);
     const std::uint64_t most = divide_up(from.size(), page_bytes) + 1;
     if (at.value > max_size_ || from.size() > max_size_ - at.value ||

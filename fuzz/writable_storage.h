@@ -39,8 +39,8 @@ public:
     [[nodiscard]] std::string identity() const override;
     [[nodiscard]] Result<std::uint64_t> size() const override { return size_; }
     [[nodiscard]] Result<std::uint64_t> allocated() const override { return pages_.size() * page_bytes; }
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override;
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override;
+    Result<std::size_t> read(HostOffset at, Buffers to) const override;
+    Result<void> write(HostOffset at, ConstBuffers pieces) override;
     Result<void> write_zeroes(HostOffset at, std::uint64_t length) override;
     Result<void> resize(std::uint64_t size) override;
     Result<void> flush() override { return {}; }

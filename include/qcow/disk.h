@@ -7,6 +7,7 @@
 #include <optional>
 #include <span>
 
+#include "qcow/buffers.h"
 #include "qcow/error.h"
 #include "qcow/export.h"
 #include "qcow/offset.h"
@@ -59,7 +60,7 @@ public:
     /// within size(). On any error the contents of `to` are unspecified; other ranges stay readable. A read of no bytes
     /// fails where a layer of the chain is out of reach, as one that is encrypted: reads of bytes fail where they need
     /// that layer, and extent() tells its zeros and holes.
-    Result<void> read(GuestOffset at, std::span<std::byte> to);
+    Result<void> read(GuestOffset at, Buffers to);
 
     /// Returns the run of alike bytes that begins at `at` (< size()), at most `limit` bytes (> 0). It may end earlier
     /// than the bytes cease to be alike: extents that come in pieces are merged by each_extent.
@@ -71,7 +72,7 @@ public:
 
     /// Writes all of `from` at `at`. On an error each sector of the range holds what it held before or what was to be
     /// written.
-    Result<void> write(GuestOffset at, std::span<const std::byte> from);
+    Result<void> write(GuestOffset at, ConstBuffers from);
 
     /// What becomes of the storage of bytes that are made zeros.
     enum class Zeroes : std::uint8_t {
@@ -98,12 +99,12 @@ protected:
     // What a disk does. Ranges lie within it, and limits do not reach past its end. Memory may run out
     // (std::bad_alloc).
 
-    virtual Result<void> do_read(GuestOffset at, std::span<std::byte> to) = 0;
+    virtual Result<void> do_read(GuestOffset at, Buffers to) = 0;
     virtual Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) = 0;
 
     /// Errors: Errc::read_only, the default. The following are called only after it succeeded.
     [[nodiscard]] virtual Result<void> verify_writable() const;
-    virtual Result<void> do_write(GuestOffset at, std::span<const std::byte> from);
+    virtual Result<void> do_write(GuestOffset at, ConstBuffers from);
     virtual Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes);
     virtual Result<void> do_discard(GuestOffset at, std::uint64_t length);
     virtual Result<std::uint64_t> do_copy_from(GuestOffset at, const Storage& source, HostOffset from,

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "qcow/buffers.h"
 #include "qcow/error.h"
 #include "qcow/export.h"
 #include "qcow/offset.h"
@@ -37,10 +38,10 @@ public:
     [[nodiscard]] virtual Result<std::uint64_t> allocated() const = 0;
 
     /// Fills `to` from `at` on. Past the end there are zeros; returns how many bytes came from before the end.
-    virtual Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const = 0;
+    virtual Result<std::size_t> read(HostOffset at, Buffers to) const = 0;
 
     /// Writes all of `from`; grows when it ends past the end. Errc::read_only, no_space or io.
-    virtual Result<void> write(HostOffset at, std::span<const std::byte> from) = 0;
+    virtual Result<void> write(HostOffset at, ConstBuffers from) = 0;
 
     /// Makes `length` bytes read as zeros, as holes where that is possible. Does not grow.
     virtual Result<void> write_zeroes(HostOffset at, std::uint64_t length) = 0;

@@ -3,10 +3,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 #include <vector>
 
+#include "base/buffers.h"
 #include "base/try.h"
 
 namespace qcow {
@@ -34,20 +34,20 @@ std::unexpected<Error> BackingFile::not_opened(GuestOffset at) const {
 }
 
 /// The front of `to`, from the next layer alone.
-Result<Layer::Part> BackingFile::read_part(GuestOffset at, std::span<std::byte> to) const {
+Result<Layer::Part> BackingFile::read_part(GuestOffset at, Buffers to) const {
     if (!image_ && !backing_name_.empty()) return not_opened(at);
     if (!image_ || at.value >= image_->size()) {
-        std::memset(to.data(), 0, to.size());
+        fill_zeros(to);
         return Layer::Part{to.size()};
     }
     return image_->read_part(at, to.first(std::min<std::uint64_t>(to.size(), image_->size() - at.value)));
 }
 
-Result<void> BackingFile::read(GuestOffset at, std::span<std::byte> to) const {
+Result<void> BackingFile::read(GuestOffset at, Buffers to) const {
     struct Request {
         const BackingFile* backing = nullptr;
         GuestOffset at;
-        std::span<std::byte> to;
+        Buffers to;
     };
     std::vector<Request> waiting;  // what remains of requests to layers further up
     for (Request now{this, at, to};;) {

@@ -37,7 +37,7 @@ public:
     [[nodiscard]] bool exists() const { return image_ != nullptr || !backing_name_.empty(); }
 
     /// Guest bytes; zeros past the end of the layer below.
-    Result<void> read(GuestOffset at, std::span<std::byte> to) const;
+    Result<void> read(GuestOffset at, Buffers to) const;
 
     /// The extent as seen from the layer above: one deeper. What lies past the end of the layer below is unallocated
     /// in the one above.
@@ -48,7 +48,7 @@ public:
 
 private:
     [[nodiscard]] std::unexpected<Error> not_opened(GuestOffset at) const;
-    Result<Layer::Part> read_part(GuestOffset at, std::span<std::byte> to) const;
+    Result<Layer::Part> read_part(GuestOffset at, Buffers to) const;
 
     std::shared_ptr<Layer> image_;
     std::string backing_name_;

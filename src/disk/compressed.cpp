@@ -2,9 +2,9 @@
 
 #include <fmt/format.h>
 
-#include <cstring>
 #include <vector>
 
+#include "base/buffers.h"
 #include "base/try.h"
 
 namespace qcow {
@@ -19,7 +19,7 @@ std::span<std::byte> scratch(std::vector<std::byte>& memory, std::size_t bytes) 
 }  // namespace
 
 Result<void> read_compressed(const Storage& storage, const format::CompressedRange& range, Decompress decompress,
-                             std::uint64_t cluster_size, std::uint64_t skip, std::span<std::byte> to) {
+                             std::uint64_t cluster_size, std::uint64_t skip, Buffers to) {
     static thread_local std::vector<std::byte> stream_memory;
     static thread_local std::vector<std::byte> cluster_memory;
 
@@ -35,10 +35,10 @@ Result<void> read_compressed(const Storage& storage, const format::CompressedRan
         }
         return {};
     };
-    if (to.size() == cluster_size) return decode(to);
+    if (to.size() == cluster_size && to.contiguous()) return decode(to.front());
     const auto cluster = scratch(cluster_memory, cluster_size);
     TRY_VOID(decode(cluster));
-    std::memcpy(to.data(), cluster.data() + skip, to.size());
+    scatter(cluster.subspan(skip, to.size()), to);
     return {};
 }
 

@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "base/bits.h"
+#include "base/buffers.h"
 #include "base/within_memory.h"
 #include "disk/padded.h"
 #include "disk/range.h"
@@ -30,7 +31,7 @@ public:
     [[nodiscard]] std::uint64_t block_size() const override { return block_size_; }
 
 protected:
-    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
+    Result<void> do_read(GuestOffset at, Buffers to) override {
         if (to.empty()) {
             for (const auto& part : parts_) TRY_VOID(part.disk->read({0}, {}));
         }
@@ -43,7 +44,7 @@ protected:
             if (!data.empty()) {
                 if (auto read = part.disk->read({inside}, data); !read) return failed(std::move(read).error(), part);
             }
-            std::ranges::fill(piece.subspan(data.size()), std::byte{0});
+            fill_zeros(piece.subspan(data.size()));
             at += piece.size();
             to = to.subspan(piece.size());
         }

@@ -20,7 +20,7 @@ bool continues(const Extent& extent, const Extent& next) {
 
 }  // namespace
 
-Result<void> Disk::read(GuestOffset at, std::span<std::byte> to) {
+Result<void> Disk::read(GuestOffset at, Buffers to) {
     return within_memory([&]() -> Result<void> {
         TRY_VOID(verify_range(*this, at, to.size()));
         return do_read(at, to);
@@ -43,7 +43,7 @@ auto Disk::change(GuestOffset at, std::uint64_t length, Work&& work) -> decltype
     });
 }
 
-Result<void> Disk::write(GuestOffset at, std::span<const std::byte> from) {
+Result<void> Disk::write(GuestOffset at, ConstBuffers from) {
     return change(at, from.size(), [&] { return do_write(at, from); });
 }
 
@@ -64,7 +64,7 @@ Result<void> Disk::flush() {
 }
 
 Result<void> Disk::verify_writable() const { return read_only(); }
-Result<void> Disk::do_write(GuestOffset, std::span<const std::byte>) { return read_only(); }
+Result<void> Disk::do_write(GuestOffset, ConstBuffers) { return read_only(); }
 Result<void> Disk::do_write_zeroes(GuestOffset, std::uint64_t, Zeroes) { return read_only(); }
 Result<void> Disk::do_discard(GuestOffset, std::uint64_t) { return read_only(); }
 Result<std::uint64_t> Disk::do_copy_from(GuestOffset, const Storage&, HostOffset, std::uint64_t) { return 0; }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/bits.h"
+#include "base/buffers.h"
 #include "base/try.h"
 
 namespace qcow {
@@ -18,17 +19,17 @@ Result<void> Layer::finish(Result<void> changed) {
     return changed && write_->cache == CacheMode::writethrough ? do_flush() : changed;
 }
 
-Result<void> Layer::do_write(GuestOffset at, std::span<const std::byte> from) {
+Result<void> Layer::do_write(GuestOffset at, ConstBuffers from) {
     return finish(write_->detect_zeroes == DetectZeroes::off ? write_data(at, from) : write_detecting_zeroes(at, from));
 }
 
 /// Block by block, where each is zeros or is not.
-Result<void> Layer::write_detecting_zeroes(GuestOffset at, std::span<const std::byte> from) {
+Result<void> Layer::write_detecting_zeroes(GuestOffset at, ConstBuffers from) {
     const auto zeroes = write_->detect_zeroes == DetectZeroes::on ? Zeroes::keep : Zeroes::release;
     while (!from.empty()) {
         const std::uint64_t left = block_size() - at.value % block_size();
         const auto part = from.first(std::min<std::uint64_t>(left, from.size()));
-        TRY_VOID(is_zero(part) ? zero(at, part.size(), zeroes) : write_data(at, part));
+        TRY_VOID(all_zeros(part) ? zero(at, part.size(), zeroes) : write_data(at, part));
         at += part.size();
         from = from.subspan(part.size());
     }
@@ -49,7 +50,7 @@ Result<void> Layer::do_write_compressed(GuestOffset at, std::span<const std::byt
     return finish(write_compressed_data(at, from, level));
 }
 
-Result<void> Layer::write_data(GuestOffset, std::span<const std::byte>) { return verify_writable(); }
+Result<void> Layer::write_data(GuestOffset, ConstBuffers) { return verify_writable(); }
 Result<void> Layer::zero(GuestOffset, std::uint64_t, Zeroes) { return verify_writable(); }
 Result<void> Layer::drop(GuestOffset, std::uint64_t) { return verify_writable(); }
 Result<void> Layer::write_compressed_data(GuestOffset at, std::span<const std::byte> from, std::optional<int> level) {

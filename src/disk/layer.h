@@ -20,7 +20,7 @@ public:
     };
 
     /// Reads the front of `to`, not empty and within the disk, where this layer holds it.
-    virtual Result<Part> read_part(GuestOffset at, std::span<std::byte> to) const = 0;
+    virtual Result<Part> read_part(GuestOffset at, Buffers to) const = 0;
 
     /// The extent from `at` on, as far as this layer knows: "unallocated" is what the layer below has.
     [[nodiscard]] virtual Result<Extent> own_extent(GuestOffset at, std::uint64_t limit) const = 0;
@@ -39,7 +39,7 @@ protected:
     void write_with(std::optional<WriteOptions> options) { write_ = options; }
     [[nodiscard]] const std::optional<WriteOptions>& write_options() const { return write_; }
 
-    virtual Result<void> write_data(GuestOffset at, std::span<const std::byte> from);
+    virtual Result<void> write_data(GuestOffset at, ConstBuffers from);
     virtual Result<void> zero(GuestOffset at, std::uint64_t length, Zeroes zeroes);
     /// Whole blocks, or up to the end of the disk.
     virtual Result<void> drop(GuestOffset at, std::uint64_t length);
@@ -47,13 +47,13 @@ protected:
                                                std::optional<int> level);
 
     [[nodiscard]] Result<void> verify_writable() const final;
-    Result<void> do_write(GuestOffset at, std::span<const std::byte> from) final;
+    Result<void> do_write(GuestOffset at, ConstBuffers from) final;
     Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) final;
     Result<void> do_discard(GuestOffset at, std::uint64_t length) final;
     Result<void> do_write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level) final;
 
 private:
-    Result<void> write_detecting_zeroes(GuestOffset at, std::span<const std::byte> from);
+    Result<void> write_detecting_zeroes(GuestOffset at, ConstBuffers from);
     Result<void> finish(Result<void> changed);
 
     std::optional<WriteOptions> write_;

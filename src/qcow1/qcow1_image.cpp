@@ -48,7 +48,7 @@ public:
                     "can be examined");
     }
 
-    Result<Part> read_part(GuestOffset at, std::span<std::byte> to) const override {
+    Result<Part> read_part(GuestOffset at, Buffers to) const override {
         TRY_VOID(verify_readable());
         const auto mapped = TRY(lookup(at, to.size()));
         if (!mapped.entry.allocated()) return Part{mapped.length, false};
@@ -82,7 +82,7 @@ public:
     [[nodiscard]] std::vector<std::string> files() const override { return {file_->name()}; }
 
 protected:
-    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
+    Result<void> do_read(GuestOffset at, Buffers to) override {
         TRY_VOID(verify_readable());
         if (to.empty()) return backing_.verify_readable();
         while (!to.empty()) {
@@ -187,7 +187,7 @@ private:
         return high << shift | TRY(words_.load(aligned + 8)) >> (64 - shift);
     }
 
-    [[nodiscard]] Result<void> read_data(HostOffset host, GuestOffset at, std::span<std::byte> to) const {
+    [[nodiscard]] Result<void> read_data(HostOffset host, GuestOffset at, Buffers to) const {
         const std::size_t there = TRY(file_->read(host, to));
         if (there == to.size()) return {};
         const std::uint64_t file_size = TRY(file_->size());

@@ -1,8 +1,8 @@
 #include "qcow2/copy_on_write.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "base/buffers.h"
 #include "base/try.h"
 
 namespace qcow::qcow2 {
@@ -17,7 +17,7 @@ bool can_write_in_place(const Mapped& mapped) { return mapped.kind == ClusterKin
 
 }  // namespace
 
-Result<void> CopyOnWrite::write(GuestOffset at, std::span<const std::byte> from) {
+Result<void> CopyOnWrite::write(GuestOffset at, ConstBuffers from) {
     const Epochs::Guard guard(metadata_.epochs());
     while (!from.empty()) {
         const auto mapped = TRY(view_.lookup(at, from.size()));
@@ -29,14 +29,14 @@ Result<void> CopyOnWrite::write(GuestOffset at, std::span<const std::byte> from)
     return {};
 }
 
-Result<std::size_t> CopyOnWrite::write_in_place(const Mapped& mapped, std::span<const std::byte> from) {
+Result<std::size_t> CopyOnWrite::write_in_place(const Mapped& mapped, ConstBuffers from) {
     from = from.first(std::min<std::uint64_t>(from.size(), mapped.length));
     TRY_VOID(parts_.data.write(mapped.host, from));
     return from.size();
 }
 
 /// Writes what needs a change of entries, from the front, as much as one change can do. Returns how many bytes.
-Result<std::size_t> CopyOnWrite::write_and_map(GuestOffset at, std::span<const std::byte> from) {
+Result<std::size_t> CopyOnWrite::write_and_map(GuestOffset at, ConstBuffers from) {
     const std::uint64_t first = mapping_.cluster_of(at);
     const std::uint64_t most = std::max<std::uint64_t>(max_batch_bytes >> rules_.geometry.cluster_bits, 1);
     const std::uint64_t end =
@@ -139,35 +139,22 @@ Result<std::size_t> CopyOnWrite::write_into_own(Part part) {
 /// Writes guest bytes [begin, end) to `host`: those of the request, and around them what the guest sees there now.
 Result<void> CopyOnWrite::write_filled(const Part& part, HostOffset host, GuestOffset begin, GuestOffset end) {
     if (begin == part.at && end == part.end()) return parts_.data.write(host, part.from);
-    // The first and the last cluster are completed in memory, so that each is written once; what lies between them is
-    // written from where it is.
-    std::vector<std::byte> buffer;
-    const auto write_completed = [&](GuestOffset from, GuestOffset to) -> Result<void> {
-        buffer.resize(to - from);
-        const GuestOffset inner = std::max(part.at, from);
-        const GuestOffset inner_end = std::min(part.end(), to);
-        if (inner > from) TRY_VOID(read_old(part, from, std::span(buffer).first(inner - from)));
-        if (inner_end < to) TRY_VOID(read_old(part, inner_end, std::span(buffer).subspan(inner_end - from)));
-        std::memcpy(buffer.data() + (inner - from), part.from.data() + (inner - part.at), inner_end - inner);
-        return parts_.data.write(host + (from - begin), buffer);
-    };
-    const std::uint64_t cluster_size = rules_.geometry.cluster_size();
-    const GuestOffset head_end =
-        part.at == begin ? begin : std::min(end, GuestOffset{align_down(part.at.value, cluster_size) + cluster_size});
-    const GuestOffset tail =
-        part.end() == end ? end : std::max(head_end, GuestOffset{align_down(part.end().value - 1, cluster_size)});
-    if (head_end > begin) TRY_VOID(write_completed(begin, head_end));
-    if (tail > head_end) {
-        TRY_VOID(parts_.data.write(host + (head_end - begin), part.from.subspan(head_end - part.at, tail - head_end)));
-    }
-    return end > tail ? write_completed(tail, end) : Result<void>();
+    std::vector<std::byte> old((part.at - begin) + (end - part.end()));
+    const auto before = std::span(old).first(part.at - begin);
+    const auto behind = std::span(old).subspan(before.size());
+    TRY_VOID(read_old(part, begin, before));
+    TRY_VOID(read_old(part, part.end(), behind));
+    std::vector<std::span<const std::byte>> pieces{before};
+    for (const auto piece : part.from) pieces.push_back(piece);
+    pieces.push_back(behind);
+    return parts_.data.write(host, ConstBuffers(pieces));
 }
 
 /// Reads what the guest sees now; zeros past the end of the disk.
-Result<void> CopyOnWrite::read_old(const Part& part, GuestOffset at, std::span<std::byte> to) const {
+Result<void> CopyOnWrite::read_old(const Part& part, GuestOffset at, Buffers to) const {
     const std::uint64_t size = mapping_.disk_size();
     const std::size_t there = at.value >= size ? 0 : std::min<std::uint64_t>(to.size(), size - at.value);
-    std::memset(to.data() + there, 0, to.size() - there);
+    fill_zeros(to.subspan(there));
     for (to = to.first(there); !to.empty();) {
         const auto mapped = decode(rules_, part.old[mapping_.cluster_of(at) - part.first], at);
         const auto piece = to.first(std::min<std::uint64_t>(to.size(), mapped.length));

@@ -23,7 +23,7 @@ public:
         : metadata_(metadata), parts_(parts), view_(view), mapping_(mapping), rules_(mapping.rules()) {}
 
     /// Writes guest bytes. The range was verified. Errors: Errc::no_space, io, corrupt.
-    Result<void> write(GuestOffset at, std::span<const std::byte> from);
+    Result<void> write(GuestOffset at, ConstBuffers from);
 
     /// Whether [at, end) reads as zeros for certain, without a look at data. `entries` are those of the clusters from
     /// `first` on, which the range lies in. What lies past the end of the disk is zeros.
@@ -39,16 +39,16 @@ private:
         std::uint64_t first = 0;
         std::span<const L2Entry> old;
         GuestOffset at;
-        std::span<const std::byte> from;
+        ConstBuffers from;
         [[nodiscard]] GuestOffset end() const { return at + from.size(); }
     };
 
-    Result<std::size_t> write_in_place(const Mapped& mapped, std::span<const std::byte> from);
-    Result<std::size_t> write_and_map(GuestOffset at, std::span<const std::byte> from);
+    Result<std::size_t> write_in_place(const Mapped& mapped, ConstBuffers from);
+    Result<std::size_t> write_and_map(GuestOffset at, ConstBuffers from);
     Result<std::size_t> write_into_new(Part part);
     Result<std::size_t> write_into_own(Part part);
     Result<void> write_filled(const Part& part, HostOffset host, GuestOffset begin, GuestOffset end);
-    Result<void> read_old(const Part& part, GuestOffset at, std::span<std::byte> to) const;
+    Result<void> read_old(const Part& part, GuestOffset at, Buffers to) const;
     [[nodiscard]] std::vector<L2Entry> new_entries(const Part& part, ClusterRun run) const;
 
     WritableMetadata& metadata_;

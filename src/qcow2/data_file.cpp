@@ -16,7 +16,7 @@ DataFile::DataFile(const Metadata& metadata, std::shared_ptr<Storage> external)
       file_(is_external() ? std::move(external) : metadata.shared_file()),
       raw_(is_external() && (metadata.state().autoclear & format::autoclear::raw_external_data) != 0) {}
 
-Result<void> DataFile::read(HostOffset host, GuestOffset at, std::span<std::byte> to) const {
+Result<void> DataFile::read(HostOffset host, GuestOffset at, Buffers to) const {
     const std::size_t there = TRY(file_->read(host, to));
     if (there == to.size()) return {};
     const auto& geometry = metadata_.geometry();
@@ -30,7 +30,7 @@ Result<void> DataFile::read(HostOffset host, GuestOffset at, std::span<std::byte
                       to.size() - in_file);
 }
 
-Result<void> DataFile::write(HostOffset host, std::span<const std::byte> from) {
+Result<void> DataFile::write(HostOffset host, ConstBuffers from) {
     if (protected_ != nullptr && !is_external()) TRY_VOID(protected_->verify_no_metadata(host, from.size()));
     return file_->write(host, from);
 }

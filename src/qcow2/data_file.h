@@ -32,11 +32,11 @@ public:
 
     /// Reads guest bytes. `at` is where the guest sees them. Errors: Errc::corrupt where they lie past the end of the
     /// file, with Error::unreadable; io.
-    Result<void> read(HostOffset host, GuestOffset at, std::span<std::byte> to) const;
+    Result<void> read(HostOffset host, GuestOffset at, Buffers to) const;
 
     /// Writes guest bytes. Errors: Errc::corrupt where metadata lie there, which marks the image as corrupt; io,
     /// no_space.
-    Result<void> write(HostOffset host, std::span<const std::byte> from);
+    Result<void> write(HostOffset host, ConstBuffers from);
 
     // The following are about external data files alone.
 

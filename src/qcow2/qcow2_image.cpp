@@ -34,7 +34,7 @@ public:
     [[nodiscard]] std::uint64_t block_size() const override { return block_size_; }
 
 protected:
-    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override { return view_.read(at, to); }
+    Result<void> do_read(GuestOffset at, Buffers to) override { return view_.read(at, to); }
     Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override { return view_.extent(at, limit); }
 
 private:
@@ -84,7 +84,7 @@ public:
     [[nodiscard]] Result<void> verify_readable() const override { return active_.verify_readable(); }
 
     // Only the topmost layer of a chain is written, and these are asked of those below it.
-    Result<Part> read_part(GuestOffset at, std::span<std::byte> to) const override { return active_.read_part(at, to); }
+    Result<Part> read_part(GuestOffset at, Buffers to) const override { return active_.read_part(at, to); }
     [[nodiscard]] Result<Extent> own_extent(GuestOffset at, std::uint64_t limit) const override {
         return active_.own_extent(at, limit);
     }
@@ -96,7 +96,7 @@ public:
     }
 
 protected:
-    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
+    Result<void> do_read(GuestOffset at, Buffers to) override {
         if (!writer_) return active_.read(at, to);
         const Epochs::Guard guard(writer_->epochs());
         return active_.read(at, to);
@@ -108,9 +108,7 @@ protected:
         return active_.extent(at, limit);
     }
 
-    Result<void> write_data(GuestOffset at, std::span<const std::byte> from) override {
-        return writer_->write(at, from);
-    }
+    Result<void> write_data(GuestOffset at, ConstBuffers from) override { return writer_->write(at, from); }
     Result<void> zero(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
         return writer_->write_zeroes(at, length, zeroes);
     }

@@ -3,8 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 
+#include "base/buffers.h"
 #include "base/try.h"
 #include "codec/codec.h"
 #include "disk/compressed.h"
@@ -35,7 +35,7 @@ Result<Mapped> View::lookup(GuestOffset at, std::uint64_t limit) const {
     return mapped;
 }
 
-Result<void> View::read(GuestOffset at, std::span<std::byte> to) const {
+Result<void> View::read(GuestOffset at, Buffers to) const {
     TRY_VOID(verify_readable());
     if (to.empty()) return parts_->backing.verify_readable();
     while (!to.empty()) {
@@ -47,7 +47,7 @@ Result<void> View::read(GuestOffset at, std::span<std::byte> to) const {
     return {};
 }
 
-Result<Layer::Part> View::read_part(GuestOffset at, std::span<std::byte> to) const {
+Result<Layer::Part> View::read_part(GuestOffset at, Buffers to) const {
     TRY_VOID(verify_readable());
     const auto mapped = TRY(lookup(at, to.size()));
     if (mapped.kind == ClusterKind::unallocated) return Layer::Part{mapped.length, false};
@@ -60,18 +60,18 @@ Result<Layer::Part> View::read_part(GuestOffset at, std::span<std::byte> to) con
     return Layer::Part{length};
 }
 
-Result<void> View::read_mapped(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const {
+Result<void> View::read_mapped(const Mapped& mapped, GuestOffset at, Buffers to) const {
     switch (mapped.kind) {
         case ClusterKind::data: return parts_->data.read(mapped.host, at, to);
         case ClusterKind::compressed: return read_one_compressed(mapped, at, to);
         case ClusterKind::unallocated: return parts_->backing.read(at, to);
         case ClusterKind::zero:
-        case ClusterKind::zero_allocated: std::memset(to.data(), 0, to.size());
+        case ClusterKind::zero_allocated: fill_zeros(to);
     }
     return {};
 }
 
-Result<void> View::read_one_compressed(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const {
+Result<void> View::read_one_compressed(const Mapped& mapped, GuestOffset at, Buffers to) const {
     const auto& metadata = parts_->metadata;
     const auto decompress =
         metadata.header().compression == Compression::zstd ? codec::decompress_zstd : codec::inflate;

@@ -23,13 +23,13 @@ public:
     /// What the guest bytes from `at` on are: see Mapping::lookup.
     [[nodiscard]] Result<Mapped> lookup(GuestOffset at, std::uint64_t limit) const;
 
-    [[nodiscard]] Result<void> read(GuestOffset at, std::span<std::byte> to) const;
+    [[nodiscard]] Result<void> read(GuestOffset at, Buffers to) const;
     /// Reads bytes that are mapped like this. `to` is no longer than the run, or than the rest of a compressed cluster.
-    [[nodiscard]] Result<void> read_mapped(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const;
+    [[nodiscard]] Result<void> read_mapped(const Mapped& mapped, GuestOffset at, Buffers to) const;
     [[nodiscard]] Result<Extent> extent(GuestOffset at, std::uint64_t limit) const;
 
     /// See Layer.
-    [[nodiscard]] Result<Layer::Part> read_part(GuestOffset at, std::span<std::byte> to) const;
+    [[nodiscard]] Result<Layer::Part> read_part(GuestOffset at, Buffers to) const;
     [[nodiscard]] Result<Extent> own_extent(GuestOffset at, std::uint64_t limit) const;
 
     /// Errc::encrypted or not_found where the guest's bytes are out of reach.
@@ -42,7 +42,7 @@ public:
     [[nodiscard]] const Mapping& mapping() const { return mapping_; }
 
 private:
-    [[nodiscard]] Result<void> read_one_compressed(const Mapped& mapped, GuestOffset at, std::span<std::byte> to) const;
+    [[nodiscard]] Result<void> read_one_compressed(const Mapped& mapped, GuestOffset at, Buffers to) const;
 
     std::shared_ptr<const ImageParts> parts_;
     Mapping mapping_;

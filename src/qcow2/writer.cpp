@@ -77,7 +77,7 @@ Result<void> Writer::begin_first() {
     return {};
 }
 
-Result<void> Writer::write(GuestOffset at, std::span<const std::byte> from) {
+Result<void> Writer::write(GuestOffset at, ConstBuffers from) {
     return request([&]() -> Result<void> {
         TRY_VOID(begin(at, from.size()));
         TRY_VOID(writes_.write(at, from));

@@ -31,7 +31,7 @@ public:
     Result<void> open();
 
     // See Disk and Image. Ranges have been verified; of a discard they are whole clusters.
-    Result<void> write(GuestOffset at, std::span<const std::byte> from);
+    Result<void> write(GuestOffset at, ConstBuffers from);
     Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Disk::Zeroes zeroes);
     Result<void> discard(GuestOffset at, std::uint64_t length);
     Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level);

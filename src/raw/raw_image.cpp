@@ -22,7 +22,7 @@ public:
     [[nodiscard]] std::uint64_t block_size() const override { return 4 * KiB; }
     [[nodiscard]] std::vector<std::string> files() const override { return {storage_->name()}; }
 
-    Result<Part> read_part(GuestOffset at, std::span<std::byte> to) const override {
+    Result<Part> read_part(GuestOffset at, Buffers to) const override {
         const std::size_t there = TRY(storage_->read(host(at), to));
         if (there != to.size()) return was_cut(at + there, to.size() - there);
         return Part{to.size()};
@@ -45,15 +45,13 @@ public:
     }
 
 protected:
-    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
+    Result<void> do_read(GuestOffset at, Buffers to) override {
         if (!to.empty()) TRY(read_part(at, to));
         return {};
     }
     Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override { return own_extent(at, limit); }
 
-    Result<void> write_data(GuestOffset at, std::span<const std::byte> from) override {
-        return storage_->write(host(at), from);
-    }
+    Result<void> write_data(GuestOffset at, ConstBuffers from) override { return storage_->write(host(at), from); }
 
     Result<void> zero(GuestOffset at, std::uint64_t length, Zeroes zeroes) override {
         TRY_VOID(storage_->write_zeroes(host(at), length));

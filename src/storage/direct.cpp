@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <new>
 #include <vector>
 
 #include "base/bits.h"
+#include "base/buffers.h"
 #include "base/range_locks.h"
 #include "base/try.h"
 
@@ -46,15 +46,15 @@ public:
     Result<void> flush() override { return file_->flush(); }
     [[nodiscard]] Result<Run> run(HostOffset at, std::uint64_t limit) const override { return file_->run(at, limit); }
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         if (is_aligned(at, to)) return file_->read(at, to);
         std::size_t done = 0;
         if (lies_within(at.value, to.size(), max_offset - alignment_.block)) done = TRY(read_blocks(at, to));
-        std::ranges::fill(to.subspan(done), std::byte{0});
+        fill_zeros(to.subspan(done));
         return done;
     }
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         // Past what files can be, the file says so.
         if (from.empty() || !lies_within(at.value, from.size(), max_offset - alignment_.block))
             return file_->write(at, from);
@@ -114,16 +114,22 @@ private:
         return divide_up(end, alignment_.block) * alignment_.block;
     }
 
-    [[nodiscard]] bool is_aligned(HostOffset at, std::span<const std::byte> memory) const {
-        return qcow::is_aligned(at.value | memory.size(), alignment_.block) &&
-               qcow::is_aligned(reinterpret_cast<std::uintptr_t>(memory.data()), alignment_.memory);
+    template <class Byte>
+    [[nodiscard]] bool is_aligned(HostOffset at, BasicBuffers<Byte> memory) const {
+        std::uint64_t lengths = 0;
+        std::uintptr_t places = 0;
+        for (const auto piece : memory) {
+            lengths |= piece.size();
+            places |= reinterpret_cast<std::uintptr_t>(piece.data());
+        }
+        return qcow::is_aligned(at.value | lengths, alignment_.block) && qcow::is_aligned(places, alignment_.memory);
     }
 
     [[nodiscard]] Bounce bounce_for(HostOffset at, std::uint64_t length) const {
         return {std::min(block_end(at.value + length) - block_begin(at.value), bounce_bytes), alignment_.memory};
     }
 
-    [[nodiscard]] Result<std::size_t> read_blocks(HostOffset at, std::span<std::byte> to) const {
+    [[nodiscard]] Result<std::size_t> read_blocks(HostOffset at, Buffers to) const {
         const Bounce bounce = bounce_for(at, to.size());
         std::size_t done = 0;
         while (done < to.size()) {
@@ -133,7 +139,7 @@ private:
             const auto blocks = bounce.bytes().first(block_end(skipped + part.size()));
             const std::size_t found = TRY(file_->read(begin, blocks));
             const std::size_t wanted = std::min(part.size(), found - std::min(found, skipped));
-            std::memcpy(part.data(), blocks.data() + skipped, wanted);
+            scatter(blocks.subspan(skipped, wanted), part);
             done += wanted;
             if (wanted < part.size()) break;
         }
@@ -141,7 +147,7 @@ private:
     }
 
     /// The caller holds all blocks that are touched.
-    Result<void> write_blocks(HostOffset at, std::span<const std::byte> from) {
+    Result<void> write_blocks(HostOffset at, ConstBuffers from) {
         if (is_aligned(at, from)) return file_->write(at, from);
         const Bounce bounce = bounce_for(at, from.size());
         while (!from.empty()) {
@@ -154,7 +160,7 @@ private:
             if (!whole_end && (skipped == 0 || blocks.size() > alignment_.block)) {
                 TRY(file_->read(begin + (blocks.size() - alignment_.block), blocks.last(alignment_.block)));
             }
-            std::memcpy(blocks.data() + skipped, part.data(), part.size());
+            gather(part, blocks.subspan(skipped));
             TRY_VOID(file_->write(begin, blocks));
             at += part.size();
             from = from.subspan(part.size());

@@ -5,6 +5,7 @@
 #include <linux/magic.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -18,6 +19,7 @@
 #include <optional>
 
 #include "base/bits.h"
+#include "base/buffers.h"
 #include "base/within_memory.h"
 #include "qcow/storage.h"
 #include "storage/direct.h"
@@ -38,6 +40,25 @@ bool on_server(int fd) {
     const auto type = static_cast<long>(status.f_type);
     return type == NFS_SUPER_MAGIC || type == smb2 || type == ceph;
 }
+
+/// The front of a scatter list, as the system takes it.
+class Vectors {
+public:
+    template <class Byte>
+    explicit Vectors(BasicBuffers<Byte> buffers) {
+        for (const auto piece : buffers) {
+            vectors_[count_++] = {const_cast<std::byte*>(piece.data()), piece.size()};
+            if (count_ == vectors_.size()) break;
+        }
+    }
+
+    [[nodiscard]] const iovec* data() const { return vectors_.data(); }
+    [[nodiscard]] int count() const { return static_cast<int>(count_); }
+
+private:
+    std::array<iovec, 64> vectors_;
+    std::size_t count_ = 0;
+};
 
 class FileStorage final : public Storage {
 public:
@@ -66,12 +87,13 @@ public:
         return static_cast<std::uint64_t>(TRY(status()).st_blocks) * 512;
     }
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         std::size_t done = 0;
         const std::size_t possible =
             at.value > max_offset ? 0 : std::min<std::uint64_t>(to.size(), max_offset - at.value);
         while (done < possible) {
-            const ssize_t n = pread(fd_.get(), to.data() + done, possible - done, static_cast<off_t>(at.value + done));
+            const Vectors vectors(to.subspan(done, possible - done));
+            const ssize_t n = preadv(fd_.get(), vectors.data(), vectors.count(), static_cast<off_t>(at.value + done));
             if (n < 0 && errno == EINTR) continue;
             if (n < 0)
                 return system_error(fmt::format("cannot read {} bytes at {:#x}", to.size(), at.value), path_, errno);
@@ -79,14 +101,15 @@ public:
             // Direct I/O that gives part of a block has met the end, and may not be asked for the rest of it.
             if (n == 0 || !is_aligned(static_cast<std::uint64_t>(n), block_)) break;
         }
-        std::ranges::fill(to.subspan(done), std::byte{0});
+        fill_zeros(to.subspan(done));
         return done;
     }
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         TRY_VOID(verify_writable());
         while (!from.empty()) {
-            const ssize_t n = pwrite(fd_.get(), from.data(), from.size(), static_cast<off_t>(at.value));
+            const Vectors vectors(from);
+            const ssize_t n = pwritev(fd_.get(), vectors.data(), vectors.count(), static_cast<off_t>(at.value));
             if (n < 0 && errno == EINTR) continue;
             if (n < 0)
                 return system_error(fmt::format("cannot write {} bytes at {:#x}", from.size(), at.value), path_, errno);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "base/buffers.h"
 #include "base/try.h"
 #include "storage/pass_through.h"
 
@@ -18,14 +19,14 @@ public:
         return end_;
     }
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         const auto there = std::min<std::uint64_t>(to.size(), left_at(at));
         if (there != 0) TRY(inner().read(at, to.first(there)));
-        std::ranges::fill(to.subspan(there), std::byte{0});
+        fill_zeros(to.subspan(there));
         return there;
     }
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         if (from.empty()) return {};
         const std::lock_guard lock(mutex_);
         TRY_VOID(verify_room(at.value + from.size()));

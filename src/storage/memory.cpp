@@ -6,6 +6,7 @@
 #include <shared_mutex>
 
 #include "base/bits.h"
+#include "base/buffers.h"
 #include "base/try.h"
 #include "qcow/storage.h"
 
@@ -28,21 +29,21 @@ public:
 
     [[nodiscard]] Result<std::uint64_t> allocated() const override { return size(); }
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         const std::shared_lock lock(mutex_);
         const std::size_t there =
             at.value >= bytes_.size() ? 0 : std::min<std::size_t>(to.size(), bytes_.size() - at.value);
-        if (there != 0) std::memcpy(to.data(), bytes_.data() + at.value, there);
-        std::ranges::fill(to.subspan(there), std::byte{0});  // unlike memset also where there is nothing
+        if (there != 0) scatter(std::span(bytes_).subspan(at.value, there), to);
+        fill_zeros(to.subspan(there));
         return there;
     }
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         if (from.empty()) return {};
         if (at.value > bytes_.max_size() - from.size()) return too_large(at.value);
         const std::lock_guard lock(mutex_);
         if (at.value + from.size() > bytes_.size()) TRY_VOID(set_size(at.value + from.size()));
-        std::memcpy(bytes_.data() + at.value, from.data(), from.size());
+        gather(from, std::span(bytes_).subspan(at.value));
         return {};
     }
 

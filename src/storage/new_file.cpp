@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "base/buffers.h"
 #include "base/within_memory.h"
 #include "qcow/files_in_use.h"
 #include "storage/file.h"
@@ -117,13 +118,13 @@ public:
 
     [[nodiscard]] Result<std::uint64_t> size() const override { return is_empty() ? 0 : PassThrough::size(); }
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         if (!is_empty()) return PassThrough::read(at, to);
-        std::ranges::fill(to, std::byte{0});
+        fill_zeros(to);
         return 0;
     }
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         TRY_VOID(change());
         return PassThrough::write(at, from);
     }

@@ -15,8 +15,8 @@ public:
     [[nodiscard]] std::string identity() const override { return inner_->identity(); }
     [[nodiscard]] Result<std::uint64_t> size() const override { return inner_->size(); }
     [[nodiscard]] Result<std::uint64_t> allocated() const override { return inner_->allocated(); }
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override { return inner_->read(at, to); }
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override { return inner_->write(at, from); }
+    Result<std::size_t> read(HostOffset at, Buffers to) const override { return inner_->read(at, to); }
+    Result<void> write(HostOffset at, ConstBuffers from) override { return inner_->write(at, from); }
     Result<void> write_zeroes(HostOffset at, std::uint64_t length) override { return inner_->write_zeroes(at, length); }
     Result<void> allocate(HostOffset at, std::uint64_t length) override { return inner_->allocate(at, length); }
     Result<void> resize(std::uint64_t size) override { return inner_->resize(size); }

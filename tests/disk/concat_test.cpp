@@ -18,7 +18,7 @@ class HugeDisk final : public Disk {
 public:
     [[nodiscard]] std::uint64_t size() const override { return (std::uint64_t{1} << 62) + 1; }
     [[nodiscard]] std::uint64_t block_size() const override { return 4096; }
-    Result<void> do_read(GuestOffset, std::span<std::byte>) override { return {}; }
+    Result<void> do_read(GuestOffset, Buffers) override { return {}; }
     Result<Extent> do_extent(GuestOffset, std::uint64_t) override { return Extent{}; }
 };
 

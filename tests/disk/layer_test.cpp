@@ -139,7 +139,7 @@ TEST(DiskTest, MemoryThatRunsOutIsAnError) {
         [[nodiscard]] std::uint64_t block_size() const override { return 512; }
 
     protected:
-        Result<void> do_read(GuestOffset, std::span<std::byte>) override { throw std::bad_alloc(); }
+        Result<void> do_read(GuestOffset, Buffers) override { throw std::bad_alloc(); }
         Result<Extent> do_extent(GuestOffset, std::uint64_t) override { throw std::bad_alloc(); }
         Result<void> do_flush() override { throw std::bad_alloc(); }
     } disk;

@@ -1,5 +1,7 @@
 #include "engine/script.h"
 
+#include "support/scattered.h"
+
 namespace qcow::test {
 
 void Script::step() {
@@ -51,9 +53,10 @@ void Script::expect(Range where, const Bytes& bytes) {
 
 void Script::write() {
     const auto where = range();
-    const auto bytes = data(where.length);
+    const Bytes bytes = data(where.length);
     note(fmt::format("write {} {}", where.at, where.length));
-    value_of(image_->write({where.at}, bytes));
+    const auto pieces = cut_up(std::span(bytes), random_);
+    value_of(image_->write({where.at}, random_.chance(50) ? ConstBuffers(pieces) : ConstBuffers(bytes)));
     expect(where, bytes);
 }
 
@@ -98,7 +101,8 @@ void Script::discard() {
 
 Bytes Script::read_bytes(Range where) {
     Bytes bytes(where.length, std::byte{0xa5});
-    value_of(image_->read({where.at}, bytes));
+    const auto pieces = cut_up(std::span(bytes), random_);
+    value_of(image_->read({where.at}, random_.chance(50) ? Buffers(pieces) : Buffers(bytes)));
     return bytes;
 }
 

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "base/buffers.h"
 #include "engine/script.h"
 #include "storage/pass_through.h"
 #include "support/effort.h"
@@ -15,9 +16,9 @@ class Forgetful final : public PassThrough {
 public:
     using PassThrough::PassThrough;
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         if (++writes_ % 4 != 0) return inner().write(at, from);
-        auto wrong = Bytes(from.begin(), from.end());
+        auto wrong = gathered(from);
         wrong.back() ^= std::byte{1};
         return inner().write(at, wrong);
     }

@@ -1,5 +1,7 @@
 #include "engine/toy_image.h"
 
+#include "base/buffers.h"
+
 namespace qcow::test {
 
 std::string mistake_name(Mistake mistake) {
@@ -39,13 +41,13 @@ Result<Extent> ToyImage::do_extent(GuestOffset at, std::uint64_t limit) {
     return extent;
 }
 
-Result<void> ToyImage::do_read(GuestOffset at, std::span<std::byte> to) {
+Result<void> ToyImage::do_read(GuestOffset at, Buffers to) {
     return each_block(at, to.size(),
                       [&](std::uint64_t guest, std::uint64_t within, std::uint64_t done, std::uint64_t n) {
                           const auto part = to.subspan(done, n);
                           const auto host = use(guest);
                           if (host == 0) {
-                              std::ranges::fill(part, std::byte{0});
+                              fill_zeros(part);
                               return Result<void>();
                           }
                           const auto read = storage_->read({host * block + within}, part);
@@ -54,17 +56,18 @@ Result<void> ToyImage::do_read(GuestOffset at, std::span<std::byte> to) {
                       });
 }
 
-Result<void> ToyImage::do_write(GuestOffset at, std::span<const std::byte> from) {
+Result<void> ToyImage::do_write(GuestOffset at, ConstBuffers from) {
     if (auto usable = verify_usable(); !usable) return usable;
     return each_block(at, from.size(),
                       [&](std::uint64_t guest, std::uint64_t within, std::uint64_t done, std::uint64_t n) {
                           const auto part = from.subspan(done, n);
                           auto host = n == block ? 0 : use(guest);
                           if (host == 0) {
-                              if (mistake_ == Mistake::lost_update) return fill_new_block_alone(guest, within, part);
+                              if (mistake_ == Mistake::lost_update)
+                                  return fill_new_block_alone(guest, within, gathered(part));
                               const std::lock_guard allocating(allocating_);
                               if (n != block) host = use(guest);
-                              if (host == 0) return fill_new_block(guest, within, part);
+                              if (host == 0) return fill_new_block(guest, within, gathered(part));
                           }
                           auto wrote = storage_->write({host * block + within}, part);
                           leave(host);
@@ -136,7 +139,7 @@ Result<void> ToyImage::fill_new_block_alone(std::uint64_t guest, std::uint64_t w
                                             std::span<const std::byte> part) {
     std::this_thread::yield();
     const std::lock_guard allocating(allocating_);
-    return fill_new_block(guest, within, part);
+    return fill_new_block(guest, within, gathered(part));
 }
 
 Result<void> ToyImage::fill_new_block(std::uint64_t guest, std::uint64_t within, std::span<const std::byte> part) {

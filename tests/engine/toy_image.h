@@ -50,9 +50,9 @@ public:
 
     Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override;
 
-    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override;
+    Result<void> do_read(GuestOffset at, Buffers to) override;
 
-    Result<void> do_write(GuestOffset at, std::span<const std::byte> from) override;
+    Result<void> do_write(GuestOffset at, ConstBuffers from) override;
 
     Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes) override;
 

@@ -49,8 +49,8 @@ public:
     [[nodiscard]] std::string identity() const override { return storage_->identity(); }
     [[nodiscard]] Result<std::uint64_t> size() const override { return claimed_; }
     [[nodiscard]] Result<std::uint64_t> allocated() const override { return storage_->allocated(); }
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override { return storage_->read(at, to); }
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override { return storage_->write(at, from); }
+    Result<std::size_t> read(HostOffset at, Buffers to) const override { return storage_->read(at, to); }
+    Result<void> write(HostOffset at, ConstBuffers from) override { return storage_->write(at, from); }
     Result<void> write_zeroes(HostOffset at, std::uint64_t n) override { return storage_->write_zeroes(at, n); }
     Result<void> resize(std::uint64_t size) override { return storage_->resize(size); }
     Result<void> flush() override { return storage_->flush(); }
@@ -335,7 +335,7 @@ TEST_F(Hostile, ManyEnabledBitmapsWithoutTables) {
 class CountingStorage final : public PassThrough {
 public:
     using PassThrough::PassThrough;
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         bytes_read += to.size();
         return PassThrough::read(at, to);
     }

@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 
+#include "base/buffers.h"
 #include "fuzz/image_builder.h"
 #include "hostile.h"
 #include "qcow/concat.h"
@@ -24,7 +25,7 @@ public:
     BadSectors(std::shared_ptr<Storage> inner, std::vector<std::uint64_t> sectors, Errc code = Errc::io)
         : PassThrough(std::move(inner)), sectors_(std::move(sectors)), code_(code) {}
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         for (const auto sector : sectors_) {
             if (sector * sector_bytes < at.value + to.size() && at.value < (sector + 1) * sector_bytes)
                 return std::unexpected(Error{code_, name(), "cannot be read"});
@@ -253,7 +254,7 @@ TEST(SalvageTest, WhatFailsForAMomentIsNotLost) {
     class FailsEverySecondTime final : public PassThrough {
     public:
         using PassThrough::PassThrough;
-        Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+        Result<std::size_t> read(HostOffset at, Buffers to) const override {
             if (count_++ % 2 == 0) return std::unexpected(Error{Errc::io, name(), "not now"});
             return inner().read(at, to);
         }
@@ -325,14 +326,14 @@ TEST(SalvageTest, TheListIsBounded) {
     public:
         [[nodiscard]] std::uint64_t size() const override { return 4 * Losses::max_ranges * sector_bytes; }
         [[nodiscard]] std::uint64_t block_size() const override { return 512; }
-        Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
+        Result<void> do_read(GuestOffset at, Buffers to) override {
             const auto first = (at.value / sector_bytes + 1) / 2 * 2;
             if (first * sector_bytes < at.value + to.size()) {
                 Error error{Errc::corrupt, "", "bad"};
                 error.unreadable = {{first * sector_bytes}, sector_bytes};
                 return std::unexpected(error);
             }
-            std::ranges::fill(to, std::byte{1});
+            scatter(repeated(to.size(), 1), to);
             return {};
         }
         Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {

@@ -25,10 +25,10 @@ public:
     [[nodiscard]] Result<std::uint64_t> size() const override {
         return fed([&] { return inner().size(); });
     }
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         return fed([&] { return inner().read(at, to); });
     }
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         return fed([&] { return inner().write(at, from); });
     }
     Result<void> write_zeroes(HostOffset at, std::uint64_t length) override {
@@ -67,13 +67,13 @@ public:
     [[nodiscard]] Result<ImageInfo> do_info() const override {
         return hungry([&] { return inner_->info(); });
     }
-    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override {
+    Result<void> do_read(GuestOffset at, Buffers to) override {
         return hungry([&] { return inner_->read(at, to); });
     }
     Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
         return hungry([&] { return inner_->extent(at, limit); });
     }
-    Result<void> do_write(GuestOffset at, std::span<const std::byte> from) override {
+    Result<void> do_write(GuestOffset at, ConstBuffers from) override {
         return hungry([&] { return inner_->write(at, from); });
     }
     Result<void> do_write_compressed(GuestOffset at, std::span<const std::byte> from,

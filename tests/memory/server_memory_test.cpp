@@ -130,7 +130,7 @@ public:
 
     [[nodiscard]] std::uint64_t size() const override { return std::uint64_t{4} << 20; }
     [[nodiscard]] std::uint64_t block_size() const override { return 65536; }
-    Result<void> do_read(GuestOffset at, std::span<std::byte>) override {
+    Result<void> do_read(GuestOffset at, Buffers) override {
         on_read_(std::this_thread::get_id() != reader_, at);
         return {};
     }

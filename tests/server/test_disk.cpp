@@ -1,13 +1,15 @@
 #include "server/test_disk.h"
 
+#include "base/buffers.h"
+
 namespace qcow::test {
 
-Result<void> TestDisk::do_read(GuestOffset at, std::span<std::byte> to) {
+Result<void> TestDisk::do_read(GuestOffset at, Buffers to) {
     TRY_VOID(verify_range(*this, at, to.size()));
     TRY_VOID(enter(at, to.size()));
     ++reads;
     const std::shared_lock lock(mutex_);
-    std::copy_n(bytes_.begin() + static_cast<std::ptrdiff_t>(at.value), to.size(), to.begin());
+    scatter(std::span(bytes_).subspan(at.value, to.size()), to);
     return {};
 }
 
@@ -25,12 +27,12 @@ Result<Extent> TestDisk::do_extent(GuestOffset at, std::uint64_t limit) {
     return extent;
 }
 
-Result<void> TestDisk::do_write(GuestOffset at, std::span<const std::byte> from) {
+Result<void> TestDisk::do_write(GuestOffset at, ConstBuffers from) {
     TRY_VOID(verify_range(*this, at, from.size()));
     TRY_VOID(enter(at, from.size()));
     ++writes;
     const std::unique_lock lock(mutex_);
-    std::ranges::copy(from, bytes_.begin() + static_cast<std::ptrdiff_t>(at.value));
+    gather(from, std::span(bytes_).subspan(at.value));
     for (auto i = at.value / block; i * block < at.value + from.size(); ++i) holes_[i] = false;
     return {};
 }

@@ -28,11 +28,11 @@ public:
     [[nodiscard]] std::uint64_t size() const override { return bytes_.size(); }
     [[nodiscard]] std::uint64_t block_size() const override { return block_size_; }
 
-    Result<void> do_read(GuestOffset at, std::span<std::byte> to) override;
+    Result<void> do_read(GuestOffset at, Buffers to) override;
 
     Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override;
 
-    Result<void> do_write(GuestOffset at, std::span<const std::byte> from) override;
+    Result<void> do_write(GuestOffset at, ConstBuffers from) override;
 
     Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes zeroes) override;
 

@@ -27,11 +27,11 @@ class Picky final : public PassThrough {
 public:
     using PassThrough::PassThrough;
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         if (!suits(at, to)) return std::unexpected(Error{Errc::io, "read", "not aligned"});
         return inner().read(at, to);
     }
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         if (!from.empty() && !suits(at, from)) return std::unexpected(Error{Errc::io, "write", "not aligned"});
         return inner().write(at, from);
     }
@@ -42,9 +42,13 @@ public:
     }
 
 private:
-    static bool suits(HostOffset at, std::span<const std::byte> memory) {
-        return (at.value | memory.size()) % alignment.block == 0 &&
-               reinterpret_cast<std::uintptr_t>(memory.data()) % alignment.memory == 0;
+    template <class Byte>
+    static bool suits(HostOffset at, BasicBuffers<Byte> memory) {
+        for (const auto piece : memory) {
+            if (piece.size() % alignment.block != 0) return false;
+            if (reinterpret_cast<std::uintptr_t>(piece.data()) % alignment.memory != 0) return false;
+        }
+        return at.value % alignment.block == 0;
     }
 };
 
@@ -64,10 +68,10 @@ class Slow final : public PassThrough {
 public:
     using PassThrough::PassThrough;
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         return slowly([&] { return inner().read(at, to); });
     }
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         return slowly([&] { return inner().write(at, from); });
     }
     Result<void> resize(std::uint64_t size) override {

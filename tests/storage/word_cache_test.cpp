@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/buffers.h"
 #include "base/try.h"
 #include "support/bytes.h"
 #include "support/result.h"
@@ -26,21 +27,23 @@ public:
     [[nodiscard]] std::string identity() const override { return name_; }
     [[nodiscard]] Result<std::uint64_t> size() const override { return size_; }
     [[nodiscard]] Result<std::uint64_t> allocated() const override { return size_; }
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         ++reads;
         if (broken) return fail(Errc::io, name_, "broken");
         std::size_t there = 0;
         std::uint64_t word = 0;
+        Bytes bytes(to.size());
         for (std::size_t i = 0; i < to.size(); ++i) {
             const auto offset = at.value + i;
             const bool inside = offset < size_;
             if (i % 8 == 0) word = scrambled(offset / 8);  // pages begin at multiples of 8
-            to[i] = inside ? static_cast<std::byte>(word >> (56 - offset % 8 * 8)) : std::byte{0};
+            bytes[i] = inside ? static_cast<std::byte>(word >> (56 - offset % 8 * 8)) : std::byte{0};
             there += inside ? 1 : 0;
         }
+        scatter(bytes, to);
         return there;
     }
-    Result<void> write(HostOffset, std::span<const std::byte>) override { return no(); }
+    Result<void> write(HostOffset, ConstBuffers) override { return no(); }
     Result<void> write_zeroes(HostOffset, std::uint64_t) override { return no(); }
     Result<void> allocate(HostOffset at, std::uint64_t length) override {
         if (full) return fail(Errc::no_space, name_, "full");

@@ -11,7 +11,7 @@ class CountingStorage final : public PassThrough {
 public:
     using PassThrough::PassThrough;
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         ++writes;
         return PassThrough::write(at, from);
     }

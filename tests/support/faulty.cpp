@@ -42,7 +42,7 @@ SparseStorage::SparseStorage(std::shared_ptr<Storage> inner, std::shared_ptr<Fre
     }
 }
 
-Result<void> SparseStorage::write(HostOffset at, std::span<const std::byte> from) {
+Result<void> SparseStorage::write(HostOffset at, ConstBuffers from) {
     const std::lock_guard lock(mutex_);
     const auto done = take(at.value, at.value + from.size());
     if (done == at.value + from.size()) return inner().write(at, from);
@@ -130,12 +130,12 @@ std::optional<Faults::Fault> Faults::next(Operation operation, std::uint64_t end
     return std::nullopt;
 }
 
-Result<std::size_t> FaultyStorage::read(HostOffset at, std::span<std::byte> to) const {
+Result<std::size_t> FaultyStorage::read(HostOffset at, Buffers to) const {
     if (const auto fault = faults_->next(Operation::read)) return failed(*fault);
     return inner().read(at, to);
 }
 
-Result<void> FaultyStorage::write(HostOffset at, std::span<const std::byte> from) {
+Result<void> FaultyStorage::write(HostOffset at, ConstBuffers from) {
     if (const auto fault = faults_->next(Operation::write, at.value + from.size())) {
         // Disks write whole sectors or nothing of them.
         const auto end = at.value + from.size() * fault->percent_done / 100;

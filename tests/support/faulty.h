@@ -45,7 +45,7 @@ public:
 
     SparseStorage(std::shared_ptr<Storage> inner, std::shared_ptr<FreeBlocks> free, Zeros zeros);
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override;
+    Result<void> write(HostOffset at, ConstBuffers from) override;
 
     Result<void> allocate(HostOffset at, std::uint64_t length) override;
 
@@ -116,9 +116,9 @@ public:
     FaultyStorage(std::shared_ptr<Storage> inner, std::shared_ptr<Faults> faults)
         : PassThrough(std::move(inner)), faults_(std::move(faults)) {}
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override;
+    Result<std::size_t> read(HostOffset at, Buffers to) const override;
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override;
+    Result<void> write(HostOffset at, ConstBuffers from) override;
 
     Result<void> write_zeroes(HostOffset at, std::uint64_t length) override;
 

@@ -41,11 +41,11 @@ public:
         changed_.notify_all();
     }
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         stop(Operation::read, at, to.size());
         return inner().read(at, to);
     }
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         stop(Operation::write, at, from.size());
         return inner().write(at, from);
     }
@@ -73,12 +73,12 @@ class NoisyStorage final : public PassThrough {
 public:
     using PassThrough::PassThrough;
 
-    Result<std::size_t> read(HostOffset at, std::span<std::byte> to) const override {
+    Result<std::size_t> read(HostOffset at, Buffers to) const override {
         const Noise noise;
         const std::shared_lock lock(mutex_);
         return inner().read(at, to);
     }
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override {
+    Result<void> write(HostOffset at, ConstBuffers from) override {
         const Noise noise;
         const std::lock_guard lock(mutex_);
         return inner().write(at, from);

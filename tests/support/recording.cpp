@@ -1,5 +1,7 @@
 #include "support/recording.h"
 
+#include "base/buffers.h"
+
 namespace qcow::test {
 
 StorageLog::Tick StorageLog::append(StorageEvent event) {
@@ -12,8 +14,8 @@ StorageLog::Tick StorageLog::append_locked(StorageEvent event) {
     return events_.size() - 1;
 }
 
-Result<void> RecordingStorage::write(HostOffset at, std::span<const std::byte> from) {
-    StorageEvent event{Kind::write, file_, at.value, from.size(), Bytes(from.begin(), from.end())};
+Result<void> RecordingStorage::write(HostOffset at, ConstBuffers from) {
+    StorageEvent event{Kind::write, file_, at.value, from.size(), gathered(from)};
     return log_.apply(std::move(event), [&] { return inner().write(at, from); });
 }
 

@@ -84,7 +84,7 @@ public:
                      std::chrono::microseconds flush_time = {})
         : PassThrough(std::move(inner)), file_(std::move(file)), log_(log), flush_time_(flush_time) {}
 
-    Result<void> write(HostOffset at, std::span<const std::byte> from) override;
+    Result<void> write(HostOffset at, ConstBuffers from) override;
 
     Result<void> write_zeroes(HostOffset at, std::uint64_t length) override;
 
