@@ -25,7 +25,7 @@ void require(bool condition) {
 }
 
 /// Gives the input in pieces, and holds what the server sends against the form that it must have.
-class InputStream final : public nbd::Stream {
+class InputStream final : public Stream {
 public:
     InputStream(std::vector<std::byte> input, std::size_t piece) : input_(std::move(input)), piece_(piece) {}
 

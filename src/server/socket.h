@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "server/nbd/stream.h"
+#include "server/stream.h"
 #include "storage/file.h"
 
 namespace qcow {
@@ -39,7 +39,7 @@ Result<TcpListeners> listen_tcp(const std::string& host, std::uint16_t port);
 
 /// A connected socket. When wait_forever has not been called within `patience`, the peer has gone; one whose machine
 /// has vanished from the network is gone after two minutes, or a quarter of an hour if it was being answered.
-class SocketStream : public nbd::Stream {
+class SocketStream : public Stream {
 public:
     SocketStream(FileDescriptor fd, std::chrono::seconds patience);
 

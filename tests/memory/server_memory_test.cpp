@@ -20,7 +20,7 @@ using nbd::Command;
 using nbd::Option;
 
 /// A client that has said everything before it listens.
-class EagerClient final : public nbd::Stream {
+class EagerClient final : public Stream {
 public:
     explicit EagerClient(Bytes says) : says_(std::move(says)) {}
 

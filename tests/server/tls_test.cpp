@@ -397,7 +397,7 @@ TEST_F(Tls, ThatAreNotWhatTheyMustBe) {
 /// The stream by itself, on a socket that gives one byte at a time, or all that there is.
 class TlsStreams : public Tls {
 protected:
-    class Below final : public nbd::Stream {
+    class Below final : public Stream {
     public:
         explicit Below(int fd) : fd_(fd) {}
         std::size_t receive(std::span<std::byte> to) override {

@@ -13,6 +13,7 @@
 #include "support/effort.h"
 #include "support/random.h"
 #include "support/result.h"
+#include "support/scattered.h"
 #include "support/temporary_directory.h"
 
 namespace qcow {
@@ -122,11 +123,21 @@ private:
         return std::span(buffer_).subspan(skipped, length);
     }
 
+    /// In one piece, in two that are as aligned as the whole is, or in any number of pieces.
+    template <class Byte>
+    std::vector<std::span<Byte>> cut(std::span<Byte> memory) {
+        if (random_.chance(30)) return {memory};
+        if (random_.chance(50)) return cut_up(memory, random_);
+        const auto first = random_.below(memory.size() + 1) / 4096 * 4096;
+        return {memory.first(first), memory.subspan(first)};
+    }
+
     void write(std::uint64_t at, std::uint64_t length) {
         const auto text = random_.bytes(length);
         const auto from = memory(length);
         std::ranges::copy(std::as_bytes(std::span(text)), from.begin());
-        must(storage_.write({at}, from));
+        const auto pieces = cut(std::span<const std::byte>(from));
+        must(storage_.write({at}, ConstBuffers(pieces)));
         if (length != 0) expected_.resize(std::max<std::size_t>(expected_.size(), at + length));
         std::ranges::copy(from, expected_.begin() + static_cast<std::ptrdiff_t>(std::min(at, expected_.size())));
     }
@@ -135,7 +146,8 @@ private:
         const auto to = memory(length);
         std::ranges::fill(to, std::byte{0xee});
         const auto there = std::min<std::uint64_t>(length, expected_.size() - std::min(at, expected_.size()));
-        ASSERT_EQ(must(storage_.read({at}, to)), there);
+        const auto pieces = cut(to);
+        ASSERT_EQ(must(storage_.read({at}, Buffers(pieces))), there);
         ASSERT_TRUE(std::equal(to.begin(), to.begin() + static_cast<std::ptrdiff_t>(there),
                                expected_.begin() + static_cast<std::ptrdiff_t>(std::min(at, expected_.size()))));
         ASSERT_TRUE(std::ranges::all_of(to.subspan(there), [](std::byte byte) { return byte == std::byte{0}; }));

@@ -1,7 +1,7 @@
 #pragma once
 // What the commands do to a disk, but for writes, whose data is the connection's business.
 
-#include "server/nbd/pace.h"
+#include "server/pace.h"
 #include "server/nbd/replies.h"
 #include "server/nbd/session.h"
 

@@ -7,7 +7,8 @@
 
 #include "base/bits.h"
 #include "base/within_memory.h"
-#include "server/nbd/crew.h"
+#include "server/crew.h"
+#include "server/nbd/commands.h"
 #include "server/nbd/handshake.h"
 
 namespace qcow::nbd {
@@ -44,11 +45,18 @@ public:
           bounds_{disk_.size(), session.exported->read_only, chunk_bytes(disk_)},
           output_(stream),
           replies_(make_replies()),
-          crew_(limits.workers, limits.connection_bytes, [this] { return make_replies(); }) {}
+          crew_(limits.workers, limits.connection_bytes) {}
 
     void run();
 
 private:
+    /// What a thread of the crew needs besides its task.
+    struct Tools {
+        explicit Tools(Transmission& transmission) : replies(transmission.make_replies()) {}
+        Replies replies;
+        KnownData known;
+    };
+
     [[nodiscard]] Replies make_replies() { return {output_, session_.style, bounds_.chunk}; }
     [[nodiscard]] Pace& pace_of(const Request& request);
     [[nodiscard]] bool for_the_crew(const Request& request);
@@ -57,6 +65,9 @@ private:
     bool handle(const Request& request);
     bool write_here(const Request& request);
     bool write_elsewhere(const Request& request);
+    template <class Work>
+    void give_to_crew(std::uint64_t bytes, Work&& work);
+    [[nodiscard]] std::unique_ptr<Tools> take_tools();
 
     Input& input_;
     const Session& session_;
@@ -66,7 +77,9 @@ private:
     Replies replies_;
     KnownData known_;
     std::array<Pace, command_count> paces_;
-    Crew crew_;
+    std::mutex tools_mutex_;
+    std::vector<std::unique_ptr<Tools>> tools_;  // that no task uses
+    Crew crew_;                                  // last, as its tasks use the others
 };
 
 Pace& Transmission::pace_of(const Request& request) {
@@ -103,6 +116,31 @@ void Transmission::run() {
     crew_.finish();
 }
 
+std::unique_ptr<Transmission::Tools> Transmission::take_tools() {
+    const std::lock_guard lock(tools_mutex_);
+    if (tools_.empty()) return std::make_unique<Tools>(*this);
+    auto tools = std::move(tools_.back());
+    tools_.pop_back();
+    return tools;
+}
+
+/// Has the crew do the work, for which `bytes` are reserved. If memory runs out, the connection ends.
+template <class Work>
+void Transmission::give_to_crew(std::uint64_t bytes, Work&& work) {
+    crew_.submit(bytes, [this, work = std::forward<Work>(work)]() mutable {
+        std::unique_ptr<Tools> tools;
+        const auto done = within_memory([&]() -> Result<void> {
+            tools = take_tools();
+            work(*tools);
+            tools->replies.flush();
+            const std::lock_guard lock(tools_mutex_);
+            tools_.push_back(std::move(tools));
+            return {};
+        });
+        if (!done) tools ? tools->replies.hang_up() : output_.hang_up();
+    });
+}
+
 bool Transmission::handle(const Request& request) {
     const auto payload = payload_size(request, session_.style);
     // More than any client may send is not worth being received, and nothing can be found behind it.
@@ -125,7 +163,7 @@ bool Transmission::handle(const Request& request) {
     const auto bytes = std::min<std::uint64_t>(request.command == Command::read ? request.length : 0, bounds_.chunk);
     replies_.flush();
     crew_.reserve(bytes);
-    crew_.submit(bytes, [this, request, data = std::vector(with_it->begin(), with_it->end())](Crew::Tools& tools) {
+    give_to_crew(bytes, [this, request, data = std::vector(with_it->begin(), with_it->end())](Tools& tools) {
         if (!output_.broken()) perform(session_, request, data, tools.known, pace_of(request), tools.replies);
     });
     return true;
@@ -160,7 +198,7 @@ bool Transmission::write_elsewhere(const Request& request) {
         crew_.reserve(piece);
         auto data = std::make_unique_for_overwrite<std::byte[]>(piece);
         if (!input_.take_into({data.get(), piece})) return false;
-        crew_.submit(piece, [this, write, at, piece, data = std::move(data)](Crew::Tools& tools) {
+        give_to_crew(piece, [this, write, at, piece, data = std::move(data)](Tools& tools) {
             auto& pace = pace_of(write->request);
             auto result = pace.timed(piece, [&] { return disk_.write({at}, {data.get(), piece}); });
             if (!write->done(std::move(result))) return;

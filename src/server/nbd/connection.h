@@ -4,7 +4,7 @@
 #include <span>
 
 #include "qcow/serve.h"
-#include "server/nbd/stream.h"
+#include "server/stream.h"
 #include "server/nbd/tls.h"
 
 namespace qcow::nbd {

@@ -6,7 +6,7 @@
 #include <mutex>
 #include <vector>
 
-#include "server/nbd/stream.h"
+#include "server/stream.h"
 
 namespace qcow::nbd {
 

@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "qcow/serve.h"
-#include "server/nbd/stream.h"
+#include "server/stream.h"
 
 namespace qcow::nbd {
 

@@ -4,9 +4,11 @@
 #include <cstddef>
 #include <span>
 
-namespace qcow::nbd {
+namespace qcow {
 
-/// One thread receives and one sends at a time; shutdown may be called from any.
+/// A connection that carries bytes in both directions.
+///
+/// Thread safety: one thread receives and one sends at a time. Any thread may call shutdown.
 class Stream {
 public:
     Stream() = default;
@@ -27,4 +29,4 @@ public:
     virtual void shutdown() = 0;
 };
 
-}  // namespace qcow::nbd
+}  // namespace qcow

@@ -1,27 +1,15 @@
-#include "server/nbd/crew.h"
+#include "server/crew.h"
 
-#include <new>
+#include <algorithm>
 #include <system_error>
 
-namespace qcow::nbd {
+namespace qcow {
 namespace {
 
 /// A task that has no data has a weight all the same, so that their number is bounded.
 constexpr std::uint64_t min_weight = 16 << 10;
 
-void perform(Crew::Task& task, Crew::Tools& tools) {
-    try {
-        task(tools);
-        tools.replies.flush();
-    } catch (const std::bad_alloc&) {
-        tools.replies.hang_up();
-    }
-}
-
 }  // namespace
-
-Crew::Crew(unsigned max_threads, std::uint64_t max_bytes, std::function<Replies()> make_replies)
-    : max_threads_(max_threads), max_bytes_(max_bytes), make_replies_(std::move(make_replies)) {}
 
 void Crew::reserve(std::uint64_t bytes) {
     bytes = std::max(bytes, min_weight);
@@ -36,17 +24,16 @@ void Crew::submit(std::uint64_t bytes, Task task) {
     jobs_.push_back({std::max(bytes, min_weight), std::move(task)});
     if (idle_ < jobs_.size() && threads_.size() < max_threads_) {
         try {
-            threads_.emplace_back([this, tools = std::make_unique<Tools>(make_replies_)] { work(*tools); });
+            threads_.emplace_back([this] { work(); });
             return;
         } catch (const std::system_error&) {
-            // The system has no more threads. Those that there are do it; if there are none, the caller's.
+            // The system has no more threads. Those that there are run the task; if there are none, the caller's does.
             if (threads_.empty()) {
                 auto job = std::move(jobs_.front());
                 jobs_.pop_front();
                 bytes_ -= job.bytes;
                 lock.unlock();
-                Tools tools(make_replies_);
-                perform(job.task, tools);
+                job.task();
                 --in_flight_;
                 return;
             }
@@ -56,7 +43,7 @@ void Crew::submit(std::uint64_t bytes, Task task) {
     job_there_.notify_one();
 }
 
-void Crew::work(Tools& tools) {
+void Crew::work() {
     std::unique_lock lock(mutex_);
     for (;;) {
         ++idle_;
@@ -66,7 +53,7 @@ void Crew::work(Tools& tools) {
         auto job = std::move(jobs_.front());
         jobs_.pop_front();
         lock.unlock();
-        perform(job.task, tools);
+        job.task();
         job.task = nullptr;
         --in_flight_;
         lock.lock();
@@ -85,4 +72,4 @@ void Crew::finish() {
     threads_.clear();
 }
 
-}  // namespace qcow::nbd
+}  // namespace qcow

@@ -6,16 +6,18 @@
 #include <chrono>
 #include <cstdint>
 
-namespace qcow::nbd {
+namespace qcow {
 
-/// What is quick is best done by the thread that received it: passing it on costs more than doing it, and wakes a
-/// processor up. What is slow is done by others, many at once. Which of the two it is, is seen from how long the last
-/// requests took: one in eight that is slow tips the scales. Thread-safe.
+/// Tells quick requests from slow ones, by how long the last ones took. The thread that receives a quick request had
+/// better perform it: to pass it on costs more, and wakes a processor up. Slow requests are for other threads, many at
+/// once. Requests count as slow when one in eight is.
+///
+/// Thread safety: all functions may be called from any number of threads.
 class Pace {
 public:
     [[nodiscard]] bool is_slow() const { return score_.load(std::memory_order_relaxed) > threshold; }
 
-    /// Does something that has to do with `bytes` bytes, and takes its time.
+    /// Performs a request of `bytes` bytes, and measures how long that takes.
     template <class F>
     auto timed(std::uint64_t bytes, F&& work) {
         const auto begin = Clock::now();
@@ -40,4 +42,4 @@ private:
     std::atomic<int> score_ = 0;
 };
 
-}  // namespace qcow::nbd
+}  // namespace qcow
