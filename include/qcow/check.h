@@ -1,5 +1,5 @@
 #pragma once
-// What verification of an image finds.
+// Checking the metadata of an image, and what a check finds.
 
 #include <cstddef>
 #include <cstdint>
@@ -14,40 +14,40 @@
 
 namespace qcow {
 
-/// One thing that is wrong with an image. `place` and `what` say it in words, the other fields say it to programs.
+/// One thing that is wrong with an image. `place` and `what` are for people, the other fields are for programs.
 struct CheckFinding {
     enum class Severity : std::uint8_t {
-        leak,        ///< space that nothing uses: wasteful, harmless
-        corruption,  ///< metadata that contradict each other: data are lost or will be
-        error,       ///< something could not be verified
-        postponed,   ///< an old refcount in an image that was not closed: opening the image for writing mends it
+        leak,        ///< space that nothing uses; harmless
+        corruption,  ///< metadata that contradict each other; data are lost or may be lost
+        error,       ///< something that could not be verified
+        postponed,   ///< a refcount of an image that was not closed; opening it for writing corrects it
     };
     enum class Kind : std::uint8_t {
-        other,             ///< none of the following
+        other,             ///< none of the kinds below
         leak,              ///< a refcount is higher than the references to its cluster
         refcount_too_low,  ///< a refcount is lower than the references to its cluster
         refcount_old,      ///< a refcount is wrong in an image that was not closed
-        uncounted,         ///< a refcount is higher than the references that could be found; damage hides others
+        uncounted,         ///< a refcount is higher than the references found, and damage may hide others
         overlap,           ///< a cluster is used for two purposes
-        past_end,          ///< a reference leads past the end of the file
-        misaligned,        ///< a reference does not lead to the beginning of a cluster
-        reserved_bits,     ///< bits are set that have no meaning
+        past_end,          ///< a reference points past the end of the file
+        misaligned,        ///< a reference does not point to the start of a cluster
+        reserved_bits,     ///< bits without a meaning are set
         copied_flag,       ///< the COPIED flag of an entry contradicts the refcount, or the entry itself
-        bad_entry,         ///< an entry contradicts itself
-        bad_header,        ///< a field of the header contradicts the rest of it
-        bad_table,         ///< a table cannot be used at all
-        wrong_length,      ///< a structure is too short, or too long for what it describes
-        duplicate_name,    ///< several bitmaps have one name
-        misplaced,         ///< a cluster lies elsewhere in the data file than it has to
+        bad_entry,         ///< the bits of an entry contradict each other
+        bad_header,        ///< a header field contradicts another one
+        bad_table,         ///< a table cannot be used
+        wrong_length,      ///< a structure is too short or too long for what it describes
+        duplicate_name,    ///< several bitmaps have the same name
+        misplaced,         ///< a cluster of the data file is not at its guest offset
         backing_chain,     ///< a file that the image depends on cannot be opened
     };
-    /// What would mend it.
+    /// What would repair it.
     enum class Remedy : std::uint8_t {
-        nothing,            ///< no change of the metadata does
-        rebuild_refcounts,  ///< counting all references, and writing the refcounts that follow
-        correct_entry,      ///< writing the entry, or the field, with other bits
-        drop_entry,         ///< clearing the entry: what it leads to is lost
-        copy_contents,      ///< copying what the entry leads to into a cluster of its own
+        nothing,            ///< no change of the metadata repairs it
+        rebuild_refcounts,  ///< count all references and write the refcounts
+        correct_entry,      ///< write the entry or field with other bits
+        drop_entry,         ///< clear the entry; what it points to is lost
+        copy_contents,      ///< copy what the entry points to into a new cluster
         remove_bitmap,
         remove_snapshot,
     };
@@ -55,8 +55,8 @@ struct CheckFinding {
     std::string place;
     std::string what;
     Kind kind = Kind::other;
-    /// The host cluster that it is about: the one that is counted or referenced in the wrong way, or the one that holds
-    /// the entry at fault. In the image file, in bytes, aligned to the cluster size. Nothing: it is about no cluster.
+    /// The host cluster with the fault: the cluster that is counted or referenced wrongly, or that holds the wrong
+    /// entry. An offset in the image file, a multiple of the cluster size. Unset if the finding is about no cluster.
     std::optional<HostOffset> cluster = {};
     Remedy remedy = Remedy::nothing;
 };
@@ -66,30 +66,33 @@ struct CheckReport {
     std::uint64_t corruptions = 0;
     std::uint64_t errors = 0;
     std::uint64_t postponed = 0;  ///< host clusters
-    bool dirty = false;           ///< its last writer kept refcounts in memory, and did not close it
-    /// Host clusters past the end of the file that are counted all the same. They take no space, until the file grows.
+    bool dirty = false;           ///< the image has the dirty bit: its last writer did not close it
+    /// Host clusters past the end of the file with a refcount but no reference. They take no space until the file
+    /// grows.
     std::uint64_t counted_past_end = 0;
-    std::vector<CheckFinding> findings;  ///< the first CheckOptions::max_findings of them
+    std::vector<CheckFinding> findings;  ///< by host offset; see CheckOptions::max_findings
 
     std::uint64_t total_clusters = 0;       ///< of the virtual disk
-    std::uint64_t allocated_clusters = 0;   ///< that this image stores
-    std::uint64_t compressed_clusters = 0;  ///< of those
-    std::uint64_t fragmented_clusters = 0;  ///< of those, not stored behind their predecessor
-    std::uint64_t image_end = 0;            ///< host offset behind the last cluster in use
+    std::uint64_t allocated_clusters = 0;   ///< of those, stored in this image
+    std::uint64_t compressed_clusters = 0;  ///< of allocated_clusters
+    std::uint64_t fragmented_clusters = 0;  ///< of allocated_clusters: compressed, or not behind their predecessor
+    std::uint64_t image_end = 0;            ///< the host offset behind the last cluster in use
 
     [[nodiscard]] bool clean() const { return leaks == 0 && corruptions == 0 && errors == 0 && postponed == 0; }
 
-    /// Opening the image for writing makes it clean: the refcounts of a dirty image are counted anew then. What else is
-    /// wrong with it makes that fail.
+    /// Returns whether opening the image for writing makes it clean. Opening rebuilds the refcounts of a dirty image,
+    /// and fails if anything else is wrong.
     [[nodiscard]] bool mended_by_writing() const { return dirty && corruptions == 0 && errors == 0; }
 };
 
 struct CheckOptions {
-    unsigned workers = 0;  ///< threads; 0: one a processor
+    unsigned workers = 0;  ///< threads; 0: one per processor
+    /// The report lists at most so many findings, and one more about the chain. It counts all of them. Postponed
+    /// refcounts are listed only if the other findings leave room.
     std::size_t max_findings = 1000;
-    /// Four bytes a host cluster in use are needed, more or less; beyond this budget the check fails.
+    /// Memory budget. A check needs about four bytes per host cluster in use, and fails if that exceeds the budget.
     std::size_t memory_bytes = std::size_t{1} << 30;
-    JobControl control = {};  ///< progress is in bytes of the L2 tables, which take the longest
+    JobControl control = {};  ///< progress is in bytes of L2 tables
 };
 
 struct ImageSpec;
@@ -99,10 +102,12 @@ struct CheckResult {
     CheckReport report;
 };
 
-/// Opens an image and verifies its metadata, and that its backing chain can be opened. Where the chain cannot be
-/// opened, that is a finding of severity `error`, and the image is verified by itself. Nothing is written. Errors:
-/// those of open_image for the image itself; Errc::unsupported for a format without metadata; Errc::limit_exceeded
-/// where CheckOptions::memory_bytes does not suffice; Errc::cancelled.
+/// Opens an image with its backing chain, and verifies the image's metadata. If the chain or the data file cannot be
+/// opened, the report has a finding of severity `error`, and the image is checked alone. Nothing is written unless
+/// ImageSpec::write is set.
+///
+/// Errors: those of open_image for the image itself; Errc::unsupported for a format without metadata;
+/// Errc::limit_exceeded if CheckOptions::memory_bytes is too small; Errc::cancelled.
 QCOW_API Result<CheckResult> check(const ImageSpec& spec, const CheckOptions& options = {});
 
 }  // namespace qcow

@@ -1,5 +1,5 @@
 #pragma once
-// Several disks, one behind the other, as one.
+// Joins several disks into one.
 
 #include <memory>
 #include <vector>
@@ -8,8 +8,8 @@
 
 namespace qcow {
 
-/// A disk for reading with the contents of all `parts`. Each begins at a multiple of 512 bytes, as for QEMU: what a
-/// part lacks to one is zeros. Errc::limit_exceeded for parts that are longer than 2^63 bytes together.
+/// Returns a read-only disk with the contents of `parts`, one behind the other. Each part is filled up with zeros to a
+/// multiple of 512 bytes. Errors: Errc::limit_exceeded if all parts together are longer than 2^63 bytes.
 QCOW_API Result<std::shared_ptr<Disk>> concatenate(std::vector<std::shared_ptr<Disk>> parts);
 
 }  // namespace qcow

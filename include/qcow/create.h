@@ -1,5 +1,5 @@
 #pragma once
-// Making new images: empty ones, and ones with the contents of a Disk.
+// Making new images: empty, or with the contents of a Disk.
 
 #include <cstdint>
 #include <memory>
@@ -12,96 +12,102 @@
 
 namespace qcow {
 
-/// Whether host clusters are there before they are written.
+/// What a new image has before it is written to.
 enum class Preallocation : std::uint8_t {
-    off,
-    metadata,  ///< all of the mapping; data clusters are holes in the file
-    falloc,    ///< and their space is reserved
-    full,      ///< and filled with zeros
+    off,       ///< nothing
+    metadata,  ///< the whole mapping; data clusters are holes in the file
+    falloc,    ///< the mapping, and reserved space for the data
+    full,      ///< the mapping, and data clusters filled with zeros
 };
 
-/// What a new image is to be like. The defaults are QEMU's.
+/// The properties of a new image. The defaults are QEMU's.
 struct CreateOptions {
-    std::uint64_t size = 0;                                ///< virtual size in bytes; rounded_size() of it is made
+    std::uint64_t size = 0;                                ///< virtual size in bytes; rounded up by rounded_size()
     unsigned version = 3;                                  ///< 2 or 3
-    std::uint64_t cluster_size = std::uint64_t{64} << 10;  ///< 512 bytes to 2 MiB, a power of two
-    unsigned refcount_bits = 16;                           ///< 1 to 64, a power of two; 16 in version 2
-    bool lazy_refcounts = false;
-    bool extended_l2 = false;  ///< subclusters; clusters of at least 16 KiB
+    std::uint64_t cluster_size = std::uint64_t{64} << 10;  ///< a power of two from 512 bytes to 2 MiB
+    unsigned refcount_bits = 16;                           ///< a power of two from 1 to 64; 16 in version 2
+    bool lazy_refcounts = false;                           ///< lets other programs write refcounts late
+    bool extended_l2 = false;                              ///< subclusters; needs clusters of 16 KiB or more
     Compression compression = Compression::zlib;
     Preallocation preallocation = Preallocation::off;
-    std::string backing_name = {};    ///< as it is to stand in the header; empty: no backing file
-    std::string backing_format = {};  ///< "raw", "qcow" or "qcow2"
-    std::string data_file_name = {};  ///< as it is to stand in the header; empty: data lie in the image
-    /// The data file is to be a raw image by itself: all of the disk is mapped to it, so that both are always the same.
+    std::string backing_name = {};    ///< as recorded in the header; empty: no backing file
+    std::string backing_format = {};  ///< "raw", "qcow" or "qcow2"; empty: not recorded
+    std::string data_file_name = {};  ///< as recorded in the header; empty: no data file
+    /// The data file is a raw image by itself. The whole disk is mapped to it, so image and data file always agree.
     bool data_file_raw = false;
 
     friend bool operator==(const CreateOptions&, const CreateOptions&) = default;
 };
 
-/// The files that a new image consists of. What they hold is lost. Block devices are written from their start, and need
-/// not read as zeros; Errc::no_space where they are too small.
+/// The files of a new image. Their contents are lost. A block device is written from its start and need not read as
+/// zeros; if it is too small, the result is Errc::no_space.
 struct NewImageFiles {
     std::shared_ptr<Storage> image;
-    std::shared_ptr<Storage> data_file;  ///< null unless CreateOptions::data_file_name is set
+    std::shared_ptr<Storage> data_file;  ///< null if CreateOptions::data_file_name is empty
 };
 
-/// Makes an image without contents. Errc::invalid_argument for options that exclude each other, with the reason.
+/// Makes an empty qcow2 image. Errors: Errc::invalid_argument for options that exclude each other; Errc::limit_exceeded
+/// for names that do not fit into the header; Errc::io, no_space.
 QCOW_API Result<void> create_image(const NewImageFiles& files, const CreateOptions& options);
 
-/// Makes a raw disk of zeros. Of the options it has `size` and `preallocation`, but not that of metadata:
-/// Errc::invalid_argument for others. See NewImageFiles for `file`.
+/// Makes a raw disk of zeros in `file`: see NewImageFiles. The only options are `size` and `preallocation`, except
+/// Preallocation::metadata. Errors: Errc::invalid_argument for others; Errc::io, no_space.
 QCOW_API Result<void> create_raw_image(const std::shared_ptr<Storage>& file, const CreateOptions& options);
 
-/// A new image under a name. Plain data.
+/// Describes a new image and its name. Plain data.
 struct NewImage {
-    std::string path = {};          ///< a file to make or to replace, or a block device to overwrite
+    std::string path = {};          ///< the file to make or replace, or the block device to overwrite
     Format format = Format::qcow2;  ///< raw or qcow2
-    /// The names of backing file and data file are names that a person gives: see parse_location. They are relative to
-    /// the directory of `path`, and the image records them as recorded_name() says. A backing file needs its format, in
-    /// `backing_format` or in its name. A data file must be new or empty, or a block device.
+    /// The names of the backing file and the data file are parsed by parse_location, relative to the directory of
+    /// `path`, and recorded as recorded_name() returns them. The format of the backing file is required, in
+    /// `backing_format` or in its name. The data file must be absent, empty or a block device.
     CreateOptions options = {};
-    bool untrusted = false;  ///< the backing file comes from a stranger: see ImageSpec::untrusted
+    bool untrusted = false;  ///< the backing file is not trusted: see ImageSpec::untrusted
     NewFile::Contents contents = NewFile::Contents::durable;
 };
 
 struct CreateJob {
     NewImage image;
-    /// The size is that of the backing file, whatever CreateOptions::size says. Otherwise it is that.
+    /// Takes the size of the backing file in place of CreateOptions::size.
     bool size_of_backing = false;
-    bool unchecked = false;  ///< the backing file need not be there; excludes size_of_backing
+    bool unchecked = false;  ///< does not open the backing file; excludes size_of_backing
 };
 
 struct CreateResult {
     std::string path;
-    std::uint64_t size = 0;         ///< of the disk, in bytes
-    std::vector<Warning> warnings;  ///< all that JobControl::warn was told
+    std::uint64_t size = 0;         ///< virtual size in bytes
+    std::vector<Warning> warnings;  ///< all warnings that JobControl::warn received
 };
 
-/// Makes an empty image and its data file, which appear under their names when they are complete: see NewFile. Opens
-/// the backing file first, to see that it is an image. Never overwrites the backing file or what lies below it.
+/// Makes an empty image and its data file. They get their names when they are complete: see NewFile. Opens the backing
+/// file first, to verify that it is an image. Never overwrites the backing file or a file of its chain.
+///
+/// Uses only `warn` of `control`.
 /// Errors: Errc::invalid_argument for options that exclude each other; those of open_image and NewFile.
-/// Of `control` only `warn` matters.
 QCOW_API Result<CreateResult> create(const CreateJob& job, const JobControl& control = {});
 
 struct ConvertOptions {
-    /// target_is_zero and skip_equal do not matter. Of sparse_bytes only 0 does: whole clusters of zeros are stored.
+    /// target_is_zero and skip_equal are ignored. sparse_bytes: 0 stores clusters of zeros, other values do not.
     CopyOptions copy = {};
     bool compress = false;  ///< excludes preallocation
-    /// 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd; nothing: 2 and 3. Levels 1 to 3 of zlib are ISA-L's.
+    /// 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd. If unset, 2 for zlib and 3 for zstd. ISA-L does zlib's levels
+    /// 1 to 3.
     std::optional<int> level = {};
-    /// The contents of the backing file that `CreateOptions::backing_name` names: what is equal to it is not stored.
+    /// The disk of the backing file that CreateOptions::backing_name names. Clusters equal to it are not stored.
     std::shared_ptr<Disk> backing = {};
 };
 
-/// Makes an image with the contents of `source`, and zeros behind them if the options give a larger size. Size 0 is
-/// that of the source; Errc::invalid_argument for one that is smaller. The same source and options give the same bytes,
-/// whatever the number of workers. Memory does not grow with the image.
+/// Makes a qcow2 image with the contents of `source`. CreateOptions::size 0 stands for the source's size. A larger size
+/// adds zeros. The same source and options give the same bytes, for any number of workers. Memory does not grow with
+/// the image.
+///
+/// Errors: Errc::invalid_argument for a size smaller than the source's, and for options that exclude each other;
+/// Errc::cancelled; those of reading and writing.
 QCOW_API Result<void> convert_image(Disk& source, const NewImageFiles& files, const CreateOptions& options,
                                     const ConvertOptions& convert = {});
 
-/// The same for a raw disk, see create_raw_image. CopyOptions::target_is_zero: whether `file` is empty, or reads as
-/// zeros.
+/// Makes a raw disk with the contents of `source`: see create_raw_image and convert_image. Set
+/// CopyOptions::target_is_zero if `file` is empty or reads as zeros.
 QCOW_API Result<void> convert_raw_image(Disk& source, const std::shared_ptr<Storage>& file,
                                         const CreateOptions& options, const CopyOptions& copy = {});
 

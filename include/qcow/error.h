@@ -1,8 +1,7 @@
 #pragma once
-// Errors are values. Every function that can fail returns a Result, and throws no exception: also where memory runs out
-// (Errc::no_memory). Functions that the caller passes in must not throw either. What returns a plain text or object
-// (such as printable, Error::message, memory_storage, local_files) throws std::bad_alloc where there is no memory for
-// that.
+// Errors are values. A function that can fail returns a Result and throws nothing: if memory runs out, it returns
+// Errc::no_memory. Functions that the caller passes in must not throw. A function that returns a plain string or object
+// (printable, Error::message, memory_storage, local_files, ...) throws std::bad_alloc if memory runs out.
 
 #include <expected>
 #include <string>
@@ -14,38 +13,38 @@
 
 namespace qcow {
 
-/// What kind of failure it is, for programs; people read Error::message().
+/// The kind of a failure, for programs. Error::message() is for people.
 enum class Errc {
-    invalid_argument,   ///< the caller asked for something that cannot be
-    not_found,          ///< no such file or snapshot
+    invalid_argument,   ///< the caller asked for something impossible
+    not_found,          ///< there is no such file, snapshot or bitmap
     access_denied,      ///< the operating system forbids it
-    locked,             ///< another process holds the file in a way that excludes this use
-    read_only,          ///< a write to something that was opened for reading
-    no_space,           ///< the file system or quota is full
+    locked,             ///< another process has the file open in a way that excludes this use
+    read_only,          ///< a write to something that is not open for writing
+    no_space,           ///< the file system or quota is full, or the format has no room left
     io,                 ///< the operating system failed a read, write or flush
-    corrupt,            ///< the image contradicts its format
-    unsupported,        ///< a valid image that uses something this library does not do
-    encrypted,          ///< the data is encrypted and no key was given
-    refused_by_policy,  ///< the image names a file that the caller's policy does not let it open
-    limit_exceeded,     ///< a limit on memory, depth or size that the caller or the library set
-    no_memory,          ///< the system gave no memory; an image that was being changed is no longer written
+    corrupt,            ///< the image violates its format
+    unsupported,        ///< valid, but this library does not support it
+    encrypted,          ///< the data are encrypted
+    refused_by_policy,  ///< the image names a file that the caller's policy does not allow
+    limit_exceeded,     ///< a limit of the caller or the library on memory, depth or size
+    no_memory,          ///< out of memory; an image that was being changed refuses further writes
     cancelled,          ///< the caller stopped the job: see JobControl::stop
 };
 
-/// One failure: its kind, the place where it was found, and a sentence to act on.
+/// One failure: its kind, its place, and a sentence that says what to do.
 struct QCOW_API Error {
     Errc code = Errc::io;
-    std::string place;  ///< file, structure and offset, outermost first, joined by ": "
-    std::string what;   ///< what is wrong there and, where there is one, the remedy
+    std::string place;  ///< file, structure and offset, outermost first, separated by ": "
+    std::string what;   ///< what is wrong there, and the remedy if there is one
 
-    /// Of Disk::read and Disk::extent: the bytes of the request that cannot be read for this reason. All before them
-    /// can be read. Length 0: which bytes they are is not known.
+    /// Set by Disk::read and Disk::extent: the bytes of the request that this error makes unreadable. The bytes before
+    /// them are readable. Length 0: not known.
     GuestRange unreadable = {};
 
-    /// "place: what", on one line whatever the image's own strings contain.
+    /// Returns "place: what" as one line of printable text, whatever strings of the image it contains.
     [[nodiscard]] std::string message() const;
 
-    /// The same error seen from further out: `outer` is put in front of the place.
+    /// Returns the error with `outer` in front of its place.
     [[nodiscard]] Error in(std::string_view outer) &&;
 };
 

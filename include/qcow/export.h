@@ -1,4 +1,4 @@
 #pragma once
 
-/// Marks what the shared library offers; everything else stays hidden in it.
+/// Marks what the shared library exports. All other symbols are hidden.
 #define QCOW_API __attribute__((visibility("default")))

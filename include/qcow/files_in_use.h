@@ -1,5 +1,5 @@
 #pragma once
-// Which files a job reads and writes, so that it overwrites none that it also uses otherwise.
+// The files that a job reads and writes. Keeps a job from overwriting a file that it also uses otherwise.
 
 #include <cstdint>
 #include <map>
@@ -13,30 +13,30 @@ namespace qcow {
 class Image;
 struct ImageSpec;
 
-/// The files of one job, each with its role. A file may be read in several roles. One that is written has only that
-/// role, or a second use would find its contents gone. Files are told apart by what they are (device and inode), not by
-/// their names, so that links and other spellings do not matter, and without locks. Every job that makes or changes a
-/// file adds all files of the job before it changes any. Not thread-safe.
+/// The files of one job, each with its role. A file may be read in several roles. A file that is written has that one
+/// role only. Files are identified by device and inode, so links and spellings do not matter. No locks are taken. A job
+/// adds all of its files before it changes any.
 ///
-/// Each function fails with Errc::invalid_argument, and names both roles, where a file has an excluding role already.
+/// Errors of each function: Errc::invalid_argument if the file has a role that excludes the new one. The message names
+/// both roles.
+/// Thread safety: none.
 class QCOW_API FilesInUse {
 public:
     enum class Use : std::uint8_t { read, written };
 
-    /// One file. `role` is a noun for messages, such as "the target". The file need not exist: it is then the name in
-    /// its directory that is used. What is neither a regular file nor a block device is left out.
+    /// Adds one file. `role` is a noun for messages, such as "the target". A file that does not exist is identified by
+    /// its directory and name. Ignores what is neither a regular file nor a block device.
     Result<void> add(Use use, const std::string& path, const std::string& role);
 
-    /// The files of an open image, and of the layers below it. The layers below are read.
+    /// Adds the files of an open image with `use`, and those of the layers below it as read.
     Result<void> add(Use use, const Image& image, const std::string& role);
 
-    /// The files of an image that was opened by `spec`. What its header names is among them, although `spec` has
-    /// something else read in its place.
+    /// Adds the files of an image that was opened by `spec`. Also adds the backing chain that its header names if
+    /// `spec` replaces that or leaves it out.
     Result<void> add(Use use, const Image& image, const ImageSpec& spec, const std::string& role);
 
-    /// The same for an image that is not open: what it and the layers below it name, as far as that can be followed. It
-    /// takes no locks, and it is no error that something cannot be opened. Of `spec` only the location and `untrusted`
-    /// matter.
+    /// Adds the files of an image that is not open, and those that it and the layers below it name, as far as they can
+    /// be opened. A file that cannot be opened is no error. Uses only `location` and `untrusted` of `spec`.
     Result<void> add_unopened(Use use, const ImageSpec& spec, const std::string& role);
 
 private:

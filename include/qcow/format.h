@@ -1,5 +1,5 @@
 #pragma once
-// The formats of images, and their names.
+// Image formats and their names.
 
 #include <cstdint>
 #include <optional>
@@ -11,10 +11,10 @@ namespace qcow {
 
 enum class Format : std::uint8_t { raw, qcow, qcow2 };
 
-/// "raw", "qcow" (version 1), "qcow2" (versions 2 and 3), as in headers and on QEMU's command lines.
+/// Returns "raw", "qcow" (version 1) or "qcow2" (versions 2 and 3): the names that headers and QEMU use.
 QCOW_API std::string_view format_name(Format format);
 
-/// The format that has this name. Returns nothing for any other name.
+/// Returns the format with this name, or nothing.
 QCOW_API std::optional<Format> format_from_name(std::string_view name);
 
 }  // namespace qcow

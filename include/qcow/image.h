@@ -1,5 +1,5 @@
 #pragma once
-// Image: a Disk that is stored in one of the formats, and what its metadata say about it.
+// Image: a Disk that is stored in one of the formats, and its metadata.
 
 #include <cstdint>
 #include <functional>
@@ -17,93 +17,97 @@
 
 namespace qcow {
 
-/// How compressed clusters are: raw deflate ("zlib") or zstd.
+/// The compression of clusters: raw deflate ("zlib") or zstd.
 enum class Compression : std::uint8_t { zlib = 0, zstd = 1 };
 
-/// A file that an image names: someone else's wish, until a Gate grants it.
+/// A file that an image names. It is opened only if a Gate allows it.
 struct FileReference {
     enum class Role : std::uint8_t { backing_file, data_file };
     Role role = Role::backing_file;
-    std::string name;       ///< exactly as the image has it: a path, "file:..." or "json:{...}"
-    Location location;      ///< what the name comes to; a relative path is resolved against the directory of `named_by`
-    std::string named_by;   ///< the name of the Storage that holds the image
-    bool writable = false;  ///< it is to be written: the data file of an image that is
-    /// That what names it is an image was only told from its first bytes, which a guest may have written. Of layers
-    /// below the topmost one such references are never granted: they do not come here.
+    std::string name;       ///< exactly as recorded: a path, "file:..." or "json:{...}"
+    Location location;      ///< the name, parsed; a relative path is resolved against the directory of `named_by`
+    std::string named_by;   ///< the name of the image's Storage
+    bool writable = false;  ///< the file will be written: the data file of an image that is open for writing
+    /// The format of the naming image was guessed from its first bytes, which a guest may have written. A guessed layer
+    /// below the topmost one never gets its files, so its references do not reach the gate.
     bool guessed = false;
 };
 
-/// Decides what becomes of a file that an image names: opens it, or refuses with Errc::refused_by_policy.
+/// Opens a file that an image names, or refuses it with Errc::refused_by_policy.
 using Gate = std::function<Result<std::shared_ptr<Storage>>(const FileReference&)>;
 
-/// Refuses every file.
+/// Returns a gate that refuses every file.
 QCOW_API Gate no_files();
 
-/// Opens whatever file or block device is named, as the user of the process: for images that are trusted. Read-only,
-/// unless FileReference::writable asks for more. FileOptions say what `force_share` means to files that are read, and
-/// `direct` to those that are written.
+/// Returns a gate for trusted images. It opens any file or block device that the process may open, read-only unless
+/// FileReference::writable is set. `force_share` holds for files that are read, `direct` for those that are written:
+/// see FileOptions.
 QCOW_API Gate local_files(bool force_share = false, bool direct = false);
 
-/// For images from strangers: opens regular files that lie in `directory` or below, which is that of the topmost image
-/// (the part of its Storage's name before the last slash; empty: the current directory). Neither "..", nor symbolic
-/// links, nor what another process changes meanwhile leads out of it. Refused are absolute paths, "json:" descriptions,
-/// everything that is no regular file, and whatever an image names that was not said to be one (OpenOptions::format):
-/// a guest can make its raw disk look like an image. The options are those of local_files. Errc::refused_by_policy;
-/// unsupported where the kernel cannot keep names within a directory (before Linux 5.6).
+/// Returns a gate for images that are not trusted. It opens regular files in `directory` or below. `directory` is that
+/// of the topmost image: its Storage's name up to the last slash; empty: the current directory. "..", symbolic links,
+/// and changes by another process at the same time do not lead out of it. The options are those of local_files.
+///
+/// The gate refuses absolute paths, "json:" descriptions and files that are not regular. It also refuses what an image
+/// names whose format was guessed (no OpenOptions::format): a guest can make its raw disk look like an image.
+/// Errors of the gate: Errc::refused_by_policy; Errc::unsupported before Linux 5.6, which cannot keep names within a
+/// directory; those of open_file.
 QCOW_API Gate files_beneath(const std::string& directory, bool force_share = false, bool direct = false);
 
-/// When writes reach the disk.
+/// When writes become durable.
 enum class CacheMode : std::uint8_t {
-    writeback,     ///< with the next flush
+    writeback,     ///< at the next flush
     writethrough,  ///< before the write returns
-    unsafe,        ///< when the operating system likes: flushes are ignored, and a power loss may destroy the image
+    unsafe,        ///< at any time: flushes do nothing, and a power loss may destroy the image
 };
 
-/// What becomes of writes that consist of zeros.
+/// What happens to writes of zeros.
 enum class DetectZeroes : std::uint8_t {
     off,    ///< they are written
-    on,     ///< they become write_zeroes that keep their storage, block by block
-    unmap,  ///< and give it up
+    on,     ///< zeros become write_zeroes that keep their storage, block by block
+    unmap,  ///< zeros become write_zeroes that release their storage, block by block
 };
 
-/// How an image that is open for writing behaves. Its enabled bitmaps are marked as in_use before the first change, and
-/// saved by Image::close. What does not fit into memory (see OpenOptions::cache_bytes) or is damaged stays in_use.
+/// How an image is written. Enabled bitmaps are marked in_use before the first change, and saved by Image::close. A
+/// bitmap that is damaged or does not fit into memory (see OpenOptions::cache_bytes) stays in_use.
 struct WriteOptions {
     CacheMode cache = CacheMode::writeback;
-    /// Whether Disk::discard does anything, and storage that is no longer used is given back to the file system.
+    /// If true, Disk::discard works, and unused storage is given back to the file system. If false, neither happens.
     bool discard = true;
     DetectZeroes detect_zeroes = DetectZeroes::off;
-    /// Counts all references when the image is opened. An image whose refcounts are too low, or whose file or data file
-    /// was cut, is marked as corrupt and refused, before a write could destroy what it holds. It takes as long as
-    /// Image::check, about 0.1 s for 1 TiB of mapped disk, and for that time four bytes a host cluster in use; an image
-    /// that would need more than 256 MiB is not counted. False: refcounts and file lengths are believed. Only the
-    /// clusters of metadata are then known, and never handed out.
+    /// If true, opening counts all references of the image. If refcounts are too low, or data were cut off the file or
+    /// the data file, opening marks the image as corrupt and fails: a write could destroy data. Cost: the time of
+    /// Image::check (about 0.1 s for 1 TiB of mapped disk), and four bytes of memory per host cluster in use while it
+    /// runs. An image that needs more than 256 MiB is not counted. If false, refcounts and file lengths are trusted.
+    /// Writes still never allocate clusters that hold metadata.
     bool verify_refcounts = true;
 };
 
 struct OpenOptions {
-    /// The image itself can be written; its Storage must be writable. Backing files never are. A dirty image has its
-    /// refcounts rebuilt; one that is marked corrupt is refused.
+    /// Opens the image for writing, but not its backing files. Its Storage must be writable. The refcounts of a dirty
+    /// image are rebuilt. An image that is marked as corrupt is refused.
     bool writable = false;
-    WriteOptions write = {};  ///< where it is writable
-    /// Nothing: told from the contents. What is not qcow or qcow2 is then raw; but not what has the signature of
-    /// something else (VMDK, VHD, LUKS, gzip, a web page, ...), nor what is called "x.qcow2" and looks like nothing:
-    /// Errc::unsupported, with its name and the remedy. The same holds for backing files without a recorded format.
+    WriteOptions write = {};  ///< used if `writable`
+    /// The image's format. If unset, it is guessed from the contents. A file that is not qcow or qcow2 is then raw,
+    /// with two exceptions: one with another format's signature (VMDK, VHD, LUKS, gzip, a web page, ...), and one named
+    /// like "x.qcow2" that looks like nothing known. These give Errc::unsupported, with what they are and the remedy.
+    /// The same rules hold for a backing file whose format is not recorded.
     std::optional<Format> format = {};
-    /// What lies below the image, in place of the file that its header names. Null: nothing, so that what the image
-    /// does not hold itself reads as zeros; only for reading (Errc::invalid_argument), and `warn` is told.
+    /// If set, replaces the backing file that the header names. Null: no backing file, so unallocated bytes read as
+    /// zeros. If the header names one, `warn` is called, and opening for writing gives Errc::invalid_argument.
     std::optional<std::shared_ptr<Storage>> backing = {};
-    /// The format of the backing file, named by the header or given here; nothing: what the header records, else told
-    /// from the contents.
+    /// The format of the topmost image's backing file. If unset, the recorded format counts; if none is recorded, the
+    /// format is guessed.
     std::optional<Format> backing_format = {};
-    /// What happens to backing files and external data files. Nothing is opened that it does not open.
+    /// Opens backing files and external data files. No other file is opened.
     Gate gate = no_files();
-    /// False: this image alone. What it says of itself can be asked; reading what lies in other files fails.
+    /// If false, only this image is opened. Its metadata can be read. Reading bytes that lie in other files fails.
     bool follow = true;
-    /// Memory for cached metadata, in bytes, for the whole chain. The bits of enabled bitmaps that are written to may
-    /// take a quarter of that again, and 4 MiB in any case.
+    /// Memory for cached metadata, in bytes, divided equally among the layers of the chain; each gets 32 KiB or more.
+    /// The bits of enabled bitmaps that are written take up to a quarter of the topmost layer's share in addition, or
+    /// up to 4 MiB if that is more.
     std::size_t cache_bytes = std::size_t{32} << 20;
-    /// Told what is odd but not wrong, a sentence at a time.
+    /// Receives warnings about what is odd but not wrong, one sentence each.
     std::function<void(const std::string&)> warn = {};
 };
 
@@ -111,8 +115,8 @@ struct Feature {
     enum class Kind : std::uint8_t { incompatible, compatible, autoclear };
     Kind kind = Kind::incompatible;
     unsigned bit = 0;
-    std::string name;    ///< from the specification, else from the image's own feature name table, else "bit N"
-    bool known = false;  ///< to this library
+    std::string name;    ///< from this library, else from the image's feature name table, else "bit N"
+    bool known = false;  ///< this library knows the feature
 };
 
 struct SnapshotInfo {
@@ -128,12 +132,12 @@ struct SnapshotInfo {
 
 struct BitmapInfo {
     std::string name;
-    std::uint64_t granularity = 0;  ///< guest bytes a bit
-    bool in_use = false;            ///< being written, or a writer did not close it: the file's bits cannot be trusted
-    bool enabled = false;           ///< QEMU's "auto": every write is to be recorded
+    std::uint64_t granularity = 0;  ///< guest bytes per bit
+    bool in_use = false;            ///< a writer has it open or did not close it: the bits in the file are not valid
+    bool enabled = false;           ///< QEMU's "auto": writers record every write
 };
 
-/// A run of guest bytes whose bits in a bitmap are alike.
+/// A run of guest bytes whose bits in a bitmap are equal.
 struct DirtyRun {
     GuestOffset start = {};
     std::uint64_t length = 0;  ///< bytes, never 0
@@ -142,17 +146,17 @@ struct DirtyRun {
 
 struct EncryptionInfo {
     std::string method;  ///< "aes" or "luks"
-    std::string cipher;  ///< e.g. "aes-128-cbc", "aes-xts-plain64"
-    std::string hash;    ///< LUKS: what the key is derived with; else empty
+    std::string cipher;  ///< "aes-cbc-plain64", "aes-xts-plain64", ...
+    std::string hash;    ///< LUKS: the hash of the key derivation; else empty
     unsigned key_bits = 0;
-    unsigned slots = 0;  ///< LUKS: key slots there are
+    unsigned slots = 0;  ///< LUKS: number of key slots; else 0
     std::vector<unsigned> used_slots;
 };
 
 struct ReferenceInfo {
-    std::string name;    ///< as the image has it
-    std::string path;    ///< resolved; empty where it cannot be
-    std::string format;  ///< as recorded; empty: not recorded
+    std::string name;    ///< as recorded
+    std::string path;    ///< resolved; empty if the name cannot be parsed
+    std::string format;  ///< as recorded; empty: not recorded; "raw" for a data file
 };
 
 struct ExtensionInfo {
@@ -160,98 +164,106 @@ struct ExtensionInfo {
     std::uint32_t length = 0;
 };
 
-/// What header and tables say, without a walk over the mapping.
+/// What the header and the tables say, without the mapping.
 struct ImageInfo {
     std::string filename;
     Format format = Format::raw;
     std::uint64_t virtual_size = 0;
     std::uint64_t file_size = 0;
-    std::uint64_t disk_size = 0;     ///< bytes that the file occupies
+    std::uint64_t disk_size = 0;     ///< bytes that the image file occupies
     unsigned version = 0;            ///< 0 for raw
     std::uint64_t cluster_size = 0;  ///< bytes; 0 for raw
     std::string compression;         ///< "zlib" or "zstd"; empty for raw
-    unsigned refcount_bits = 0;      ///< 0 where there are none
+    unsigned refcount_bits = 0;      ///< 0: the format has none
     bool dirty = false;
     bool corrupt = false;
     bool lazy_refcounts = false;
     bool extended_l2 = false;
-    std::vector<Feature> features;  ///< the bits that are set
+    std::vector<Feature> features;  ///< all feature bits that are set
     std::optional<ReferenceInfo> backing;
     std::optional<ReferenceInfo> data_file;
     bool data_file_raw = false;
     std::optional<EncryptionInfo> encryption;
     std::vector<SnapshotInfo> snapshots;
     std::vector<BitmapInfo> bitmaps;
-    bool bitmaps_stale = false;  ///< there are bitmaps, but a writer that does not know them has been here
+    bool bitmaps_stale = false;  ///< a writer that does not know bitmaps has changed the image
     std::vector<ExtensionInfo> unknown_extensions;
-    // Why these could not be read, where they are damaged. The rest is right all the same.
+    // Set if this part is damaged. The other fields are valid.
     std::optional<Error> encryption_error;
     std::optional<Error> snapshots_error;
     std::optional<Error> bitmaps_error;
 };
 
-/// Guests count disks in sectors. A new or resized image has a whole number of them. Of an image that has not, the last
-/// byte can be read all the same.
+/// The size of a sector in bytes. A new or resized disk has a whole number of sectors. A disk that has not can be read
+/// to its last byte.
 inline constexpr std::uint64_t sector_bytes = 512;
 
-/// The virtual size that an image gets where `bytes` are asked for: as many sectors as they need.
+/// Returns `bytes`, rounded up to whole sectors: the virtual size that a new or resized image gets.
 constexpr std::uint64_t rounded_size(std::uint64_t bytes) {
     const std::uint64_t part = bytes % sector_bytes;
-    // What no disk can be large enough for is left as it is, to be refused.
+    // A size that no disk can have stays as it is, and is refused later.
     return part == 0 || bytes > std::uint64_t{1} << 63 ? bytes : bytes - part + sector_bytes;
 }
 
-/// An opened image. Thread safety: that of every Disk, where a function does not say otherwise.
+/// An open image.
+///
+/// Thread safety: as for every Disk, unless a function says otherwise.
 class QCOW_API Image : public Disk {
 public:
     [[nodiscard]] virtual Format format() const = 0;
 
-    /// The names of the files that this layer lies in, as they were opened: the image, and its data file if it has one.
+    /// Returns the names of this layer's files, as they were opened: the image file, and its data file if that is open.
     [[nodiscard]] virtual std::vector<std::string> files() const = 0;
 
-    /// The layer below; nothing where there is none or it was not followed.
+    /// Returns the layer below; null if there is none, or if it was not opened (OpenOptions::follow).
     [[nodiscard]] virtual std::shared_ptr<Image> backing() const { return nullptr; }
 
-    /// Everything that can be said without a walk.
+    /// Returns what the header and the tables say. A damaged part is no error: see ImageInfo. Errors: Errc::io.
     [[nodiscard]] Result<ImageInfo> info() const;
 
-    /// An internal snapshot, found by id, else by name, as a read-only disk of its own that keeps the image open.
+    /// Returns an internal snapshot, found by id, else by name, as a read-only disk. It keeps the image open.
+    /// Errors: Errc::not_found; Errc::corrupt for a damaged snapshot table or L1 table.
     Result<std::shared_ptr<Disk>> snapshot(std::string_view id_or_name);
 
-    /// Visits what a persistent bitmap says of [begin, begin + length), in guest order: dirty and clean runs by turns.
-    /// Of an image that is open for writing they include every request that completed before the call; a request in
-    /// flight may be included or not. Stops at the first error, of the image or of `visit`. Errors: Errc::not_found: no
-    /// such bitmap; corrupt: it is in_use, so that its bits cannot be trusted, or damaged; unsupported: it has extra
-    /// data that have to be understood; invalid_argument: the range does not lie within the disk.
+    /// Visits the runs of a persistent bitmap in [begin, begin + length), in guest order, dirty and clean in turn. If
+    /// the image is open for writing, they include every request that completed before the call. Requests in flight may
+    /// be missing. Stops at the first error of the image or of `visit`.
+    /// Errors: Errc::not_found: no such bitmap; Errc::corrupt: the bitmap is damaged, or a writer did not save it
+    /// (in_use); Errc::unsupported: it has unknown extra data; Errc::invalid_argument: the range exceeds the disk.
     Result<void> each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
                             const std::function<Result<void>(const DirtyRun&)>& visit);
 
-    /// Verifies the metadata of this image, not of its backing files. Errors: Errc::unsupported for formats that have
-    /// none. The image must not be written meanwhile.
+    /// Checks the metadata of this image, but not of its backing files. The image must not be written at the same time.
+    /// Errors: Errc::unsupported for formats without metadata; Errc::limit_exceeded for CheckOptions::memory_bytes;
+    /// Errc::cancelled; Errc::io.
     Result<CheckReport> check(const CheckOptions& options);
 
-    /// Writes whole clusters in compressed form: `at` is a multiple of block_size(), and so is the end of the range,
-    /// unless it is the end of the disk. What does not become smaller is stored as it is. Errors: Errc::unsupported for
-    /// formats that have no compression. `level`: see ConvertOptions.
+    /// Writes whole clusters, compressed. `at` is a multiple of block_size(). The end of the range is a multiple of it,
+    /// too, or the end of the disk. A cluster that does not become smaller is stored uncompressed. `level`: see
+    /// ConvertOptions.
+    /// Errors: Errc::unsupported for a format without compression, and for an image with an external data file;
+    /// Errc::invalid_argument for another range or level; those of Disk::write.
     Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from,
                                   std::optional<int> level = std::nullopt);
 
     enum class Shrink : bool { refuse, allow };
 
-    /// Changes the virtual size to rounded_size(size) bytes; new bytes read as zeros. It becomes smaller
-    /// only where that is allowed: what lies past the new end is lost. Requests past the smaller of both sizes must not
-    /// be in flight. On an error size() tells which of both the image has. Bitmaps become of the new size, new bits
-    /// clean; those that would no longer fit into memory, or are damaged, become in_use. What a smaller disk leaves at
-    /// the end of the file is cut off by close().
+    /// Changes the virtual size to rounded_size(size) bytes. New bytes read as zeros. A smaller size needs
+    /// Shrink::allow, and loses the bytes past the new end; close() cuts unused clusters off the file. Bitmaps get the
+    /// new size, with clean new bits. A bitmap that is damaged or no longer fits into memory becomes in_use. After an
+    /// error, size() returns the size that the image has.
+    /// Requests past the smaller of the two sizes must not be in flight.
+    /// Errors: Errc::invalid_argument: the size is smaller, without Shrink::allow, or too large for the format;
+    /// Errc::limit_exceeded: a bitmap would have more than 512 MiB of bits; Errc::unsupported: version 2 with
+    /// snapshots; those of Disk::write.
     Result<void> resize(std::uint64_t size, Shrink shrink = Shrink::refuse);
 
-    /// Flushes, and leaves the file as if there had been no writer: everything that was only reserved is given back. No
-    /// other request may be in flight; afterwards the image can be read, and no longer written. Without it the
-    /// destructor does the same, but nobody learns of errors.
+    /// Ends writing: flushes, saves the bitmaps, and gives back reserved space. Afterwards the image is read-only. No
+    /// other request may be in flight. The destructor closes the image, too, but cannot report errors.
     Result<void> close();
 
 protected:
-    // What an image does: see Disk.
+    // The implementation of a format: see Disk.
 
     [[nodiscard]] virtual Result<ImageInfo> do_info() const = 0;
     virtual Result<std::shared_ptr<Disk>> do_snapshot(std::string_view id_or_name);
@@ -259,14 +271,18 @@ protected:
                                        const std::function<Result<void>(const DirtyRun&)>& visit);
     virtual Result<CheckReport> do_check(const CheckOptions& options);
     virtual Result<void> do_write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level);
-    /// `size` is another one than that of the disk, and rounded.
+    /// `size` is rounded, and differs from the disk's.
     virtual Result<void> do_resize(std::uint64_t size);
     virtual Result<void> do_close();
 };
 
 /// Opens an image, and the chain below it as far as `options` allow. Memory is bounded by the cache budget and the
-/// length of the chain (4096 files at most; where a process may not have as many open, Errc::limit_exceeded), whatever
-/// the image claims. Reading needs the header and the mapping: refcounts, snapshots and bitmaps may be damaged.
+/// length of the chain, whatever the image claims. Reading needs only the header and the mapping: refcounts, snapshots
+/// and bitmaps may be damaged. Writing needs all of them.
+///
+/// Errors: Errc::corrupt; Errc::unsupported; Errc::refused_by_policy, or another error of the gate;
+/// Errc::limit_exceeded: the chain has more than 4096 files, or more than the process may have open;
+/// Errc::invalid_argument: see OpenOptions::backing; Errc::encrypted: an encrypted image cannot be written; Errc::io.
 QCOW_API Result<std::shared_ptr<Image>> open_image(std::shared_ptr<Storage> storage, const OpenOptions& options = {});
 
 }  // namespace qcow

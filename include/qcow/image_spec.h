@@ -1,5 +1,5 @@
 #pragma once
-// ImageSpec: an image as a job names it, and how it is opened.
+// ImageSpec: names an image and says how to open it.
 
 #include <memory>
 #include <optional>
@@ -12,24 +12,25 @@ namespace qcow {
 
 /// Names an image and says how it is opened. Plain data.
 struct ImageSpec {
-    /// Where it lies. Location::format is its format; without one, the format is told from the contents.
-    /// Location::alone: the backing file is left out, so that what the image does not hold reads as zeros.
+    /// Where the image lies. If Location::format is unset, the format is guessed from the contents. If Location::alone
+    /// is set, the backing file is left out, and what the image does not store reads as zeros.
     Location location;
-    /// Stands in for the backing file that the image names.
+    /// Replaces the backing file that the image names.
     std::optional<Location> backing = {};
-    /// The format of the backing file, in place of what the image records and of `backing`.
+    /// The format of the backing file. Replaces the recorded one, and that of `backing`.
     std::optional<Format> backing_format = {};
     bool follow = true;        ///< see OpenOptions::follow
-    bool force_share = false;  ///< see FileOptions::force_share; for files that are only read
-    bool direct = false;       ///< see FileOptions::direct; for files that are written
-    /// The image comes from a stranger. The files that it names are opened by files_beneath() and not by local_files().
+    bool force_share = false;  ///< see FileOptions::force_share; only for files that are read
+    bool direct = false;       ///< see FileOptions::direct; only for files that are written
+    /// The image is not trusted: files_beneath() opens the files that it names, in place of local_files().
     bool untrusted = false;
-    /// How it behaves as it is written. Nothing: it is only read.
+    /// How the image is written. If unset, it is opened for reading only.
     std::optional<WriteOptions> write = {};
 };
 
-/// Opens the image that `spec` names, with all that it names in turn. `warn` is told what is odd about it.
-/// Errors: those of open_storage and open_image. Thread-safe.
+/// Opens the image that `spec` names, with its chain. `warn` receives warnings about odd images.
+/// Errors: those of open_storage and of the other open_image.
+/// Thread safety: may be called from any number of threads.
 QCOW_API Result<std::shared_ptr<Image>> open_image(const ImageSpec& spec, const Warn& warn = {});
 
 }  // namespace qcow

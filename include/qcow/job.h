@@ -1,5 +1,5 @@
 #pragma once
-// What all jobs have in common: their progress, their cancellation, their warnings.
+// What all jobs share: progress, cancellation and warnings.
 
 #include <cstdint>
 #include <functional>
@@ -11,32 +11,32 @@
 
 namespace qcow {
 
-/// Something that a person should know, and that is no error.
+/// Something that a person should know, but no error.
 struct Warning {
     enum class Kind : std::uint8_t {
-        odd_image,         ///< an image, or what it names, is odd but not wrong
-        guessed_format,    ///< the format of an image that is written was guessed, and a guest can change the guess
-        misleading_name,   ///< a new file gets another format than its name says
-        written_in_place,  ///< a file that cannot be replaced loses its contents before the new ones are complete
-        rounded_size,      ///< a size that was asked for was rounded up to whole sectors
+        odd_image,         ///< an image, or a file that it names, is odd but not wrong
+        guessed_format,    ///< the format of an image that is written was guessed, and a guest can change that
+        misleading_name,   ///< the name of a new file promises another format
+        written_in_place,  ///< a file cannot be replaced: it loses its contents before the new ones are complete
+        rounded_size,      ///< the size was rounded up to whole sectors
     };
     Kind kind = Kind::odd_image;
-    std::string message;                ///< one line of printable text, which begins with the path
-    std::optional<Format> format = {};  ///< a caller who names this format gets no such warning
+    std::string message;                ///< one line of printable text that begins with the path
+    std::optional<Format> format = {};  ///< naming this format avoids the warning
 };
 
 using Warn = std::function<void(const Warning&)>;
 
-/// How the caller of a job follows it and ends it early. The functions are called by one thread at a time, which need
-/// not be the caller's, while the job runs. They must not throw.
+/// How a caller follows a job and cancels it. While the job runs, its threads call these functions, one at a time. They
+/// must not throw.
 struct JobControl {
-    /// Told how many bytes of how many are done. What kind of bytes they are is said at each job.
+    /// Receives the bytes done and the bytes in total. Each job says which bytes it counts.
     std::function<void(std::uint64_t done, std::uint64_t total)> progress = {};
-    /// Told each warning when it arises, by jobs that open images or make files.
+    /// Receives each warning as it arises. Used by jobs that open images or make files.
     Warn warn = {};
-    /// Once it is requested to stop, the job fails with Errc::cancelled as soon as its current pieces are done: each is
-    /// a request for a few MiB of data, or for 1 GiB of zeros or of data that the kernel copies (on disks of more than
-    /// 64 TiB: for 1/65536 of the disk). A flush is not interrupted. Safe to request from any thread.
+    /// A request to stop makes the job fail with Errc::cancelled when its current pieces are done. A piece is a few MiB
+    /// of data, or 1 GiB of zeros or of data that the kernel copies (1/65536 of a disk larger than 64 TiB). A flush is
+    /// not interrupted. A stop may be requested from any thread.
     std::stop_token stop = {};
 };
 

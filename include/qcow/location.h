@@ -1,5 +1,5 @@
 #pragma once
-// Location: where the bytes of an image lie. What people write and what images record is parsed into one, once.
+// Location: where the bytes of an image lie. Names that people give and names that images record are parsed into one.
 
 #include <cstdint>
 #include <map>
@@ -17,7 +17,7 @@ namespace qcow {
 class Storage;
 struct FileOptions;
 
-/// The kinds of places that hold images. Each has one opener.
+/// The kinds of places that hold images. Each kind has one opener.
 enum class Scheme : std::uint8_t {
     file,  ///< a regular file or block device of this machine
 };
@@ -25,29 +25,30 @@ enum class Scheme : std::uint8_t {
 /// Where an image lies, and what its name says about it.
 struct Location {
     Scheme scheme = Scheme::file;
-    std::string path = {};  ///< what the scheme's opener looks for; a file's may be relative
-    /// Options of a "json:{...}" description, as text, by key. Only those are let in that do not change the bytes. The
+    std::string path = {};  ///< for the scheme's opener; the path of a file may be relative
+    /// The options of a "json:{...}" description, as text, by key: only those that do not change the contents. The
     /// opener of files ignores them.
     std::map<std::string, std::string> options = {};
-    std::optional<Format> format = {};  ///< of the image, where the name says it
-    bool alone = false;                 ///< the image is to be read without its backing file ("backing": null)
+    std::optional<Format> format = {};  ///< the image's format, if the name says it
+    bool alone = false;                 ///< read the image without its backing file ("backing": null)
 };
 
-/// Parses a name that a person gives: a path, "file:PATH", or "json:{...}" as QEMU writes it. A colon of any other kind
-/// is part of a path. With `image`, the name is what the image of that path is to record: a relative path is then
-/// resolved against the directory of `image`.
+/// Parses a name that a person gives: a path, "file:PATH", or "json:{...}" as QEMU writes it. Any other colon is part
+/// of a path, unless "//" follows it. With `image`, a relative path is resolved against the directory of `image`.
 ///
-/// Errors: Errc::unsupported for a scheme that has no opener ("nbd://..."), and for an option of a description that
-/// would change the contents; Errc::invalid_argument for what cannot be understood. Thread-safe.
+/// Errors: Errc::unsupported for a scheme without an opener ("nbd://..."), for an option of a description that would
+/// change the contents, and for more than 4096 bytes; Errc::invalid_argument for a name that cannot be parsed.
+/// Thread safety: may be called from any number of threads.
 QCOW_API Result<Location> parse_location(std::string_view name, std::string_view image = {});
 
-/// Returns how an image has to record a name that a person gives, so that programs find the same file by it. A path
-/// whose colon would be taken for that of a scheme gets "./" in front. The name of a data file has to be a path, since
-/// QEMU parses no scheme there: pass Location::path for it. Thread-safe.
+/// Returns the name that an image must record, for a name that a person gives. Programs then find the same file: a path
+/// whose colon looks like the end of a scheme gets "./" in front. For a data file, pass Location::path, since QEMU
+/// parses no scheme in that name.
+/// Thread safety: may be called from any number of threads.
 QCOW_API Result<std::string> recorded_name(std::string_view name);
 
-/// Opens the storage at a location, with the opener of its scheme. Errors: those of the opener; for files see
-/// open_file. Thread-safe.
+/// Opens the storage at a location, with the opener of its scheme. Errors: those of the opener: see open_file.
+/// Thread safety: may be called from any number of threads.
 QCOW_API Result<std::shared_ptr<Storage>> open_storage(const Location& location, const FileOptions& options);
 
 }  // namespace qcow

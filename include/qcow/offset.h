@@ -1,12 +1,12 @@
 #pragma once
-// The two spaces of bytes, kept apart by the type system.
+// Offsets in the virtual disk and in files, as different types.
 
 #include <compare>
 #include <cstdint>
 
 namespace qcow {
 
-/// A position in bytes in one of the two spaces. Offsets of different spaces neither compare nor subtract.
+/// A position in bytes. Offsets of different spaces cannot be compared or subtracted.
 template <class Space>
 struct Offset {
     std::uint64_t value = 0;
@@ -23,7 +23,7 @@ struct Offset {
 /// A position in the virtual disk, as the guest sees it.
 using GuestOffset = Offset<struct GuestSpace>;
 
-/// A position in a Storage: in an image file or a data file.
+/// A position in a Storage: an image file or a data file.
 using HostOffset = Offset<struct HostSpace>;
 
 /// A run of guest bytes.

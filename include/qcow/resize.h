@@ -1,5 +1,5 @@
 #pragma once
-// Changing the virtual size of an image: the job. See Image::resize for what becomes of the contents.
+// The job that changes the virtual size of an image. Image::resize says what happens to the contents.
 
 #include <cstdint>
 
@@ -14,7 +14,7 @@ struct ResizeJob {
         shrink,  ///< the size shrinks by `bytes`
     };
 
-    ImageSpec image;  ///< ImageSpec::write says how it is written; without it the defaults hold
+    ImageSpec image;  ///< without ImageSpec::write, the defaults of WriteOptions hold
     Change change = Change::to;
     std::uint64_t bytes = 0;
     Image::Shrink shrink = Image::Shrink::refuse;
@@ -22,12 +22,12 @@ struct ResizeJob {
 
 struct ResizeResult {
     std::uint64_t old_size = 0;  ///< bytes
-    std::uint64_t new_size = 0;  ///< bytes, in whole sectors
+    std::uint64_t new_size = 0;  ///< bytes; whole sectors
 };
 
-/// Opens the image, changes its size, and closes it. Errors: Errc::invalid_argument for a size that no disk can have,
-/// and for a smaller one where `shrink` refuses it; those of open_image, Image::resize and Image::close.
-/// Of `control` only `warn` matters.
+/// Opens the image, changes its size, and closes it. Uses only `warn` of `control`.
+/// Errors: Errc::invalid_argument for a size that no disk can have, and for a smaller size if `shrink` refuses it;
+/// those of open_image, Image::resize and Image::close.
 QCOW_API Result<ResizeResult> resize(const ResizeJob& job, const JobControl& control = {});
 
 }  // namespace qcow

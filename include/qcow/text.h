@@ -1,5 +1,5 @@
 #pragma once
-// Bytes from images as text that is safe to show.
+// Turns bytes of images into text that is safe to print.
 
 #include <cstddef>
 #include <string>
@@ -9,9 +9,9 @@
 
 namespace qcow {
 
-/// Valid UTF-8 without control characters and overrides of the direction of writing: what is neither becomes "\xNN".
-/// Keeps hostile names from reaching a terminal, and messages on one line. Where the result would be longer than
-/// `max_bytes`, the end is left out, and "..." behind the rest says so.
+/// Returns `text` as one line of valid UTF-8. Invalid bytes, control characters and overrides of the direction of
+/// writing become "\xNN", so a hostile name cannot control a terminal. The result is cut off after at most `max_bytes`,
+/// and "..." is added if something is missing.
 QCOW_API std::string printable(std::string_view text, std::size_t max_bytes = std::string_view::npos);
 
 }  // namespace qcow

@@ -1,5 +1,6 @@
 #pragma once
-// Propagation of errors. `auto x = QCOW_TRY(f());` takes the value of f's Result, or returns its error.
+// Macros that return errors to the caller. `auto x = QCOW_TRY(f());` takes the value of f's Result or returns its
+// error.
 
 #include <expected>
 #include <utility>
@@ -8,8 +9,8 @@
 
 namespace qcow {
 
-/// Returns the value of a Result that has one. The macro QCOW_TRY uses it. Unlike the members of std::expected, it may
-/// be called where the value is not used: `QCOW_TRY(storage.read(...));`
+/// Returns the value of a Result that has one. QCOW_TRY uses it, because its value may be ignored without a warning:
+/// `QCOW_TRY(storage.read(...));`
 template <class T>
 T value_of(std::expected<T, Error>&& result) {
     return *std::move(result);
@@ -17,8 +18,8 @@ T value_of(std::expected<T, Error>&& result) {
 
 }  // namespace qcow
 
-// Statement expressions (GCC, Clang): std::expected has no operator for this. A counter gives each temporary a name of
-// its own, so that uses can be nested.
+// The macros are statement expressions (GCC, Clang). A counter gives each temporary its own name, so uses can be
+// nested.
 #define QCOW_JOIN_EXPANDED_(a, b) a##b
 #define QCOW_JOIN_(a, b) QCOW_JOIN_EXPANDED_(a, b)
 #define QCOW_TRY_AS_(result, ...)                                       \
@@ -34,8 +35,8 @@ T value_of(std::expected<T, Error>&& result) {
         }                                                      \
     } while (false)
 
-/// Evaluates an expression of type Result<T>. Gives its value, or returns its error from the function around it.
+/// Evaluates an expression of type Result<T> to its value. On an error, returns it from the enclosing function.
 #define QCOW_TRY(...) QCOW_TRY_AS_(QCOW_JOIN_(qcow_try_, __COUNTER__), __VA_ARGS__)
 
-/// The same for Result<void>: a statement without a value.
+/// Evaluates an expression of type Result<void>. On an error, returns it from the enclosing function. A statement.
 #define QCOW_TRY_VOID(...) QCOW_TRY_VOID_AS_(QCOW_JOIN_(qcow_try_, __COUNTER__), __VA_ARGS__)
