@@ -107,7 +107,7 @@ void entries(std::span<const std::byte> in) {
                 rules.geometry.extended_l2 = (variant & 1) != 0 && cluster_bits >= 14;
                 rules.external_data = (variant & 2) != 0;
                 rules.version = variant == 4 ? 2 : 3;
-                static_cast<void>(rules.flaw(entry));
+                static_cast<void>(rules.flaw(entry, {}));
                 const unsigned parts = rules.geometry.extended_l2 ? 32 : 1;
                 for (unsigned i = 0; i < parts;) {
                     const auto run = rules.run(entry, i);

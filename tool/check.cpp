@@ -86,6 +86,7 @@ void print_report_json(const qcow::CheckReport& report, const std::string& path,
                  {"corruptions", report.corruptions},
                  {"leaks", report.leaks},
                  {"dirty", report.dirty},
+                 {"marked-corrupt", report.marked_corrupt},
                  {"postponed", report.postponed},
                  {"image-end-offset", report.image_end},
                  {"total-clusters", report.total_clusters},
@@ -110,6 +111,12 @@ void print_advice(const qcow::CheckReport& report, const std::string& path) {
         } else {
             fmt::print("Opening it for writing would count them anew, but is refused because of the rest.\n");
         }
+    }
+    if (report.marked_corrupt && report.corruptions + report.errors == 0) {
+        fmt::print(
+            "The image is marked as corrupt, so it is not written, but no damage was found. A copy has no such mark: "
+            "qcow convert -O qcow2 {0} {0}.new\n",
+            qcow::printable(path));
     }
     if (report.corruptions > 0) {
         fmt::print(

@@ -67,6 +67,7 @@ struct CheckReport {
     std::uint64_t errors = 0;
     std::uint64_t postponed = 0;  ///< host clusters
     bool dirty = false;           ///< the image has the dirty bit: its last writer did not close it
+    bool marked_corrupt = false;  ///< the image has the corrupt bit: a writer has met damage, and it is not written
     /// Host clusters past the end of the file with a refcount but no reference. They take no space until the file
     /// grows.
     std::uint64_t counted_past_end = 0;

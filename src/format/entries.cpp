@@ -32,7 +32,7 @@ SubclusterRun EntryRules::run(L2Entry entry, unsigned index) const {
     return {ClusterKind::unallocated, count};
 }
 
-std::optional<EntryFlaw> EntryRules::flaw(L2Entry entry) const {
+std::optional<EntryFlaw> EntryRules::flaw(L2Entry entry, GuestOffset cluster) const {
     using Kind = EntryFlaw::Kind;
     const auto unreadable = [](std::string_view what, Kind kind = Kind::contradiction) {
         return EntryFlaw{kind, what, true};
@@ -47,6 +47,8 @@ std::optional<EntryFlaw> EntryRules::flaw(L2Entry entry) const {
     if (!is_aligned(entry.cluster().value, geometry.cluster_size())) {
         return unreadable("its host offset is not a multiple of the cluster size", Kind::misaligned);
     }
+    if (external_data && has_cluster(entry) && entry.cluster().value != cluster.value)
+        return unreadable("it does not lie where the guest's cluster lies in the data file", Kind::misplaced);
     if (version < 3 && (entry.word & zero_bit) != 0)
         return unreadable("marked as zeros, which version 2 does not have");
     if (geometry.extended_l2) {

@@ -87,7 +87,7 @@ struct SubclusterRun {
 };
 
 struct EntryFlaw {
-    enum class Kind : std::uint8_t { contradiction, misaligned, copied_flag, reserved_bits };
+    enum class Kind : std::uint8_t { contradiction, misaligned, misplaced, copied_flag, reserved_bits };
     Kind kind = Kind::contradiction;
     std::string_view what;
     bool unreadable = false;  // where the data lies can no longer be told; else reading can go on
@@ -107,8 +107,9 @@ struct EntryRules {
         return entry.cluster().value != 0 || (external_data && entry.copied());
     }
 
-    /// What contradicts the specification in the entry by itself, nothing if it is well formed.
-    [[nodiscard]] std::optional<EntryFlaw> flaw(L2Entry entry) const;
+    /// Returns what contradicts the specification in the entry of the guest cluster at `cluster`; nothing if it is well
+    /// formed.
+    [[nodiscard]] std::optional<EntryFlaw> flaw(L2Entry entry, GuestOffset cluster) const;
 };
 
 }  // namespace qcow::format

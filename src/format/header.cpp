@@ -88,7 +88,7 @@ Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data
                 return fail(Errc::corrupt, place("backing file format"),
                             fmt::format("a name of {} bytes", data.size()));
             }
-            h.backing_format = text(data);
+            if (!data.empty()) h.backing_format = text(data);
             break;
         case ExtensionType::data_file_name:
             if (data.size() > max_data_file_name) {

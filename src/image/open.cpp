@@ -275,6 +275,11 @@ private:
                                 backing.name, *backing.format));
     }
 
+    /// What is wrong with a layer, with the name of its file in front.
+    static std::unexpected<Error> named(Error error, const std::string& file) {
+        return std::unexpected(error.place.starts_with(file) ? std::move(error) : std::move(error).in(file));
+    }
+
     /// From the bottom up, since each image is made with the one below it.
     Result<std::shared_ptr<Image>> build() {
         std::shared_ptr<Layer> image;
@@ -284,7 +289,7 @@ private:
             const bool writable = options_.writable && layers_.size() == 1;
             auto opened = layer.pending->open({std::move(image), layer.alone, std::move(layer.data_file), cache_bytes,
                                                writable ? std::optional(options_.write) : std::nullopt});
-            if (!opened) return std::unexpected(std::move(opened).error().in(layer.storage->name()));
+            if (!opened) return named(std::move(opened).error(), layer.storage->name());
             image = *std::move(opened);
         }
         return image;

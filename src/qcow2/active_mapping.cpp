@@ -52,10 +52,10 @@ Result<std::vector<L2Entry>> ActiveMapping::load(GuestClusters clusters) {
         host += loaded * 8;
     }
     for (std::size_t i = 0; i < entries.size(); ++i) {
-        if (const auto flaw = rules_.flaw(entries[i]); flaw && flaw->unreadable) {
-            return metadata_.declare_corrupt(
-                fmt::format("L2 entry of guest offset {:#x}", offset_of(clusters.first + i).value),
-                std::string(flaw->what));
+        const GuestOffset cluster = offset_of(clusters.first + i);
+        if (const auto flaw = rules_.flaw(entries[i], cluster); flaw && flaw->unreadable) {
+            return metadata_.declare_corrupt(fmt::format("L2 entry of guest offset {:#x}", cluster.value),
+                                             std::string(flaw->what));
         }
     }
     return entries;

@@ -25,12 +25,8 @@ std::uint32_t uses_of(const Reference& reference) {
     }
 }
 
-/// Whether it means that guest data were cut off.
-bool loses_guest_data(const Flaw& flaw) {
-    if (flaw.kind == Flaw::Kind::data_file_cut) return true;
-    return flaw.kind == Flaw::Kind::past_end &&
-           (flaw.target == Structure::data || flaw.target == Structure::compressed);
-}
+/// Whether it means that something was cut off. A file that grows over it would have zeros there.
+bool is_cut(const Flaw& flaw) { return flaw.kind == Flaw::Kind::data_file_cut || flaw.kind == Flaw::Kind::past_end; }
 
 /// Counts the references of an image, and keeps what is wrong with them.
 class Counter : public Visitor {
@@ -49,7 +45,7 @@ public:
 
     Result<void> flaw(const Flaw& flaw) override {
         if (flaw.hides_references) uncounted_ = true;
-        if (loses_guest_data(flaw)) note_cut(flaw);
+        if (is_cut(flaw)) note_cut(flaw);
         findings_.add(CheckFinding::Severity::corruption, subject_of(flaw).value, flaw.count,
                       [&] { return finding_of(flaw, cluster_bits_); });
         return {};
@@ -125,6 +121,7 @@ public:
         CheckReport report;
         const auto state = metadata_.state();
         report.dirty = state.has(format::incompatible::dirty);
+        report.marked_corrupt = state.has(format::incompatible::corrupt);
         report.total_clusters = metadata_.geometry().clusters(state.size);
         report.allocated_clusters = mapped_.allocated;
         report.compressed_clusters = mapped_.compressed;

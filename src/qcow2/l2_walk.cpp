@@ -118,7 +118,7 @@ Result<void> L2Walk::visit_entries(const Table& table, std::uint64_t index, std:
                                    HostOffset& contiguous, MappedClusters& mapped) {
     const GuestOffset guest{table.l1_index * geometry_.l2_coverage() + (index << geometry_.cluster_bits)};
     const Place place{Structure::l2_table, table.at, table.at + index * geometry_.entry_words() * 8, index, guest};
-    if (const auto flaw = rules_.flaw(entry)) {
+    if (const auto flaw = rules_.flaw(entry, guest)) {
         TRY_VOID(report_entry(place, entry, *flaw, count));
         if (flaw->unreadable) return {};
     }
@@ -149,10 +149,11 @@ Result<void> L2Walk::report_entry(const Place& place, L2Entry entry, const forma
               .word = entry.word,
               .detail = found.what,
               .count = count,
-              .hides_references = found.unreadable,
+              .hides_references = found.unreadable && !rules_.external_data,
               .in_data_file = rules_.external_data};
     switch (found.kind) {
         case format::EntryFlaw::Kind::contradiction: break;
+        case format::EntryFlaw::Kind::misplaced: flaw.kind = Flaw::Kind::misplaced; break;
         case format::EntryFlaw::Kind::misaligned: flaw.kind = Flaw::Kind::misaligned; break;
         case format::EntryFlaw::Kind::copied_flag: flaw.kind = Flaw::Kind::copied_flag; break;
         case format::EntryFlaw::Kind::reserved_bits: flaw.kind = Flaw::Kind::reserved_bits; break;
@@ -189,10 +190,6 @@ Result<void> L2Walk::verify_in_data_file(const Place& place, L2Entry entry, std:
     // Nobody shares the data file's clusters.
     if (!entry.copied()) {
         flaw.kind = Flaw::Kind::copied_flag;
-        TRY_VOID(visitor_.flaw(flaw));
-    }
-    if (entry.cluster().value != place.guest->value) {
-        flaw.kind = Flaw::Kind::misplaced;
         TRY_VOID(visitor_.flaw(flaw));
     }
     const std::uint64_t cluster_size = geometry_.cluster_size();

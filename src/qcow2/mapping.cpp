@@ -116,7 +116,8 @@ Result<Mapped> Mapping::scan(std::span<const std::uint64_t> words, GuestOffset a
     const auto& rules = metadata_.rules();
     const auto& geometry = rules.geometry;
     const L2Entry first{words[0], geometry.extended_l2 ? words[1] : 0};
-    if (const auto flaw = rules.flaw(first); flaw && flaw->unreadable) {
+    const GuestOffset cluster{align_down(at.value, geometry.cluster_size())};
+    if (const auto flaw = rules.flaw(first, cluster); flaw && flaw->unreadable) {
         return damaged(metadata_,
                        fmt::format("L2 entry at host offset {:#x} (guest offset {:#x})", entry_at.value, at.value),
                        flaw->what);
@@ -153,10 +154,12 @@ Mapped Mapping::scan_subclusters(std::span<const std::uint64_t> words, GuestOffs
     auto mapped = decode(rules, {words[0], words[1]}, at);
     const std::uint64_t grows = stride(mapped.kind, geometry.cluster_size());
     std::uint64_t cluster = L2Entry{words[0]}.cluster().value;
+    GuestOffset guest{at.value - skip};
     std::uint64_t subclusters = 0;
-    for (std::size_t i = 0; i + 1 < words.size(); i += 2, index = 0, cluster += grows) {
+    for (std::size_t i = 0; i + 1 < words.size();
+         i += 2, index = 0, cluster += grows, guest += geometry.cluster_size()) {
         const L2Entry entry{words[i], words[i + 1]};
-        if (i != 0 && (entry.compressed() || rules.flaw(entry) || entry.copied() != mapped.copied ||
+        if (i != 0 && (entry.compressed() || rules.flaw(entry, guest) || entry.copied() != mapped.copied ||
                        (grows != 0 && entry.cluster().value != cluster)))
             break;
         // A word of zeros may lie past the end of the file: lookup() sees to those that it begins with.

@@ -35,8 +35,9 @@ Result<void> Writer::open() {
     TRY_VOID(active_.verify_readable());
     const auto state = parts_->metadata.state();
     if (state.has(format::incompatible::corrupt)) {
-        return fail(Errc::corrupt, "header field incompatible_features (byte 72)",
-                    "the image is marked as corrupt, so it is not written; check it, or open it for reading only");
+        return fail(
+            Errc::corrupt, "header field incompatible_features (byte 72)",
+            "the image is marked as corrupt, so it is not written; qcow check says what is wrong, and what to do");
     }
     TRY_VOID(metadata_.load());
     TRY_VOID(bitmaps_.load());
@@ -68,7 +69,7 @@ Result<void> Writer::begin_first() {
     const auto& metadata = parts_->metadata;
     const auto state = metadata.state();
     // Features that are not known may depend on what is about to change.
-    std::uint64_t kept = format::autoclear::raw_external_data;
+    std::uint64_t kept = parts_->data.is_external() ? format::autoclear::raw_external_data : 0;
     if (metadata.header().bitmaps_consistent(state)) kept |= format::autoclear::bitmaps;
     if ((state.autoclear & ~kept) != 0)
         TRY_VOID(metadata_.change_header([&](format::HeaderState& changed) { changed.autoclear &= kept; }));

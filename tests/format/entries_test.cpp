@@ -26,12 +26,12 @@ EntryRules with_external_data(EntryRules rules) {
     return rules;
 }
 
-std::string flaw_of(const EntryRules& rules, L2Entry entry) {
-    const auto flaw = rules.flaw(entry);
+std::string flaw_of(const EntryRules& rules, L2Entry entry, GuestOffset cluster = {}) {
+    const auto flaw = rules.flaw(entry, cluster);
     return flaw ? std::string(flaw->what) : "none";
 }
-bool is_unreadable(const EntryRules& rules, L2Entry entry) {
-    const auto flaw = rules.flaw(entry);
+bool is_unreadable(const EntryRules& rules, L2Entry entry, GuestOffset cluster = {}) {
+    const auto flaw = rules.flaw(entry, cluster);
     return flaw && flaw->unreadable;
 }
 
@@ -212,6 +212,19 @@ TEST(StandardEntry, CopiedAtOffset0IsTheFirstClusterOfAnExternalDataFile) {
     EXPECT_EQ(flaw_of(rules, {copied_bit}), "none");
     EXPECT_EQ(rules.run({0}, 0).kind, ClusterKind::unallocated);
     EXPECT_EQ(rules.run({zero_bit}, 0).kind, ClusterKind::zero);
+}
+
+TEST(StandardEntry, InAnExternalDataFileAGuestClusterHasItsPlace) {
+    const auto rules = with_external_data(standard());
+    EXPECT_EQ(flaw_of(rules, {copied_bit | 0x30000}, {0x30000}), "none");
+    EXPECT_EQ(flaw_of(rules, {zero_bit}, {0x30000}), "none");
+    EXPECT_EQ(flaw_of(rules, {0}, {0x30000}), "none");
+    for (const std::uint64_t elsewhere : {copied_bit, copied_bit | 0x40000, copied_bit | zero_bit | 0x40000}) {
+        EXPECT_EQ(flaw_of(rules, {elsewhere}, {0x30000}),
+                  "it does not lie where the guest's cluster lies in the data file");
+        EXPECT_TRUE(is_unreadable(rules, {elsewhere}, {0x30000}));
+    }
+    EXPECT_EQ(flaw_of(standard(), {copied_bit | 0x40000}, {0x30000}), "none");
 }
 
 // ---- L2 entries: extended ----

@@ -402,6 +402,104 @@ TEST_F(Opening, AnL1TableThatWasLeftOut) {
     }
 }
 
+/// What is at the end of the file was cut off, and the rest looks like an image without data.
+TEST_F(Opening, AnL1TableThatWasCut) {
+    must_qemu_img({"create", "-q", "-f", "qcow2", "whole.qcow2", "16M"}, directory_.path());
+    must_qemu_io("whole.qcow2", "qcow2", {"write -q -P 7 0 16M"}, directory_.path());
+    // In the refcount block in front of the L1 table; and before an L1 table that growth has moved to the end.
+    auto in_block = bytes_of("whole.qcow2");
+    ASSERT_EQ(load_be<std::uint64_t>(std::as_bytes(std::span(in_block)), 40), 3 * 65536U);
+    in_block.resize(180'000);
+    must_tool({"resize", "whole.qcow2", "5T"});
+    auto at_end = bytes_of("whole.qcow2");
+    at_end.resize(load_be<std::uint64_t>(std::as_bytes(std::span(at_end)), 40));
+    for (const auto& cut : {in_block, at_end}) {
+        put("cut.qcow2", cut);
+        expect_refusal({"convert", "cut.qcow2", "out.raw"},
+                       AllOf(HasSubstr("the L1 table"), HasSubstr("the file was cut")));
+        expect_refusal({"resize", "cut.qcow2", "6T"}, HasSubstr("check the image before it is written"));
+        EXPECT_EQ(tool({"check", "cut.qcow2"}).status, 2);
+        EXPECT_EQ(bytes_of("cut.qcow2"), cut);
+    }
+}
+
+/// An L2 table that lies at the end of a file, the end of which was cut off.
+TEST_F(Opening, AnL2TableThatWasCut) {
+    must_qemu_img({"create", "-q", "-f", "qcow2", "cut.qcow2", "16M"}, directory_.path());
+    must_qemu_io("cut.qcow2", "qcow2", {"write -q -P 7 0 64k", "write -q -P 9 8M 64k"}, directory_.path());
+    auto bytes = bytes_of("cut.qcow2");
+    bytes.resize((bytes.size() + 65535) / 65536 * 65536);
+    const auto span = [&] { return std::as_writable_bytes(std::span(bytes)); };
+    const auto l1 = load_be<std::uint64_t>(span(), 40);
+    const auto l2 = load_be<std::uint64_t>(span(), l1) & ~(std::uint64_t{1} << 63);
+    const auto refcounts = load_be<std::uint64_t>(span(), load_be<std::uint64_t>(span(), 48));
+    const auto end = bytes.size();
+    store_be(span(), l1, std::uint64_t{end} | std::uint64_t{1} << 63);
+    store_be(span(), refcounts + end / 65536 * 2, std::uint16_t{1});
+    put("cut.qcow2", bytes + bytes.substr(l2, 512));
+    expect_refusal({"convert", "cut.qcow2", "out.raw"}, HasSubstr("the file was cut"));
+    expect_refusal({"resize", "cut.qcow2", "4G"},
+                   AllOf(HasSubstr("the L2 table"), HasSubstr("a write would make lost data look like zeros")));
+    EXPECT_EQ(bytes_of("cut.qcow2").size(), end + 512);
+}
+
+TEST_F(Opening, AnEntryThatLeadsElsewhereInTheDataFile) {
+    must_qemu_img({"create", "-q", "-f", "qcow2", "-o", "data_file=data", "disk.qcow2", "16M"}, directory_.path());
+    must_qemu_io("disk.qcow2", "qcow2", {"write -q -P 1 0 64k", "write -q -P 2 64k 64k"}, directory_.path());
+    const auto bytes = bytes_of("disk.qcow2");
+    const auto l1 = load_be<std::uint64_t>(std::as_bytes(std::span(bytes)), 40);
+    const auto l2 = load_be<std::uint64_t>(std::as_bytes(std::span(bytes)), l1) & ~(std::uint64_t{1} << 63);
+    poke("disk.qcow2", l2 + 8, std::uint64_t{1} << 63);  // guest cluster 1, at the place of guest cluster 0
+    EXPECT_EQ(read({"disk.qcow2", "0", "1"}), "\1");
+    expect_refusal({"read", "disk.qcow2", "64k", "1"}, HasSubstr("where the guest's cluster lies in the data file"));
+    EXPECT_EQ(tool({"check", "disk.qcow2"}).status, 2);
+    const auto written = shell("printf x | qcow write disk.qcow2 64k");
+    EXPECT_EQ(written.status, 1);
+    EXPECT_THAT(written.err, HasSubstr("marked as corrupt"));
+    EXPECT_EQ(bytes_of("data").substr(0, 65536), std::string(65536, '\1'));
+}
+
+TEST_F(Opening, AMarkOfCorruptionWithoutDamage) {
+    must_tool({"create", "-q", "disk.qcow2", "1M"});
+    poke("disk.qcow2", 72, std::uint64_t{2});
+    const auto refused = tool({"resize", "disk.qcow2", "2M"});
+    EXPECT_EQ(refused.status, 1);
+    EXPECT_THAT(refused.err, AllOf(HasSubstr("marked as corrupt"), HasSubstr("qcow check")));
+    EXPECT_THAT(must_tool({"check", "disk.qcow2"}).out,
+                AllOf(HasSubstr("no damage was found"), HasSubstr("qcow convert -O qcow2 disk.qcow2 disk.qcow2.new")));
+    EXPECT_EQ(json::parse(must_tool({"check", "--json", "disk.qcow2"}).out)["marked-corrupt"], true);
+    must_tool({"convert", "-O", "qcow2", "disk.qcow2", "disk.qcow2.new"});
+    must_tool({"resize", "disk.qcow2.new", "2M"});
+}
+
+TEST_F(Opening, ABackingFormatThatIsEmpty) {
+    must_qemu_img({"create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "over.qcow2"}, directory_.path());
+    auto bytes = bytes_of("over.qcow2");
+    ASSERT_EQ(bytes.substr(120, 5), "qcow2");
+    store_be(std::as_writable_bytes(std::span(bytes)), 116, std::uint32_t{0});
+    bytes.replace(120, 8, 8, '\0');
+    put("over.qcow2", bytes);
+    const auto read = tool({"read", "over.qcow2", "0", "1"});
+    EXPECT_EQ(read.out, "C");
+    EXPECT_THAT(read.err, HasSubstr("its format is not recorded"));
+}
+
+TEST_F(Opening, ARefusalNamesTheFileOnce) {
+    poke("base.qcow2", 60, std::uint32_t{1} << 28);
+    const auto refused = tool({"resize", "base.qcow2", "8M"});
+    EXPECT_EQ(refused.status, 1);
+    EXPECT_THAT(refused.err, AllOf(HasSubstr("nb_snapshots"), Not(HasSubstr("base.qcow2: base.qcow2"))));
+}
+
+/// The mark of a raw data file, of an image that has none.
+TEST_F(Opening, AMarkThatSaysNothingGoesWithTheFirstWrite) {
+    must_tool({"create", "-q", "disk.qcow2", "1M"});
+    poke("disk.qcow2", 88, std::uint64_t{2});
+    EXPECT_EQ(tool({"check", "disk.qcow2"}).status, 2);
+    must_tool({"resize", "disk.qcow2", "2M"});
+    EXPECT_THAT(must_tool({"check", "disk.qcow2"}).out, HasSubstr("clean"));
+}
+
 TEST_F(Opening, AFileThatWasCut) {
     put("disk.raw", [] {
         std::string bytes;

@@ -1,6 +1,8 @@
 #include "qcow2/metadata/file_end.h"
 
 #include <algorithm>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "base/bits.h"
@@ -44,6 +46,50 @@ Result<std::uint64_t> find_counted_end(const Storage& file, const format::FixedH
         ++looked_at;
     }
     return fail(Errc::corrupt, "refcounts", "nothing is counted");
+}
+
+Result<bool> counts_no_data(const Storage& file, const format::FixedHeader& header, const format::HeaderState& state) {
+    const unsigned cluster_bits = header.cluster_bits;
+    const std::uint64_t file_size = TRY(file.size());
+    TRY_VOID(format::verify_refcount_table(state, cluster_bits, file_size));
+    // What these lie in would be counted, too. A dirty image may have data that are not counted.
+    if (state.snapshot_count != 0 || header.bitmaps || header.encryption || state.has(format::incompatible::dirty))
+        return false;
+    std::vector<std::byte> table(std::size_t{state.refcount_table_clusters} << cluster_bits);
+    TRY(file.read(state.refcount_table, table));
+
+    std::set<std::uint64_t> expected{0};
+    const auto expect = [&](HostOffset at, std::uint64_t bytes) {
+        const std::uint64_t first = at.value >> cluster_bits;
+        for (std::uint64_t n = 0; n < divide_up(bytes, header.cluster_size()); ++n) expected.insert(first + n);
+    };
+    expect(state.refcount_table, table.size());
+    expect(state.l1_table, std::uint64_t{state.l1_entries} * 8);
+    std::vector<std::pair<std::uint64_t, HostOffset>> blocks;  // with the index in the table
+    for (std::size_t i = 0; i < table.size() / 8; ++i) {
+        const format::RefcountTableEntry entry{load_be<std::uint64_t>(table, i * 8)};
+        if (!entry.allocated()) continue;
+        if (blocks.size() == max_blocks || !lies_within(entry.block().value, header.cluster_size(), file_size))
+            return false;
+        blocks.emplace_back(i, entry.block());
+        expect(entry.block(), header.cluster_size());
+    }
+
+    const unsigned order = header.refcount_order;
+    const std::uint64_t per_block = format::refcounts_per_block(cluster_bits, order);
+    const std::uint64_t per_word = 64 >> order;
+    std::vector<std::byte> block(header.cluster_size());
+    for (const auto& [index, at] : blocks) {
+        TRY(file.read(at, block));
+        for (std::uint64_t n = 0; n < per_block; ++n) {
+            if (n % per_word == 0 && load_be<std::uint64_t>(block, n / per_word * 8) == 0) {
+                n += per_word - 1;
+            } else if (format::refcount_at(block, n, order) != 0 && !expected.contains(index * per_block + n)) {
+                return false;
+            }
+        }
+    }
+    return true;
 }
 
 }  // namespace qcow::qcow2

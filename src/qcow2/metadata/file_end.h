@@ -13,4 +13,8 @@ namespace qcow::qcow2 {
 Result<std::uint64_t> find_counted_end(const Storage& file, const format::FixedHeader& header,
                                        const format::HeaderState& state);
 
+/// Returns whether the refcounts count nothing but what an image without data has: its header, the refcounts and the
+/// active L1 table. False also where that cannot be told. Errors: Errc::corrupt, io.
+Result<bool> counts_no_data(const Storage& file, const format::FixedHeader& header, const format::HeaderState& state);
+
 }  // namespace qcow::qcow2

@@ -28,14 +28,13 @@ Metadata::Metadata(format::Header header, std::shared_ptr<Storage> file, std::si
       state_(header),
       active_l1_(header.l1_table.value),
       disk_size_(header.size) {
-    // Whether the L1 table was cut off, or left out by its writer: then nothing is counted behind it.
+    // Whether the L1 table was cut off, or left out by its writer: then it is all zeros, and no data are counted.
     const auto file_size = file_->size();
     if (!file_size) return;
     const std::uint64_t l1_end = state_.l1_table.value + std::uint64_t{state_.l1_entries} * 8;
     const std::uint64_t file_end = divide_up(*file_size, cluster_size()) * cluster_size();
     if (l1_end <= *file_size || state_.l1_table.value > file_end) return;
-    const auto counted = counted_end();
-    l1_left_out_ = counted && *counted <= std::max(file_end, divide_up(l1_end, cluster_size()) * cluster_size());
+    l1_left_out_ = counts_no_data(*file_, header_, state_).value_or(false);
 }
 
 void Metadata::replace_state(const format::HeaderState& state) {
