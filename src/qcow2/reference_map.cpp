@@ -12,8 +12,8 @@ namespace {
 
 std::unexpected<Error> over_budget(std::size_t budget_bytes) {
     return fail(Errc::limit_exceeded, "",
-                fmt::format("counting the references needs more than the {} MiB of memory that were allowed",
-                            budget_bytes / MiB));
+                fmt::format("counting the references needs more than the {} KiB of memory that were allowed",
+                            budget_bytes / KiB));
 }
 
 }  // namespace
