@@ -46,7 +46,7 @@ std::unique_ptr<CLI::App> make_app(int& status) {
 
     for (const Declare declare_command :
          {declare_info, declare_map, declare_check, declare_create, declare_convert, declare_read, declare_write,
-          declare_zero, declare_discard, declare_resize, declare_snapshot, declare_serve}) {
+          declare_zero, declare_discard, declare_resize, declare_rebase, declare_snapshot, declare_serve}) {
         declare_command(app, status);
     }
     for (auto* command : app.get_subcommands({})) {

@@ -38,6 +38,7 @@ void declare_write(CLI::App& root, int& status);
 void declare_zero(CLI::App& root, int& status);
 void declare_discard(CLI::App& root, int& status);
 void declare_resize(CLI::App& root, int& status);
+void declare_rebase(CLI::App& root, int& status);
 
 /// The whole command line. Running a command puts the exit status into `status`.
 std::unique_ptr<CLI::App> make_app(int& status);

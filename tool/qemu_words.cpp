@@ -18,10 +18,6 @@ constexpr auto commands = std::to_array<QemuWord>({
     {"", "compare", "qemu-img compare IMAGE1 IMAGE2 does that"},
     {"", "dd", "qcow read IMAGE OFFSET LENGTH > FILE and qcow write IMAGE OFFSET < FILE copy a part, qcow convert all"},
     {"", "measure", "qemu-img measure -O qcow2 IMAGE does that, and qcow info --usage IMAGE says what is used now"},
-    {"", "rebase",
-     "qemu-img rebase -f qcow2 -b BASE -F FORMAT IMAGE changes the overlay, and qcow convert -O qcow2 -B BASE -F "
-     "FORMAT "
-     "IMAGE NEW makes a new one"},
     {"", "io aio_read readv", "qcow read IMAGE OFFSET LENGTH reads, and qcow write IMAGE OFFSET < FILE writes"},
     {"", "aio_write writev", "qcow write IMAGE OFFSET < FILE does that"},
     {"", "alloc", "qcow map IMAGE shows what is allocated"},
@@ -58,6 +54,8 @@ constexpr auto options = std::to_array<QemuWord>({
     {"write", "-z", "qcow zero IMAGE OFFSET LENGTH does that"},
     {"write", "-c", "qcow convert -c compresses a whole image"},
     {"resize", "-t", "say --cache MODE"},
+    {"rebase", "-t", "say --cache MODE"},
+    {"rebase", "-T", "leave it out: backing files are read through the system's cache"},
     {"write", "-t", "say --cache MODE"},
     {"zero", "-t", "say --cache MODE"},
     {"discard", "-t", "say --cache MODE"},

@@ -258,6 +258,13 @@ public:
     /// snapshots; those of Disk::write.
     Result<void> resize(std::uint64_t size, Shrink shrink = Shrink::refuse);
 
+    /// Records another backing file in the header, durably. The open image keeps the layers that it has: close it and
+    /// open it again. See rebase() for what a new backing file needs. `name` is recorded as it is (see recorded_name);
+    /// empty: the image has no backing file. A crash leaves the old name or the new one.
+    /// Errors: Errc::invalid_argument: the name is longer than 1023 bytes, or the image has a raw data file;
+    /// Errc::limit_exceeded: the header does not fit in a cluster; Errc::unsupported: the format has no backing files.
+    Result<void> change_backing(const std::string& name, std::optional<Format> format);
+
     /// Ends writing: flushes, saves the bitmaps, and gives back reserved space. Afterwards the image is read-only. No
     /// other request may be in flight. The destructor closes the image, too, but cannot report errors.
     Result<void> close();
@@ -273,6 +280,7 @@ protected:
     virtual Result<void> do_write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level);
     /// `size` is rounded, and differs from the disk's.
     virtual Result<void> do_resize(std::uint64_t size);
+    virtual Result<void> do_change_backing(const std::string& name, std::optional<Format> format);
     virtual Result<void> do_close();
 };
 

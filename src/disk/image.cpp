@@ -40,6 +40,13 @@ Result<void> Image::resize(std::uint64_t size, Shrink shrink) {
     });
 }
 
+Result<void> Image::change_backing(const std::string& name, std::optional<Format> format) {
+    return within_memory([&]() -> Result<void> {
+        TRY_VOID(verify_writable());
+        return do_change_backing(name, format);
+    });
+}
+
 Result<void> Image::close() {
     return within_memory([&] { return do_close(); });
 }
@@ -63,6 +70,10 @@ Result<void> Image::do_write_compressed(GuestOffset, std::span<const std::byte>,
 
 Result<void> Image::do_resize(std::uint64_t) {
     return fail(Errc::unsupported, "", "the format cannot change its virtual size");
+}
+
+Result<void> Image::do_change_backing(const std::string&, std::optional<Format>) {
+    return fail(Errc::unsupported, "", "the format has no backing files that could be changed");
 }
 
 Result<void> Image::do_close() { return do_flush(); }

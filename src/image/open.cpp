@@ -228,11 +228,13 @@ private:
             error.what += " (the name looks like a path of Windows)";
         if (error.code == Errc::limit_exceeded || error.code == Errc::no_memory)
             return std::unexpected(std::move(error));
+        const auto file = format::shell_word(layer.storage->name());
+        if (error.code == Errc::not_found)
+            error.what += fmt::format("; qcow rebase -u -b FILE -F FORMAT {} records where it is now", file);
         if (options_.writable) return std::unexpected(std::move(error));
         error.what += layers_.size() == 1
                           ? "; --backing FILE gives another one, --no-backing reads the image alone"
-                          : fmt::format("; --backing FILE gives another one to {} where that is read by itself",
-                                        format::shell_word(layer.storage->name()));
+                          : fmt::format("; --backing FILE gives another one to {} where that is read by itself", file);
         return std::unexpected(std::move(error));
     }
 

@@ -118,6 +118,10 @@ protected:
         return writer_->write_compressed(at, from, level);
     }
 
+    Result<void> do_change_backing(const std::string& name, std::optional<Format> format) override {
+        return writer_->change_backing(name, format);
+    }
+
     Result<void> do_flush() override { return writer_ ? writer_->flush() : Result<void>(); }
 
     Result<void> do_resize(std::uint64_t size) override {

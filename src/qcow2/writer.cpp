@@ -128,6 +128,26 @@ Result<void> Writer::resize(std::uint64_t size) {
     });
 }
 
+Result<void> Writer::change_backing(const std::string& name, std::optional<Format> format) {
+    const auto bad = [](const char* what) { return fail(Errc::invalid_argument, "backing file", what); };
+    if (name.size() > format::max_name_length) return bad("its name is longer than 1023 bytes");
+    if (!name.empty() && parts_->data.is_raw())
+        return bad("a raw external data file holds the whole disk, so that the image can have none");
+    return request([&]() -> Result<void> {
+        TRY_VOID(begin({0}, 0));
+        TRY_VOID(flush());  // what was copied from the old one
+        return metadata_.edit_header([&](format::HeaderEdit& header) {
+            using enum format::ExtensionType;
+            header.set_backing_name(name);
+            if (name.empty() || !format) {
+                header.remove_extension(backing_format);
+            } else {
+                header.set_extension(backing_format, as_bytes(format_name(*format)));
+            }
+        });
+    });
+}
+
 Result<void> Writer::settle() {
     return metadata_.attempt([&]() -> Result<void> {
         auto saved = bitmaps_.save();

@@ -36,6 +36,7 @@ public:
     Result<void> discard(GuestOffset at, std::uint64_t length);
     Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level);
     Result<void> resize(std::uint64_t size);
+    Result<void> change_backing(const std::string& name, std::optional<Format> format);
     Result<void> flush() { return metadata_.flush(); }
 
     /// Brings all requests that change the image to a stop, at a point between them. Returns whether that took no

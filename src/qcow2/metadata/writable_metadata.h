@@ -58,6 +58,11 @@ public:
     /// Changes the header, durably. Errors: Errc::io, no_space; a write that fails stops all writing.
     Result<void> change_header(const std::function<void(format::HeaderState&)>& change);
 
+    /// Changes other parts of the header: see WriteBack::edit_header.
+    Result<void> edit_header(const std::function<void(format::HeaderEdit&)>& edit) {
+        return write_back_.edit_header(edit);
+    }
+
     /// Makes durable every change that was made before the call. Frees nothing.
     Result<void> write_changes();
     /// Makes durable what was written to the files; what is in the cache alone is not.

@@ -113,6 +113,19 @@ Result<void> WriteBack::update_header(const std::function<void(format::HeaderSta
     return {};
 }
 
+Result<void> WriteBack::edit_header(const std::function<void(format::HeaderEdit&)>& edit) {
+    const std::lock_guard lock(header_mutex_);
+    std::vector<std::byte> cluster(metadata_.cluster_size());
+    cluster.resize(TRY(metadata_.file().read({0}, cluster)));
+    format::HeaderEdit edited(cluster);
+    edit(edited);
+    for (const auto& step : TRY(edited.steps())) {
+        if (auto wrote = metadata_.file().write({0}, step); !wrote) return stop(std::move(wrote).error());
+        TRY_VOID(sync());
+    }
+    return {};
+}
+
 std::unexpected<Error> WriteBack::declare_corrupt(const std::string& place, const std::string& what) {
     return declare_corrupt(Error{Errc::corrupt, metadata_.file().name() + ": " + place, what});
 }

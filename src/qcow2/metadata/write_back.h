@@ -7,6 +7,7 @@
 #include <span>
 
 #include "base/within_memory.h"
+#include "format/header_edit.h"
 #include "qcow2/metadata/metadata.h"
 
 namespace qcow::qcow2 {
@@ -58,6 +59,10 @@ public:
     /// Changes the header, in memory once it is written to the file. Does not flush. A write that fails stops all
     /// writing.
     Result<void> update_header(const std::function<void(format::HeaderState&)>& change);
+
+    /// Changes parts of the header that no HeaderState has, durably; those in memory stay. A write that fails stops all
+    /// writing. Errors: Errc::limit_exceeded: it does not fit, and nothing has changed; io.
+    Result<void> edit_header(const std::function<void(format::HeaderEdit&)>& edit);
 
     /// Refuses all changes from now on, because of this error: what the file holds can no longer be told.
     std::unexpected<Error> stop(Error why);

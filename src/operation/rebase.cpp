@@ -1,0 +1,208 @@
+#include "qcow/rebase.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+
+#include "base/bits.h"
+#include "base/going_on.h"
+#include "base/within_memory.h"
+#include "base/workers.h"
+#include "operation/new_image.h"
+#include "qcow/files_in_use.h"
+#include "qcow/text.h"
+
+namespace qcow {
+namespace {
+
+using enum FilesInUse::Use;
+
+/// What one worker does at a time: a whole number of blocks, however large these are.
+constexpr std::uint64_t piece_bytes = 2 * MiB;
+
+/// Copies into an image what it takes from the layers below and what its new backing file has otherwise.
+class Copy {
+public:
+    /// `new_backing`: null for none. `marks_zeros`: whether write_zeroes hides what a backing file has.
+    Copy(const RebaseJob& job, const JobControl& control, Image& image, Disk* new_backing, bool marks_zeros)
+        : job_(job),
+          control_(control),
+          image_(image),
+          new_backing_(new_backing),
+          marks_zeros_(marks_zeros),
+          size_(image.size()) {}
+
+    /// Returns the bytes that were copied.
+    Result<std::uint64_t> run() {
+        std::atomic<std::uint64_t> next = 0;
+        TRY_VOID(run_workers(
+            job_.workers == 0 ? default_workers() : job_.workers,
+            [&](unsigned) -> Result<void> {
+                Memory memory;
+                for (std::uint64_t at = next.fetch_add(piece_bytes); at < size_ && !failed_;
+                     at = next.fetch_add(piece_bytes)) {
+                    auto done = copy_piece({at}, std::min(size_, at + piece_bytes) - at, memory);
+                    if (!done) failed_ = true;
+                    TRY_VOID(done);
+                }
+                return {};
+            }));
+        return copied_;
+    }
+
+private:
+    struct Memory {
+        std::vector<std::byte> old = std::vector<std::byte>(piece_bytes);
+        std::vector<std::byte> now = std::vector<std::byte>(piece_bytes);
+    };
+
+    Result<void> copy_piece(GuestOffset at, std::uint64_t length, Memory& memory) {
+        TRY_VOID(verify_goes_on(control_));
+        for (const GuestOffset end = at + length; at < end;) {
+            const auto old = TRY(image_.extent(at, end - at));
+            const bool held = old.depth == 0 && old.kind != Extent::Kind::unallocated;
+            const auto now = held ? old : TRY(new_extent(at, old.length));
+            const auto part = std::min(old.length, now.length);
+            if (!held && !is_same(old, now)) TRY_VOID(copy_part(at, part, memory));
+            at += part;
+        }
+        if (!control_.progress) return {};
+        const std::lock_guard lock(mutex_);
+        control_.progress(done_ += length, size_);
+        return {};
+    }
+
+    /// What the new backing file has from `at` on.
+    Result<Extent> new_extent(GuestOffset at, std::uint64_t limit) {
+        if (new_backing_ == nullptr || at.value >= new_backing_->size()) return Extent{.start = at, .length = limit};
+        return new_backing_->extent(at, std::min(limit, new_backing_->size() - at.value));
+    }
+
+    /// Whether two extents that begin at the same guest offset are known to hold the same, without a look at it.
+    static bool is_same(const Extent& old, const Extent& now) {
+        const bool old_data = old.kind == Extent::Kind::data;
+        const bool new_data = now.kind == Extent::Kind::data;
+        if (!old_data && !new_data) return true;
+        return old_data && new_data && old.host && old.host == now.host &&
+               old.storage->identity() == now.storage->identity();
+    }
+
+    Result<void> copy_part(GuestOffset at, std::uint64_t length, Memory& memory) {
+        const auto old = std::span(memory.old).first(length);
+        TRY_VOID(image_.read(at, old));
+        TRY_VOID(read_new(at, std::span(memory.now).first(length)));
+        // Blocks that differ, one run after the other.
+        for (std::uint64_t begin = 0; begin < length;) {
+            if (!differs(memory, at, begin, length)) {
+                begin = block_end(at, begin, length);
+                continue;
+            }
+            std::uint64_t end = block_end(at, begin, length);
+            while (end < length && differs(memory, at, end, length)) end = block_end(at, end, length);
+            TRY_VOID(write(at + begin, old.subspan(begin, end - begin)));
+            begin = end;
+        }
+        return {};
+    }
+
+    [[nodiscard]] std::uint64_t block_end(GuestOffset at, std::uint64_t begin, std::uint64_t length) const {
+        const std::uint64_t block = image_.block_size();
+        return std::min(length, begin + block - (at.value + begin) % block);
+    }
+
+    [[nodiscard]] bool differs(const Memory& memory, GuestOffset at, std::uint64_t begin, std::uint64_t length) const {
+        const auto bytes = block_end(at, begin, length) - begin;
+        return !std::ranges::equal(std::span(memory.old).subspan(begin, bytes),
+                                   std::span(memory.now).subspan(begin, bytes));
+    }
+
+    Result<void> read_new(GuestOffset at, std::span<std::byte> to) {
+        const std::uint64_t size = new_backing_ == nullptr ? 0 : new_backing_->size();
+        const auto there = std::min<std::uint64_t>(to.size(), size - std::min(size, at.value));
+        std::ranges::fill(to.subspan(there), std::byte{0});
+        return there == 0 ? Result<void>() : new_backing_->read(at, to.first(there));
+    }
+
+    Result<void> write(GuestOffset at, std::span<const std::byte> from) {
+        copied_ += from.size();
+        if (marks_zeros_ && is_zero(from)) return image_.write_zeroes(at, from.size());
+        const std::uint64_t block = image_.block_size();
+        const bool whole =
+            at.value % block == 0 && (from.size() % block == 0 || at.value + from.size() == image_.size());
+        return job_.compress && whole ? image_.write_compressed(at, from, job_.level) : image_.write(at, from);
+    }
+
+    const RebaseJob& job_;
+    const JobControl& control_;
+    Image& image_;
+    Disk* const new_backing_;
+    const bool marks_zeros_;
+    const std::uint64_t size_;
+    std::atomic<bool> failed_ = false;
+    std::atomic<std::uint64_t> copied_ = 0;
+    std::mutex mutex_;  // of the progress
+    std::uint64_t done_ = 0;
+};
+
+Result<RebaseResult> run(const RebaseJob& job, const JobControl& control) {
+    Warnings warnings(control.warn);
+    auto spec = job.image;
+    if (!spec.write) spec.write.emplace();
+    spec.write->detect_zeroes = DetectZeroes::off;  // zeros in front of the new backing file are data
+    spec.follow = spec.follow && !job.unsafe;
+
+    NewImage names;
+    names.path = spec.location.path;
+    names.untrusted = spec.untrusted;
+    names.options.backing_name = job.backing;
+    if (job.backing_format) names.options.backing_format = format_name(*job.backing_format);
+    names = TRY(with_recorded_names(std::move(names)));
+    const auto& name = names.options.backing_name;
+
+    FilesInUse in_use;
+    TRY_VOID(in_use.add_unopened(written, spec, "the image"));
+    std::shared_ptr<Image> new_backing;
+    std::optional<Format> format;
+    if (!name.empty()) {
+        const auto backing_spec = TRY(backing_of(names));
+        format = backing_spec.location.format;
+        TRY_VOID(in_use.add_unopened(read, backing_spec, "its new backing file"));
+        if (!job.unsafe) {
+            auto opened = open_image(backing_spec, warnings.to());
+            if (!opened) {
+                return std::unexpected(
+                    std::move(opened).error().in("new backing file (-u records it without looking at it)"));
+            }
+            TRY_VOID(in_use.add(read, **opened, "its new backing file"));
+            new_backing = *std::move(opened);
+        }
+    }
+    const auto image = TRY(open_image(spec, warnings.to()));
+    if (image->format() != Format::qcow2) {
+        return fail(Errc::unsupported, spec.location.path, "only a qcow2 image has a backing file that can be changed");
+    }
+    RebaseResult result;
+    result.bytes = image->size();
+    const auto info = TRY(image->info());
+    if (!info.snapshots.empty()) {
+        warnings.add({Warning::Kind::odd_image,
+                      fmt::format("{}: its {} internal snapshots take from the new backing file what they do not hold",
+                                  printable(spec.location.path), info.snapshots.size())});
+    }
+    // Version 2 cannot mark zeros. Where the old backing file has none either, it would leave a hole.
+    if (!job.unsafe) result.copied_bytes = TRY(Copy(job, control, *image, new_backing.get(), info.version >= 3).run());
+    TRY_VOID(image->change_backing(name, format));
+    TRY_VOID(image->close());
+    result.warnings = warnings.take();
+    return result;
+}
+
+}  // namespace
+
+Result<RebaseResult> rebase(const RebaseJob& job, const JobControl& control) {
+    return within_memory([&] { return run(job, control); });
+}
+
+}  // namespace qcow
