@@ -3,13 +3,13 @@
 
 #include <concepts>
 #include <cstddef>
-#include <ranges>
+#include <iterator>
 #include <span>
 
 namespace qcow {
 
-/// A list of pieces of memory, in the order of the bytes of a request: a scatter/gather list. What converts to a
-/// std::span of bytes converts to a list of one piece.
+/// A list of pieces of memory, in the order of the bytes of a request: a scatter/gather list. A span, vector or array
+/// of bytes converts to a list of one piece.
 ///
 /// It is a view, and cheap to copy. The memory must outlive it, and so must the list that it was made from.
 template <class Byte>
@@ -19,9 +19,12 @@ public:
 
     constexpr BasicBuffers() = default;
     constexpr BasicBuffers(Byte* data, std::size_t size) : front_(data, size), size_(size) {}
-    template <std::ranges::contiguous_range Bytes>
-        requires(std::convertible_to<Bytes &&, Piece> && !std::same_as<std::remove_cvref_t<Bytes>, BasicBuffers>)
-    constexpr BasicBuffers(Bytes&& bytes) : front_(bytes), size_(front_.size()) {}
+    template <class Bytes>
+        requires requires(Bytes&& bytes) {
+            { std::data(bytes) } -> std::convertible_to<Byte*>;
+            { std::size(bytes) } -> std::convertible_to<std::size_t>;
+        }
+    constexpr BasicBuffers(Bytes&& bytes) : BasicBuffers(std::data(bytes), std::size(bytes)) {}
     explicit constexpr BasicBuffers(std::span<const Piece> pieces) : rest_(pieces) {
         for (const auto& piece : pieces) size_ += piece.size();
         skip(0);
