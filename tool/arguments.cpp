@@ -16,7 +16,7 @@ namespace {
 
 enum class Mistake { not_a_number, too_large };
 
-/// Takes the whole number that `text` begins with, and says what base it is in.
+/// Removes the whole number at the start of `text` and returns it. Sets `base` to 10 or 16.
 std::expected<std::uint64_t, Mistake> take_number(std::string_view& text, int& base) {
     while (!text.empty() && std::isspace(static_cast<unsigned char>(text[0])) != 0) text.remove_prefix(1);
     if (text.starts_with('+')) text.remove_prefix(1);
@@ -30,7 +30,7 @@ std::expected<std::uint64_t, Mistake> take_number(std::string_view& text, int& b
     return number;
 }
 
-/// Takes the full stop and the digits behind it, where there are any.
+/// Removes a decimal point and the digits after it from the start of `text`. Returns the fraction, 0 without one.
 double take_fraction(std::string_view& text) {
     if (!text.starts_with('.')) return 0;
     double fraction = 0;
@@ -74,7 +74,7 @@ const CLI::Validator size_text(
     [](std::string& text) -> std::string {
         const auto size = size_of(text);
         if (size) return {};
-        if (size.error() == Mistake::too_large) return fmt::format("\"{}\" is too large: 8E is past all sizes", text);
+        if (size.error() == Mistake::too_large) return fmt::format("\"{}\" is too large: sizes are below 8E", text);
         return fmt::format(
             "\"{}\" is not a size: write bytes (4096, 0x1000) or a number with k, M, G, T, P or E (64k, 1.5G)", text);
     },

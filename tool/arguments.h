@@ -1,5 +1,5 @@
 #pragma once
-// The texts that arguments may be: sizes, names, numbers, words of a list.
+// Validators for arguments: sizes, names, numbers, words of a list.
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
@@ -10,27 +10,28 @@
 
 namespace tool {
 
-/// The largest that a file or disk can have.
+/// The largest size of a file or disk, in bytes.
 inline constexpr std::uint64_t largest_size = std::numeric_limits<std::int64_t>::max();
 
-/// A validator for sizes and offsets as QEMU takes them: bytes, decimal or hexadecimal, or a number with a suffix b, k,
-/// M, G, T, P or E (powers of 1024). With a suffix above b, fractions are allowed, and rounded to whole bytes. At
-/// most `largest_size`.
+/// A validator for sizes and offsets. Accepts what QEMU accepts: bytes in decimal or hexadecimal, or a number with a
+/// suffix b, k, M, G, T, P or E (powers of 1024). With a suffix above b, the number may have a fraction, and the result
+/// is rounded to whole bytes. The limit is `largest_size`.
 extern const CLI::Validator size_text;
 
-/// The value of a text that `size_text` has let through.
+/// Returns the value of a text that `size_text` has accepted.
 std::uint64_t parse_size(const std::string& text);
 
-/// A validator for names of files, snapshots and so on: whatever is not empty.
+/// A validator for names of files, snapshots and so on. Refuses the empty name.
 extern const CLI::Validator name_text;
 
 /// A validator for whole numbers, decimal or hexadecimal, from `least` to `most`.
 CLI::Validator whole_number(std::uint64_t least, std::uint64_t most);
 
-/// Lets the option be one of these words alone, and shows them in its help.
+/// Restricts the option to these words, and lists them in its help.
 CLI::Option* one_of(CLI::Option* option, std::vector<std::string> words);
 
-/// Says that `text` is none of `words`, which one may have been meant, and what does the job of one that QEMU has.
+/// Returns the message that `text` is none of `words`, with the nearest word. If QEMU has a value `text`, the message
+/// names what replaces it.
 std::string not_one_of(std::string_view text, const std::vector<std::string>& words);
 
 }  // namespace tool

@@ -1,4 +1,4 @@
-// qcow check: is an image sound?
+// qcow check: verifies the metadata of an image.
 
 #include <fmt/format.h>
 
@@ -102,28 +102,28 @@ double percent(std::uint64_t part, std::uint64_t whole) {
     return whole == 0 ? 0 : 100.0 * static_cast<double>(part) / static_cast<double>(whole);
 }
 
-/// What to do with what was found.
+/// Prints what the user can do about the findings.
 void print_advice(const qcow::CheckReport& report, const std::string& path) {
     if (report.dirty) {
-        fmt::print("The image was not closed: its last writer kept refcounts in memory. That is no damage.\n");
+        fmt::print("The image was not closed: its last writer left old refcounts in the file. This is not damage.\n");
         if (report.mended_by_writing()) {
-            fmt::print("Opening it for writing counts them anew: qcow resize {} +0\n", qcow::printable(path));
+            fmt::print("Opening it for writing rebuilds the refcounts: qcow resize {} +0\n", qcow::printable(path));
         } else {
-            fmt::print("Opening it for writing would count them anew, but is refused because of the rest.\n");
+            fmt::print(
+                "It cannot be opened for writing, which would rebuild the refcounts, because of the other findings.\n");
         }
     }
     if (report.marked_corrupt && report.corruptions + report.errors == 0) {
         fmt::print(
-            "The image is marked as corrupt, so it is not written, but no damage was found. A copy has no such mark: "
+            "The image is marked as corrupt, so it cannot be written, but no damage was found. A copy is not marked: "
             "qcow convert -O qcow2 {0} {0}.new\n",
             qcow::printable(path));
     }
     if (report.corruptions > 0) {
         fmt::print(
-            "Do not write to the image. Copy out what is readable (qcow convert --salvage), and restore it from a "
-            "backup if there is one.\n");
+            "Do not write to the image. Restore it from a backup, or copy what is readable: qcow convert --salvage\n");
     } else if (report.leaks > 0) {
-        fmt::print("Leaks waste space and endanger nothing.\n");
+        fmt::print("Leaked clusters waste space, but do no harm.\n");
     }
 }
 
@@ -131,7 +131,7 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
     using Severity = qcow::CheckFinding::Severity;
     auto more = report.leaks + report.corruptions + report.errors;
     for (const auto& f : report.findings) {
-        if (f.severity == Severity::postponed) continue;  // how many there are is enough
+        if (f.severity == Severity::postponed) continue;  // only their number is printed
         fmt::print("{}: {}: {}\n",
                    paint(severity_name(f.severity), f.severity == Severity::leak ? Colour::yellow : Colour::red),
                    qcow::printable(f.place), qcow::printable(f.what));
@@ -143,12 +143,12 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
                percent(report.allocated_clusters, report.total_clusters),
                percent(report.compressed_clusters, report.allocated_clusters),
                percent(report.fragmented_clusters, report.allocated_clusters));
-    fmt::print("in use up to host offset {:#x} ({})\n", report.image_end, human(report.image_end));
+    fmt::print("the last cluster in use ends at host offset {:#x} ({})\n", report.image_end, human(report.image_end));
     if (report.clean()) {
         fmt::print("{}: {}\n", qcow::printable(path), paint("clean", Colour::green));
     } else {
-        auto sums = fmt::format("{} corruptions, {} leaked clusters, {} things that could not be checked",
-                                report.corruptions, report.leaks, report.errors);
+        auto sums = fmt::format("{} corruptions, {} leaked clusters, {} errors (not verified)", report.corruptions,
+                                report.leaks, report.errors);
         if (report.dirty) sums += fmt::format(", {} postponed refcounts", report.postponed);
         fmt::print("{}: {}\n", qcow::printable(path),
                    paint(sums, report.corruptions + report.errors > 0 ? Colour::red : Colour::yellow));
@@ -180,21 +180,21 @@ qcow::Result<int> run(const Options& options) {
 void declare_check(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "check", "Verify an image's metadata; nothing is changed",
-        "Counts every reference to every cluster and holds them against the refcounts; verifies all tables,\n"
-        "snapshots and bitmaps, and that the backing chain can be opened.\n"
-        "An image that was not closed may have old refcounts (\"postponed\"): they are no damage, and opening it\n"
-        "for writing mends them.\n"
-        "Exit status: 0 clean, 1 the check itself failed, 2 corrupt, 3 leaked clusters or postponed refcounts,\n"
-        "but nothing worse.\n"
+        root, status, "check", "Check the metadata of an image, without changing it",
+        "Counts the references to each cluster and compares them with the refcounts. Verifies all tables, snapshots\n"
+        "and bitmaps, and that the backing chain can be opened.\n"
+        "An image that was not closed may have old refcounts (\"postponed\"). They are not damage: opening the image\n"
+        "for writing corrects them.\n"
+        "Exit status: 0 clean; 1 the check failed or could not verify everything; 2 corrupt; 3 only leaked clusters\n"
+        "or postponed refcounts.\n"
         "Example:\n"
         "  qcow check --json disk.qcow2 | jq .corruptions",
         [options] { return run(*options); });
     add_source_options(app, options->source);
     app.add_flag("--json", options->json, "Print JSON");
-    app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");
+    app.add_flag("-p,--progress", options->progress, "Show progress even if standard error is not a terminal");
     add_workers_option(app, options->workers);
-    app.add_option("--memory", options->memory, "How much memory the check may take")
+    app.add_option("--memory", options->memory, "Memory limit of the check")
         ->type_name("SIZE")
         ->check(size_text)
         ->capture_default_str();

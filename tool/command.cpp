@@ -28,21 +28,21 @@ void print_json(const Json& json) { fmt::print("{}\n", json.dump(2, ' ', true, J
 
 std::unique_ptr<CLI::App> make_app(int& status) {
     auto made = std::make_unique<CLI::App>(
-        "qcow looks into, verifies, converts, changes and serves disk images: qcow2 (versions 2 and 3), qcow and raw.",
+        "qcow inspects, checks, converts, changes and serves disk images: qcow2 (versions 2 and 3), qcow and raw.",
         "qcow");
     auto& app = *made;
     app.formatter(std::make_shared<Help>());
     app.set_version_flag("-V,--version", "qcow " QCOW_VERSION)->description("Show the version");
-    app.set_help_flag("-h,--help", "Show this help; after a command, the help of that command");
+    app.set_help_flag("-h,--help", "Show this help, or with COMMAND the help of the command");
     app.require_subcommand(1);
     app.footer(
-        "qcow COMMAND --help shows what a command does and its options.\n"
-        "Sizes and offsets are bytes (4096, 0x1000), or numbers with k, M, G, T, P or E (powers of 1024): 64k, 1.5G.\n"
-        "Exit status: 0 done, 1 failed or used wrongly; check and convert have more, see their --help.\n"
+        "qcow COMMAND --help explains the command and its options.\n"
+        "Sizes and offsets are bytes (4096, 0x1000) or numbers with k, M, G, T, P or E (powers of 1024): 64k, 1.5G.\n"
+        "Exit status: 0 success; 1 failure or wrong usage. check and convert have others: see their --help.\n"
         "Examples:\n"
-        "  qcow info disk.qcow2                what is this?\n"
-        "  qcow check disk.qcow2               is it sound?\n"
-        "  qcow convert disk.qcow2 disk.raw    get the contents out");
+        "  qcow info disk.qcow2                show what the image is\n"
+        "  qcow check disk.qcow2               verify its metadata\n"
+        "  qcow convert disk.qcow2 disk.raw    copy its contents into a raw file");
 
     for (const Declare declare_command :
          {declare_info, declare_map, declare_check, declare_create, declare_convert, declare_read, declare_write,
@@ -51,7 +51,7 @@ std::unique_ptr<CLI::App> make_app(int& status) {
     }
     for (auto* command : app.get_subcommands({})) {
         command->get_option("--help")->description("Show this help");
-        // Said again, an option has its last value: scripts put what a user wants behind what they want themselves.
+        // The last value of a repeated option counts: scripts append the options of their user to their own.
         for (auto* option : command->get_options())
             if (option->nonpositional() && option->get_items_expected_max() == 1) option->take_last();
     }
@@ -77,16 +77,17 @@ void add_format_option(CLI::App& app, std::string& format, const std::string& na
 }
 
 void add_format_option(CLI::App& app, std::string& format) {
-    add_format_option(app, format, "-f,--format", "Format of the image; otherwise it is guessed from its first bytes");
+    add_format_option(app, format, "-f,--format", "Format of the image (default: guessed from its contents)");
 }
 
 }  // namespace
 
 qcow::Result<void> verify_is_not_stdin(const std::string& path) {
     if (path != "-") return {};
-    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, path,
-                                       "stands for standard input, and an image is read in any order; write it into a "
-                                       "file first (cat > FILE). A file of that name is written \"./-\""});
+    return std::unexpected(
+        qcow::Error{qcow::Errc::invalid_argument, path,
+                    "stands for standard input, but an image is not read from front to back; write it "
+                    "into a file first (cat > FILE). A file with this name is \"./-\""});
 }
 
 qcow::Result<void> name_source(Source& source, const std::string& name) {
@@ -96,7 +97,7 @@ qcow::Result<void> name_source(Source& source, const std::string& name) {
 }
 
 void add_source_options(CLI::App& app, Source& source) {
-    app.add_option("IMAGE", source.path, "The image: a file or block device")
+    app.add_option("IMAGE", source.path, "Image file or block device")
         ->required()
         ->check(name_text)
         ->transform(CLI::Validator(
@@ -112,31 +113,31 @@ void add_source_options(CLI::App& app, Source& source) {
 void add_open_options(CLI::App& app, Source& source) {
     add_format_option(app, source.format);
     app.add_flag("-U,--force-share", source.force_share,
-                 "Read although another process may be writing it; what is seen may be inconsistent");
-    auto* backing = app.add_option("--backing", source.backing,
-                                   "Take this file for the backing file, whatever the image calls its own")
-                        ->type_name("FILE")
-                        ->check(name_text);
+                 "Read without locks, even if another process is writing; the result may be inconsistent");
+    auto* backing =
+        app.add_option("--backing", source.backing, "Use this backing file instead of the one that the image names")
+            ->type_name("FILE")
+            ->check(name_text);
     add_format_option(app, source.backing_format, "--backing-format",
-                      "The format of the backing file, instead of what the image records; of one that --backing names\n"
-                      "and the image records nothing of, it is guessed");
+                      "Format of the backing file (default: recorded in the image, else guessed from its contents)");
     app.add_flag("--no-backing", source.no_backing,
-                 "Read the image alone: what it does not hold itself reads as zeros, whatever its backing file holds")
+                 "Ignore the backing file: what the image does not store itself reads as zeros")
         ->excludes(backing);
     add_untrusted_option(app, source.untrusted);
 }
 
 void add_untrusted_option(CLI::App& app, bool& untrusted) {
-    app.add_flag("--untrusted", untrusted,
-                 "The image comes from a stranger: files that it names are opened only if they are regular files in or "
-                 "below its directory, and only if its format is said");
+    app.add_flag(
+        "--untrusted", untrusted,
+        "Do not trust the image: open the files that it names only if its format is given, and only if they are "
+        "regular files in or below its directory");
 }
 
 CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::string& description) {
     const CLI::Validator no_parameters(
         [](std::string& text) {
             const bool of_qemu = text.starts_with("snapshot.id=") || text.starts_with("snapshot.name=");
-            return of_qemu ? "say the id or name alone: " + text.substr(text.find('=') + 1) : std::string();
+            return of_qemu ? "give only the id or name: " + text.substr(text.find('=') + 1) : std::string();
         },
         "");
     return app.add_option("-l,--snapshot", source.snapshot, description)
@@ -146,7 +147,7 @@ CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::strin
 }
 
 void add_workers_option(CLI::App& app, unsigned& workers) {
-    app.add_option("-m,--workers", workers, "Threads; by default one a processor")
+    app.add_option("-m,--workers", workers, "Number of threads (default: one per processor)")
         ->type_name("NUMBER")
         ->check(whole_number(1, 1024));
 }
@@ -165,7 +166,7 @@ qcow::Result<qcow::ImageSpec> spec_of(const Source& source) {
 qcow::Warn warn_on_stderr(std::string_view format_option) {
     return [=](const qcow::Warning& warning) {
         const auto* const prefix = warning.kind == qcow::Warning::Kind::rounded_size ? "" : "warning: ";
-        const auto remedy = warning.format ? fmt::format("; say {} {} if that is meant", format_option,
+        const auto remedy = warning.format ? fmt::format("; if you mean {1}, use {0} {1}", format_option,
                                                          qcow::format_name(*warning.format))
                                            : "";
         complain(prefix + warning.message + remedy);
@@ -189,14 +190,14 @@ qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Im
 }
 
 void add_target_options(CLI::App& app, Target& target) {
-    app.add_option("IMAGE", target.path, "The image: a file or block device")
+    app.add_option("IMAGE", target.path, "Image file or block device")
         ->required()
         ->check(name_text)
         ->transform(CLI::Validator(
             [&target](std::string& name) -> std::string {
                 auto parsed = qcow::parse_location(name);
                 if (!parsed) return parsed.error().message();
-                if (parsed->alone) return "an image without its backing file is not written";
+                if (parsed->alone) return "an image without its backing file can be only read";
                 name = parsed->path;
                 target.location = *std::move(parsed);
                 return {};
@@ -210,8 +211,8 @@ void add_target_options(CLI::App& app, Target& target) {
 CLI::Option* add_cache_option(CLI::App& app, std::string& cache) {
     return one_of(app.add_option(
                       "--cache", cache,
-                      "When writes reach the disk. writeback: at the end; writethrough: each one at once; none: "
-                      "at the end, and past the system's cache; unsafe: when the system likes"),
+                      "When writes become durable. writeback: at the end; writethrough: each one at once; none: "
+                      "at the end, without the page cache (direct I/O); unsafe: not before the system writes them"),
                   {"writeback", "writethrough", "none", "unsafe"})
         ->capture_default_str();
 }
@@ -234,8 +235,8 @@ void set_cache(qcow::ImageSpec& spec, const std::string& cache) {
 qcow::Result<void> verify_names_a_file(const std::string& path) {
     if (path != "-") return {};
     return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, path,
-                                       "stands for standard input or output, and a file is needed here; a file of "
-                                       "that name is written \"./-\""});
+                                       "stands for standard input or output, but a file is needed here. A file with "
+                                       "this name is \"./-\""});
 }
 
 qcow::Result<int> change(const Target& target, const std::function<qcow::Result<void>(qcow::Image&)>& work) {

@@ -1,5 +1,5 @@
 #pragma once
-// What the commands share: how they are declared, how they open their source, what they return.
+// What the commands share: their declaration, common options, opening of images, exit statuses.
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
@@ -17,13 +17,13 @@
 
 namespace tool {
 
-/// Exit statuses. `check` has more of its own.
+/// Exit statuses. `check` and `convert` have others, too.
 inline constexpr int ok = 0;
 inline constexpr int failed = 1;
 
 using Json = nlohmann::ordered_json;
 
-/// Declares a command under `root`. Its callback puts the exit status into `status`.
+/// Declares a command of `root`. Its callback stores the exit status in `status`.
 using Declare = void (*)(CLI::App& root, int& status);
 
 void declare_info(CLI::App& root, int& status);
@@ -40,100 +40,100 @@ void declare_discard(CLI::App& root, int& status);
 void declare_resize(CLI::App& root, int& status);
 void declare_rebase(CLI::App& root, int& status);
 
-/// The whole command line. Running a command puts the exit status into `status`.
+/// Returns the parser of the whole command line. Running a command stores the exit status in `status`.
 std::unique_ptr<CLI::App> make_app(int& status);
 
-/// Declares a command whose work is `run`: an error that it gives is printed, and the status is then `failed`.
+/// Declares a command that calls `run`. An error of `run` is printed, and the exit status is then `failed`.
 CLI::App& declare(CLI::App& root, int& status, const std::string& name, const std::string& summary,
                   const std::string& help, std::function<qcow::Result<int>()> run);
 
-/// How an image that is only read is opened.
+/// How to open an image for reading only.
 struct Source {
     std::string path;
-    qcow::Location location;  // that the path was parsed into
-    std::string format;       // empty: probed
+    qcow::Location location;  // the parsed path
+    std::string format;       // empty: guessed
     std::string snapshot;     // id or name; empty: the active state
     bool force_share = false;
-    std::string backing;  // in place of the backing file that the image names; empty: that one
+    std::string backing;  // replaces the backing file that the image names; empty: does not
     std::string backing_format;
     bool no_backing = false;
     bool untrusted = false;
 };
 
-/// Makes the source the image of this name.
+/// Parses `name`, and sets the path and location of `source`.
 qcow::Result<void> name_source(Source& source, const std::string& name);
 
-/// Turns the name of a file that is to be made into its path.
+/// Turns the name of a new file into its path.
 extern const CLI::Validator path_of_new_file;
 
-/// The positional IMAGE and the options of add_open_options.
+/// Adds the argument IMAGE and the options of add_open_options.
 void add_source_options(CLI::App& app, Source& source);
 
-/// The options that all readers have: all of Source but its path and snapshot.
+/// Adds the options of all commands that read: those for Source, except its path and snapshot.
 void add_open_options(CLI::App& app, Source& source);
 
-/// The option that says which internal snapshot is meant.
+/// Adds the option that selects an internal snapshot.
 CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::string& description);
 
-/// As the library takes it.
+/// Returns the library's description of the source.
 qcow::Result<qcow::ImageSpec> spec_of(const Source& source);
 
-/// Prints warnings. `format_option` is the one that says the format that a warning is about.
+/// Returns a function that prints warnings. `format_option` is the option that sets the format that warnings are about.
 qcow::Warn warn_on_stderr(std::string_view format_option = "--format");
 
-/// Refuses "-": images are read in any order, and standard input is not.
+/// Refuses "-": standard input cannot be read at any offset.
 qcow::Result<void> verify_is_not_stdin(const std::string& path);
 
 /// Opens an image. Refuses "-".
 qcow::Result<std::shared_ptr<qcow::Image>> open(const qcow::ImageSpec& spec);
 
-/// Opens the image with all that it names; with `follow` false by itself.
+/// Opens the image, and the files that it names if `follow` is true.
 qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow = true);
 
-/// The disk to read: the image itself, or the snapshot that was asked for.
+/// Returns the disk to read: the image itself, or the snapshot that `source` selects.
 qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source);
 
-/// How an image that is changed is opened.
+/// How to open an image for writing.
 struct Target {
     std::string path;
-    qcow::Location location;  // that the path was parsed into
-    std::string format;       // empty: probed
+    qcow::Location location;  // the parsed path
+    std::string format;       // empty: guessed
     std::string cache = "writeback";
     bool untrusted = false;
 };
 
-/// As the library takes it.
+/// Returns the library's description of the target.
 qcow::ImageSpec spec_of(const Target& target);
 
-/// Makes an image one that is written, with the --cache that was said.
+/// Sets up an image for writing, with this value of --cache.
 void set_cache(qcow::ImageSpec& spec, const std::string& cache);
 
-/// What images may name that come from a stranger: an option of all commands that open one.
+/// Adds --untrusted, an option of all commands that open an image.
 void add_untrusted_option(CLI::App& app, bool& untrusted);
 
-/// The positional IMAGE and the options that all writers have.
+/// Adds the argument IMAGE and the options of all commands that write.
 void add_target_options(CLI::App& app, Target& target);
 
-/// How many threads work: an option of those that take long.
+/// Adds -m, the number of threads.
 void add_workers_option(CLI::App& app, unsigned& workers);
 
-/// When writes reach the disk: an option of those that change an image.
+/// Adds --cache.
 CLI::Option* add_cache_option(CLI::App& app, std::string& cache);
 
-/// Opens the image for writing, does `work` on it, and closes it. Gives the exit status.
+/// Opens the image for writing, calls `work`, and closes it. Returns the exit status.
 qcow::Result<int> change(const Target& target, const std::function<qcow::Result<void>(qcow::Image&)>& work);
 
-/// Refuses a range that reaches past the end of the disk. `path` names it in the message.
+/// Refuses a range that exceeds the disk. `path` names the disk in the message.
 qcow::Result<void> verify_range(const qcow::Disk& disk, const std::string& path, std::uint64_t at,
                                 std::uint64_t length);
 
-/// Prints to standard error, as "qcow: ...".
+/// Prints "qcow: MESSAGE" to standard error.
 void complain(const std::string& message);
 
-/// Prints JSON to standard output, all of it printable ASCII. What is not UTF-8 in names is replaced.
+/// Prints JSON to standard output, in printable ASCII. Invalid UTF-8 in names is replaced.
 void print_json(const Json& json);
 
-/// Refuses "-", which stands for standard input or output and is not meant to become a file.
+/// Refuses "-", which stands for standard input or output, where only a file will do.
 qcow::Result<void> verify_names_a_file(const std::string& path);
 
 }  // namespace tool

@@ -1,4 +1,4 @@
-// qcow convert: the contents of an image into another file.
+// qcow convert: copies the contents of images into a file.
 
 #include <fmt/format.h>
 
@@ -21,10 +21,10 @@ namespace {
 constexpr int lost_something = 3;
 
 struct Options {
-    Source source;                   // how each of them is opened
-    std::vector<std::string> paths;  // of the sources, and then the target's
+    Source source;                   // how to open each source
+    std::vector<std::string> paths;  // the sources, then the target
     std::string target;
-    std::string target_format;  // empty: raw, or for a target that exists whatever it is
+    std::string target_format;  // empty: raw, or the format of an existing target
     bool existing = false;
     bool target_is_zero = false;
     std::string cache = "writeback";
@@ -42,10 +42,10 @@ std::unexpected<qcow::Error> refuse(std::string place, std::string what) {
     return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(place), std::move(what)});
 }
 
-/// Makes the target anew.
+/// A new target.
 qcow::Result<qcow::NewImage> new_target(const Options& options) {
     if (options.cache != "writeback" && options.cache != "unsafe")
-        return refuse("--cache " + options.cache, "only with -n; a new file is written to the disk once, at the end");
+        return refuse("--cache " + options.cache, "works only with -n; a new file is flushed once, at the end");
     qcow::NewImage target;
     target.path = options.target;
     target.format = options.target_format == "qcow2" ? qcow::Format::qcow2 : qcow::Format::raw;
@@ -55,12 +55,13 @@ qcow::Result<qcow::NewImage> new_target(const Options& options) {
     return target;
 }
 
-/// Overwrites an image that is there, of whatever format. -B says what its backing file is; it is not made so.
+/// An existing target. Its backing file does not change: -B only says which it is.
 qcow::Result<qcow::ConvertJob::ExistingTarget> existing_target(const Options& options) {
     const auto& [made, backing, backing_format] = options.image;
-    if (!made.empty()) return refuse(options.target, "with -n it is there already, and stays as it was made: no -o");
+    if (!made.empty())
+        return refuse(options.target, "-n writes into an existing image, whose options do not change; leave out -o");
     if (backing.empty() && !backing_format.empty())
-        return refuse("backing file format", "-F says what the backing file is that -B names");
+        return refuse("backing file format", "-F works only with -B, the backing file that has this format");
     qcow::ConvertJob::ExistingTarget target;
     target.image = spec_of(Target{
         options.target, {.path = options.target}, options.target_format, options.cache, options.source.untrusted});
@@ -72,16 +73,15 @@ qcow::Result<qcow::ConvertJob::ExistingTarget> existing_target(const Options& op
     return target;
 }
 
-/// Raw data into what can only be written from front to back.
+/// A target that can be written only from front to back.
 qcow::Result<qcow::ConvertJob::StreamTarget> stream_target(const Options& options) {
     if (options.existing || options.target_format == "qcow2" || !options.image.options.empty() ||
         !options.image.backing.empty()) {
         return refuse(options.target,
-                      "takes raw data only, as images are not written from front to back; convert into a file, and "
-                      "then: cat FILE");
+                      "takes raw data only, because qcow2 images are not written from front to back; convert into a "
+                      "file, then use cat FILE");
     }
-    if (options.json)
-        return refuse(options.target, "takes the data alone; convert into a file with --salvage or --json");
+    if (options.json) return refuse(options.target, "takes the data alone; to use --json, convert into a file");
     return qcow::ConvertJob::StreamTarget{options.target};
 }
 
@@ -89,7 +89,7 @@ qcow::Result<std::vector<qcow::ConvertJob::Source>> sources(const Options& optio
     const auto paths = std::span(options.paths).first(options.paths.size() - 1);
     if (paths.empty()) return refuse("", "TARGET is missing; usage: qcow convert [OPTIONS] SOURCE... TARGET");
     if (paths.size() > 1 && !options.source.snapshot.empty())
-        return refuse("option --snapshot", "only a single source can have one");
+        return refuse("option --snapshot", "works only with a single source");
     std::vector<qcow::ConvertJob::Source> sources;
     for (const auto& path : paths) {
         Source source = options.source;
@@ -141,7 +141,7 @@ void tell_losses(const qcow::Losses& losses, const Options& options) {
                              bytes.start.value + bytes.length - 1, human(bytes.length), why.message()));
     }
     if (losses.unlisted_bytes != 0) complain(fmt::format("lost: {} more bytes, not listed", losses.unlisted_bytes));
-    complain(fmt::format("{}: {} could not be read, and are zeros there", qcow::printable(options.target),
+    complain(fmt::format("{}: {} could not be read and are zeros in this file", qcow::printable(options.target),
                          human_exact(losses.bytes)));
 }
 
@@ -161,7 +161,7 @@ qcow::Result<int> run(const Options& options) {
     return losses.bytes == 0 ? ok : lost_something;
 }
 
-/// Help that shows what the one positional option stands for.
+/// Shows the single positional option as what it stands for.
 class SourcesAndTarget final : public Help {
 public:
     std::string make_option_usage(const CLI::Option*) const override { return "SOURCE... TARGET"; }
@@ -172,70 +172,72 @@ public:
 void declare_convert(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "convert", "Copy the contents of an image into a new one: raw, or qcow2, compressed or not",
-        "The target appears under its name only when it is complete; a file that has the name is replaced then, and\n"
-        "its owner, group, permissions and extended attributes stay. One that cannot be replaced is written in place.\n"
-        "A file that is read, such as the source or one of its backing files, is never overwritten.\n"
-        "Zeros take no space. Where source and target share a file system that can, data are shared, not copied.\n" +
+        root, status, "convert", "Copy the contents of images into a raw or qcow2 image",
+        "The target gets its name only when it is complete. It then replaces a file with that name, and keeps its\n"
+        "owner, group, permissions and extended attributes. A file that cannot be replaced is written in place.\n"
+        "Files that the command reads, such as sources and backing files, are never overwritten.\n"
+        "Zeros take no space. If the file system can share data between source and target, they are not copied.\n" +
             std::string(new_image_help) +
-            "\nExit status: 0 done, 1 failed, 3 done but for what --salvage could not read.\n"
+            "\nExit status: 0 success; 1 failure; 3 success, except for data that --salvage could not read.\n"
             "Examples:\n"
             "  qcow convert disk.qcow2 disk.raw\n"
             "  qcow convert -O qcow2 -c disk.raw disk.qcow2         compressed\n"
             "  qcow convert -O qcow2 -c -o compression_type=zstd disk.raw disk.qcow2\n"
-            "  qcow convert -O qcow2 -B base.qcow2 -F qcow2 disk.raw overlay.qcow2    what differs from base\n"
-            "  qcow convert -n disk.raw disk.qcow2                  into an image that is there\n"
-            "  qcow convert -n -B base.qcow2 disk.raw overlay.qcow2 into one over base, only what differs\n"
-            "  qcow convert --salvage broken.qcow2 saved.raw        what can be read of a damaged image\n"
-            "  qcow convert part1.raw part2.raw whole.raw            one behind the other\n"
+            "  qcow convert -O qcow2 -B base.qcow2 -F qcow2 disk.raw overlay.qcow2    only what differs from base\n"
+            "  qcow convert -n disk.raw disk.qcow2                  into an existing image\n"
+            "  qcow convert -n -B base.qcow2 disk.raw overlay.qcow2 only what differs from base\n"
+            "  qcow convert --salvage broken.qcow2 saved.raw        the readable data of a damaged image\n"
+            "  qcow convert part1.raw part2.raw whole.raw           several sources, joined\n"
             "  qcow convert -l before-upgrade disk.qcow2 old.raw    one internal snapshot\n"
             "  qcow convert disk.qcow2 - | gzip > disk.raw.gz       raw data to standard output",
         [options] { return run(*options); });
-    // One option for both: CLI11 would give all to SOURCE and leave none for TARGET.
+    // One option for both, because CLI11 would give all values to SOURCE.
     app.formatter(std::make_shared<SourcesAndTarget>());
     app.add_option("SOURCE", options->paths,
-                   "The images, files or block devices, several of them one behind the other; and the file to make, a "
-                   "block device to overwrite, or (raw only) a pipe or \"-\", which is standard output")
+                   "One or more image files or block devices, which are joined in this order; then the file to make, a "
+                   "block device to overwrite, or for raw data a pipe or \"-\" (standard output)")
         ->required()
         ->check(name_text)
         ->option_text("... TARGET")
         ->each([options](const std::string& name) {
             options->target = name;
-            path_of_new_file(options->target);  // what cannot be a name cannot be made either
+            path_of_new_file(options->target);  // an error is reported when the target is made
         });
     add_open_options(app, options->source);
     one_of(app.add_option("-O,--target-format", options->target_format,
-                          "Format of the target: raw unless said; with -n, it is guessed from the first bytes"),
+                          "Format of the target (default: raw; with -n, guessed from its contents)"),
            {"raw", "qcow2"});
     add_snapshot_option(app, options->source, "Convert this internal snapshot (id or name)");
-    auto* compress = app.add_flag("-c,--compress", options->compress, "Compress");
-    app.add_option("--level", options->level, "Compression level: 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd")
+    auto* compress = app.add_flag("-c,--compress", options->compress, "Compress the target");
+    app.add_option("--level", options->level,
+                   "Compression level: zlib 1 (fast) to 9 (small), default 2; zstd 1 to 19, default 3")
         ->type_name("NUMBER")
         ->check(whole_number(1, 19))
         ->needs(compress);
     add_new_image_options(app, options->image);
     app.add_option("-B,--target-backing", options->image.backing,
-                   "Store only what differs from this image, and make it the backing file; with -n it must be that\n"
-                   "already")
+                   "Backing file of the target, which stores only what differs. With -n, the target must have this\n"
+                   "backing file already")
         ->type_name("FILE")
         ->check(name_text);
     add_backing_format_option(app, "-F,--target-backing-format", options->image);
     app.add_option("-S,--sparse", options->sparse,
-                   "Raw targets, and -n: runs of zeros of at least this size become holes; 0: every byte is written,\n"
-                   "to any target, so that all of it has storage")
+                   "For raw targets and -n: runs of zeros of at least this size become holes. 0, for all targets:\n"
+                   "every byte is written and has storage")
         ->type_name("SIZE")
         ->check(size_text)
         ->capture_default_str();
     auto* existing = app.add_flag("-n,--no-create", options->existing,
-                                  "Write into the target, an image that is there already and at least as large");
-    app.add_flag("--target-is-zero", options->target_is_zero, "With -n: it reads as zeros, which need not be written")
+                                  "Write into an existing image, which must be at least as large as the sources");
+    app.add_flag("--target-is-zero", options->target_is_zero,
+                 "With -n: the target reads as zeros, so zeros are not written")
         ->needs(existing);
     app.add_flag("--salvage", options->salvage,
-                 "Go on past what cannot be read: it becomes zeros, and is listed at the end");
-    app.add_flag("--json", options->json, "Print at the end what was lost, as JSON");
+                 "Continue if data cannot be read: write zeros in their place, and list them at the end");
+    app.add_flag("--json", options->json, "At the end, print the lost data as JSON");
     add_cache_option(app, options->cache);
     add_workers_option(app, options->workers);
-    app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");
+    app.add_flag("-p,--progress", options->progress, "Show progress even if standard error is not a terminal");
 }
 
 }  // namespace tool

@@ -1,4 +1,4 @@
-// qcow create: a new image.
+// qcow create: makes a new image.
 
 #include <fmt/format.h>
 
@@ -25,7 +25,7 @@ qcow::Result<int> run(const Options& options) {
     auto made = QCOW_TRY(parse_create_options(options.image));
     if (!options.size.empty() && made.has_size) {
         return std::unexpected(
-            qcow::Error{qcow::Errc::invalid_argument, "size", "it is said twice, as SIZE and with -o size"});
+            qcow::Error{qcow::Errc::invalid_argument, "size", "is given twice, as SIZE and as -o size"});
     }
     if (!options.size.empty()) made.size = parse_size(options.size);
     QCOW_TRY_VOID(verify_names_a_file(options.path));
@@ -50,25 +50,30 @@ void declare_create(CLI::App& root, int& status) {
                         std::string(new_image_help) +
                             "\nExamples:\n"
                             "  qcow create disk.qcow2 20G\n"
-                            "  qcow create -b base.qcow2 -F qcow2 overlay.qcow2    as large as its backing file",
+                            "  qcow create -b base.qcow2 -F qcow2 overlay.qcow2    as large as base.qcow2",
                         [options] { return run(*options); });
     app.add_option("IMAGE", options->path,
-                   "The file to make, or a block device; a file that has the name is replaced, unless it is in use")
+                   "File to make or replace, or block device to overwrite. A file that is in use is not replaced")
         ->required()
         ->check(name_text)
         ->transform(path_of_new_file);
     app.add_option("SIZE", options->size,
-                   "Size of the disk, a multiple of 512 or rounded up to one; that of\n"
-                   "the backing file if absent")
+                   "Size of the disk, rounded up to a multiple of 512 (default: the size\n"
+                   "of the backing file)")
         ->check(size_text);
-    one_of(app.add_option("-f,--format", options->format, "Its format"), {"qcow2", "raw"})->capture_default_str();
-    app.add_option("-b,--backing", options->image.backing, "The backing file, as seen from the image's directory")
+    one_of(app.add_option("-f,--format", options->format, "Format of the image"), {"qcow2", "raw"})
+        ->capture_default_str();
+    app.add_option("-b,--backing", options->image.backing,
+                   "Backing file. A relative path starts at the directory of IMAGE")
         ->type_name("FILE")
         ->check(name_text);
     add_backing_format_option(app, "-F,--backing-format", options->image);
     add_new_image_options(app, options->image);
-    app.add_flag("-u,--unchecked", options->unchecked, "Do not look whether the backing file can be opened");
-    add_untrusted_option(app, options->untrusted);
+    app.add_flag("-u,--unchecked", options->unchecked,
+                 "Make the image even if the backing file cannot be opened; needs SIZE");
+    app.add_flag("--untrusted", options->untrusted,
+                 "Do not trust the backing file: open the files that it names only if they are regular files in or "
+                 "below its directory");
     app.add_flag("-q,--quiet", options->quiet, "Print nothing");
 }
 

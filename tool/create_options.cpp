@@ -52,12 +52,12 @@ qcow::Result<void> set_size(std::uint64_t& target, const Name& name, const Value
 }
 
 qcow::Result<void> set_name(std::string& target, const Name& name, const Value& value) {
-    if (value.empty()) return refuse(name, "the name is empty; leave the option out if there is to be no such file");
+    if (value.empty()) return refuse(name, "the name is empty; leave out the option instead");
     target = value;
     return {};
 }
 
-/// An option, and what sets it.
+/// The name of an option, and the function that sets it.
 struct Setter {
     Name name;
     qcow::Result<void> (*set)(NewImageOptions& options, const Name& name, const Value& value);
@@ -119,13 +119,13 @@ qcow::Result<void> set_option(NewImageOptions& options, const Name& name, const 
     const auto setter = std::ranges::find(setters(), name, &Setter::name);
     if (setter != setters().end()) return setter->set(options, name, value);
     if (const auto instead = qemu_option("-o", name))
-        return refuse(name, fmt::format("it is one of QEMU that qcow does not have; {}", *instead));
+        return refuse(name, fmt::format("it is an option of QEMU that qcow does not have; {}", *instead));
     std::vector<std::string> known;
     for (const auto& other : setters()) known.push_back(other.name);
-    return refuse(name, fmt::format("there is none of that name{} (see -o help)", did_you_mean(name, known)));
+    return refuse(name, fmt::format("there is no option with this name{} (see -o help)", did_you_mean(name, known)));
 }
 
-/// The parts between commas. Two commas are one that belongs to its part.
+/// Splits `text` at commas. Two commas stand for one comma in a part.
 std::vector<std::string> parts_of(std::string_view text) {
     std::vector<std::string> parts(1);
     for (std::size_t i = 0; i < text.size(); ++i) {
@@ -144,20 +144,20 @@ std::vector<std::string> parts_of(std::string_view text) {
 }  // namespace
 
 const char* const new_image_help =
-    "Options for -o, as name=value, separated by commas (,, is a comma in a value):\n"
-    "  compat=1.1              version 3; 0.10 is version 2\n"
-    "  cluster_size=64k        512 to 2M\n"
-    "  refcount_bits=16        1 to 64\n"
-    "  lazy_refcounts=off      postpone refcounts\n"
-    "  extended_l2=off         subclusters of 1/32; needs clusters of at least 16k\n"
-    "  compression_type=zlib   or zstd\n"
-    "  preallocation=off       metadata, falloc (reserves space) or full (writes zeros)\n"
-    "  data_file=NAME          keep the data in a file of their own: a new or empty one, or a block device\n"
-    "  data_file_raw=off       that file is a raw image by itself\n"
-    "  backing_file, backing_fmt, size   as -b, -F and SIZE";
+    "Options for -o, as name=value, separated by commas (,, stands for a comma in a value), with their defaults:\n"
+    "  compat=1.1              1.1 makes version 3, 0.10 version 2\n"
+    "  cluster_size=64k        a power of two from 512 to 2M\n"
+    "  refcount_bits=16        a power of two from 1 to 64\n"
+    "  lazy_refcounts=off      on lets other programs write refcounts late\n"
+    "  extended_l2=off         on divides each cluster into 32 subclusters; needs cluster_size=16k or more\n"
+    "  compression_type=zlib   zlib or zstd\n"
+    "  preallocation=off       off, metadata, falloc (reserves space) or full (writes zeros)\n"
+    "  data_file=NAME          store the data in this file: a new or empty one, or a block device\n"
+    "  data_file_raw=off       on makes the data file a valid raw image\n"
+    "  backing_file=NAME, backing_fmt=FORMAT, size=SIZE";
 
 void add_new_image_options(CLI::App& app, NewImageArguments& arguments) {
-    app.add_option("-o,--options", arguments.options, "Options of the new image, name=value,... (see below)")
+    app.add_option("-o,--options", arguments.options, "Options of the new image: name=value,... (see below)")
         ->type_name("NAME=VALUE")
         ->allow_extra_args(false)
         ->each([](const std::string& text) {
@@ -168,7 +168,7 @@ void add_new_image_options(CLI::App& app, NewImageArguments& arguments) {
 }
 
 void add_backing_format_option(CLI::App& app, const std::string& name, NewImageArguments& arguments) {
-    one_of(app.add_option(name, arguments.backing_format, "The format of the new image's backing file"),
+    one_of(app.add_option(name, arguments.backing_format, "Format of the new image's backing file"),
            {"raw", "qcow", "qcow2"});
 }
 
@@ -178,9 +178,9 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
         for (const auto& part : parts_of(text)) {
             if (part.empty()) {
                 return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "-o " + text,
-                                                   "there is nothing where an option should be"});
+                                                   "an option is empty; remove the extra comma"});
             }
-            // As with QEMU, a name alone turns it on.
+            // A name without a value means "on", as with QEMU.
             const auto equals = std::min(part.find('='), part.size());
             const auto value = equals == part.size() ? "on" : part.substr(equals + 1);
             if (auto set = set_option(options, part.substr(0, equals), value); !set)
@@ -192,7 +192,7 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
     for (const auto& name : {options.backing_name, options.data_file_name}) QCOW_TRY_VOID(verify_names_a_file(name));
     if (options.backing_name.empty() && !options.backing_format.empty())
         return std::unexpected(
-            qcow::Error{qcow::Errc::invalid_argument, "backing file", "its format is given, and its name is not"});
+            qcow::Error{qcow::Errc::invalid_argument, "backing file", "its format is given, but its name is missing"});
     return options;
 }
 

@@ -1,5 +1,5 @@
 #pragma once
-// The options of new images, as commands spell them.
+// The command-line options of new images.
 
 #include <string>
 #include <vector>
@@ -9,28 +9,28 @@
 
 namespace tool {
 
-/// What `-o`, `-b` and `-F` say.
+/// The values of -o, -b and -F.
 struct NewImageArguments {
-    std::vector<std::string> options;  // "name=value,name=value"; a comma that belongs to a value is said twice
+    std::vector<std::string> options;  // "name=value,name=value"; ",," stands for a comma in a value
     std::string backing;
     std::string backing_format;
 };
 
-/// What they come to.
+/// The parsed options.
 struct NewImageOptions : qcow::CreateOptions {
-    bool has_size = false;  // with -o size
+    bool has_size = false;  // -o size was given
 };
 
-/// Adds -o, and what its help has to say, to a command that makes images.
+/// Adds -o to a command that makes images. `new_image_help` belongs into its help.
 void add_new_image_options(CLI::App& app, NewImageArguments& arguments);
 
-/// Adds -F.
+/// Adds the option `name` for the format of the backing file.
 void add_backing_format_option(CLI::App& app, const std::string& name, NewImageArguments& arguments);
 
-/// The help text on -o.
+/// The help text of -o.
 extern const char* const new_image_help;
 
-/// Understands them. Errc::invalid_argument names the option that is wrong, and what it can be.
+/// Parses the arguments. Errors: Errc::invalid_argument, with the wrong option and its possible values.
 qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments);
 
 }  // namespace tool

@@ -50,7 +50,7 @@ public:
 std::string reference_text(const qcow::ReferenceInfo& reference) {
     std::string text = printable(reference.name);
     if (!reference.path.empty() && reference.path != reference.name)
-        text += fmt::format(" (that is {})", printable(reference.path));
+        text += fmt::format(" (path {})", printable(reference.path));
     text +=
         reference.format.empty() ? ", format not recorded" : fmt::format(", format {}", printable(reference.format));
     return text;
@@ -177,15 +177,15 @@ void print_info(const qcow::ImageInfo& info) {
     if (info.backing) lines.add("backing file", reference_text(*info.backing));
     if (info.data_file) {
         lines.add("data file", fmt::format("{}{}", reference_text(*info.data_file),
-                                           info.data_file_raw ? " (a raw image by itself)" : ""));
+                                           info.data_file_raw ? " (a valid raw image)" : ""));
     }
     if (info.encryption) lines.add("encryption", encryption_text(*info.encryption));
     if (info.dirty) {
-        lines.add("dirty",
-                  "yes: not closed cleanly; its refcounts are out of date and will be rebuilt when it is next written",
+        lines.add("dirty", "yes: not closed; refcounts may be old, and opening the image for writing rebuilds them",
                   Colour::yellow);
     }
-    if (info.corrupt) lines.add("corrupt", "yes: marked so by a writer that found damage; see qcow check", Colour::red);
+    if (info.corrupt)
+        lines.add("corrupt", "yes: a writer found damage and marked the image; see qcow check", Colour::red);
     if (!info.snapshots.empty()) {
         lines.add("snapshots", fmt::format("{}", info.snapshots.size()));
         print_snapshots(info);
@@ -194,10 +194,10 @@ void print_info(const qcow::ImageInfo& info) {
         lines.add("bitmap",
                   fmt::format("\"{}\", granularity {}{}{}", printable(b.name), human(b.granularity),
                               b.enabled ? ", recording" : "",
-                              b.in_use ? ", in use: not closed cleanly, its contents are not to be trusted" : ""));
+                              b.in_use ? ", in use: being written, or not closed; its contents are not valid" : ""));
     }
     if (info.bitmaps_stale)
-        lines.add("bitmaps", "out of date: the image was written by something that does not know them", Colour::yellow);
+        lines.add("bitmaps", "out of date: a program that does not know bitmaps has written the image", Colour::yellow);
     for (const auto& e : info.unknown_extensions)
         lines.add("extension", fmt::format("unknown, type {:#010x}, {} bytes", e.type, e.length));
 }

@@ -1,12 +1,12 @@
 #pragma once
-// What an image's metadata say, as JSON and as text.
+// The metadata of an image, as JSON and as text.
 
 #include "command.h"
 #include "qcow/copy.h"
 
 namespace tool {
 
-/// What could not be read of what the metadata say.
+/// Returns a message for each part of the metadata that could not be read.
 std::vector<std::string> warnings_of(const qcow::ImageInfo& info);
 
 Json info_json(const qcow::ImageInfo& info);

@@ -1,4 +1,4 @@
-// qcow discard: gives up the storage of guest bytes that nobody needs.
+// qcow discard: releases the storage of guest bytes.
 
 #include "command.h"
 
@@ -23,17 +23,19 @@ qcow::Result<void> discard(qcow::Image& image, const Options& options) {
 void declare_discard(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "discard", "Give up the storage of bytes that are no longer needed",
-        "Whole clusters in the range become zeros; other bytes of it stay as they are. To make all of\n"
-        "them zeros: qcow zero.\n"
-        "Version 2 (compat=0.10) cannot mark clusters as zeros: where the backing file has data, which would come to\n"
-        "light, all stays as it is.\n"
+        root, status, "discard", "Release the storage of bytes that are no longer needed",
+        "Whole clusters in the range become zeros. Other bytes of the range keep their contents. To make all of them\n"
+        "zeros, use qcow zero.\n"
+        "Version 2 (compat=0.10) cannot mark clusters as zeros. In such an image, clusters keep their contents if the\n"
+        "backing file has data for them.\n"
         "Example:\n"
         "  qcow discard disk.qcow2 1G 4G",
         [options] { return change(options->target, [&](qcow::Image& image) { return discard(image, *options); }); });
     add_target_options(app, options->target);
-    app.add_option("OFFSET", options->offset, "Where to begin, in the virtual disk")->required()->check(size_text);
-    app.add_option("LENGTH", options->length, "How many bytes")->required()->check(size_text);
+    app.add_option("OFFSET", options->offset, "First byte, as an offset in the virtual disk")
+        ->required()
+        ->check(size_text);
+    app.add_option("LENGTH", options->length, "Number of bytes")->required()->check(size_text);
 }
 
 }  // namespace tool

@@ -1,4 +1,4 @@
-// qcow info: what an image is.
+// qcow info: shows the properties of an image.
 
 #include <fmt/format.h>
 
@@ -18,7 +18,7 @@ struct Options {
 qcow::Result<int> run(const Options& options) {
     const bool follow = options.chain || options.usage;
     auto image = open_source(options.source, follow);
-    // With a chain that cannot be opened, what the image says of itself is still worth printing.
+    // If the chain cannot be opened, the image alone is still worth printing.
     std::optional<qcow::Error> broken_chain;
     if (!image && follow) {
         broken_chain = std::move(image).error();
@@ -59,17 +59,18 @@ qcow::Result<int> run(const Options& options) {
 
 void declare_info(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
-    auto& app = declare(root, status, "info", "Show what an image is: format, sizes, features, snapshots, backing file",
-                        "Reads the header and its tables only, unless --usage is given.\n"
-                        "Examples:\n"
-                        "  qcow info disk.qcow2\n"
-                        "  qcow info --backing-chain overlay.qcow2    every image down to the base\n"
-                        "  qcow info --usage disk.qcow2               what takes the space, layer by layer",
-                        [options] { return run(*options); });
+    auto& app =
+        declare(root, status, "info", "Show the format, sizes, features, snapshots and backing file of an image",
+                "Reads only the header and its tables, unless --usage is given.\n"
+                "Examples:\n"
+                "  qcow info disk.qcow2\n"
+                "  qcow info --backing-chain overlay.qcow2    all images of the chain\n"
+                "  qcow info --usage disk.qcow2               how much each layer stores",
+                [options] { return run(*options); });
     add_source_options(app, options->source);
-    app.add_flag("--backing-chain", options->chain, "Show all images of the backing chain, from the top down");
-    app.add_flag("--usage", options->usage, "Walk the mapping: data, compressed and zero bytes by layer, fragments");
-    app.add_flag("--json", options->json, "Print JSON: an object, or with --backing-chain an array");
+    app.add_flag("--backing-chain", options->chain, "Show all images of the backing chain, the topmost first");
+    app.add_flag("--usage", options->usage, "Show the data, compressed and zero bytes and the fragments of each layer");
+    app.add_flag("--json", options->json, "Print a JSON object, or with --backing-chain an array");
 }
 
 }  // namespace tool

@@ -1,4 +1,4 @@
-// qcow: the command line of qcowkit. Written against the public headers alone.
+// qcow: the command line of qcowkit. Uses only the public headers of the library.
 
 #include <sys/resource.h>
 
@@ -13,7 +13,7 @@
 
 namespace {
 
-/// A backing chain takes a descriptor a file. Systems allow more of them than they give a process at first.
+/// Raises the limit of open files, because a backing chain needs a descriptor for each of its files.
 void allow_long_chains() {
     rlimit limit = {};
     if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
@@ -48,7 +48,7 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    std::signal(SIGXFSZ, SIG_IGN);  // a limit on the size of files is an error like that of a full file system
+    std::signal(SIGXFSZ, SIG_IGN);  // writes past a file size limit then fail, like those to a full file system
     try {
         allow_long_chains();
         return run(argc, argv);

@@ -1,4 +1,4 @@
-// qcow map: where the guest's bytes lie.
+// qcow map: shows where guest bytes are stored.
 
 #include <fmt/format.h>
 
@@ -16,7 +16,7 @@ struct Options {
     bool json = false;
 };
 
-/// Collects text and prints it in large pieces: a map may have millions of lines.
+/// Collects text and prints it in large pieces, because a map may have millions of lines.
 class Output {
 public:
     template <class... Args>
@@ -33,7 +33,7 @@ private:
     fmt::memory_buffer text_;
 };
 
-/// A line an extent, with QEMU's keys in QEMU's order.
+/// Prints one line per extent, with the keys of qemu-img map in their order.
 void print_json_extent(Output& out, const qcow::Extent& e, bool first) {
     using Kind = qcow::Extent::Kind;
     out.print(
@@ -87,15 +87,15 @@ qcow::Result<int> run(const Options& options) {
 
 void declare_map(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
-    auto& app = declare(root, status, "map", "Show where the guest's bytes lie, extent by extent",
-                        "DEPTH is the image of the chain that decides: 0 the image itself, 1 its backing file.\n"
-                        "Zero and unallocated extents both read as zeros; no image says anything of the latter.\n"
+    auto& app = declare(root, status, "map", "Show where the extents of the virtual disk are stored",
+                        "DEPTH is the layer that decides: 0 is the image itself, 1 its backing file, and so on.\n"
+                        "Zero and unallocated extents read as zeros. For unallocated ones, no layer has an entry.\n"
                         "Example:\n"
                         "  qcow map --json disk.qcow2 | jq '[.[] | select(.data) | .length] | add'",
                         [options] { return run(*options); });
     add_source_options(app, options->source);
     add_snapshot_option(app, options->source, "Map this internal snapshot (id or name)");
-    app.add_flag("--json", options->json, "Print a JSON array, a line an extent, as qemu-img map does");
+    app.add_flag("--json", options->json, "Print a JSON array with one line per extent, in the format of qemu-img map");
 }
 
 }  // namespace tool

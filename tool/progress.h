@@ -6,14 +6,13 @@
 
 namespace tool {
 
-/// Shows how far something is on standard error: a bar on a terminal; elsewhere, if forced, a line every tenth; else
-/// nothing.
+/// Shows progress on standard error: a bar on a terminal; elsewhere, if forced, a line per tenth, else nothing.
 class Progress {
 public:
     Progress(std::string label, bool forced);
     Progress(const Progress&) = delete;
     Progress& operator=(const Progress&) = delete;
-    /// Wipes the bar away.
+    /// Erases the bar.
     ~Progress();
 
     void update(std::uint64_t done, std::uint64_t total);

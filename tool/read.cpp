@@ -1,4 +1,4 @@
-// qcow read: guest bytes to standard output.
+// qcow read: prints guest bytes.
 
 #include <fmt/format.h>
 #include <unistd.h>
@@ -20,7 +20,7 @@ struct Options {
     bool hex = false;
 };
 
-/// "00000010  51 46 49 fb ...  |QFI.|": sixteen bytes a line.
+/// "00000010  51 46 49 fb ...  |QFI.|": sixteen bytes per line.
 void print_hex(std::uint64_t at, std::span<const std::byte> bytes) {
     for (std::size_t i = 0; i < bytes.size(); i += 16) {
         const auto line = bytes.subspan(i, std::min<std::size_t>(16, bytes.size() - i));
@@ -60,7 +60,7 @@ qcow::Result<int> run(const Options& options) {
 
     const std::uint64_t length = parse_size(options.length);
     const qcow::GuestOffset at{parse_size(options.offset)};
-    // Refused as a whole, rather than after half of it has been printed.
+    // Before the first bytes are printed.
     if (auto fits = verify_range(**disk, options.source.path, at.value, length); !fits) {
         return std::unexpected(std::move(fits).error());
     }
@@ -79,14 +79,16 @@ qcow::Result<int> run(const Options& options) {
 void declare_read(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(root, status, "read", "Print bytes of the virtual disk",
-                        "The bytes go to standard output as they are, or with --hex as a dump.\n"
+                        "Prints the bytes to standard output unchanged, or with --hex as a dump.\n"
                         "Examples:\n"
                         "  qcow read --hex disk.qcow2 0 512          the boot sector\n"
-                        "  qcow read disk.qcow2 1M 100M | sha256sum  a digest of a part",
+                        "  qcow read disk.qcow2 1M 100M | sha256sum  the SHA-256 digest of a part",
                         [options] { return run(*options); });
     add_source_options(app, options->source);
-    app.add_option("OFFSET", options->offset, "Where to begin, in the virtual disk")->required()->check(size_text);
-    app.add_option("LENGTH", options->length, "How many bytes")->required()->check(size_text);
+    app.add_option("OFFSET", options->offset, "First byte, as an offset in the virtual disk")
+        ->required()
+        ->check(size_text);
+    app.add_option("LENGTH", options->length, "Number of bytes")->required()->check(size_text);
     add_snapshot_option(app, options->source, "Read this internal snapshot (id or name)");
     app.add_flag("--hex", options->hex, "Print offset, hexadecimal bytes and text");
 }

@@ -1,4 +1,4 @@
-// qcow resize: another virtual size.
+// qcow resize: changes the virtual size.
 
 #include "qcow/resize.h"
 #include "command.h"
@@ -14,7 +14,7 @@ struct Options {
 
 bool is_relative(const std::string& size) { return size.starts_with('+') || size.starts_with('-'); }
 
-/// A size, or with a sign in front how much is added or taken away.
+/// A size, or a change of the size with a sign in front.
 const CLI::Validator new_size_text(
     [](std::string& text) {
         auto size = text.substr(is_relative(text) ? 1 : 0);
@@ -43,18 +43,18 @@ void declare_resize(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
         root, status, "resize", "Change the virtual size",
-        "What is added reads as zeros. What is cut off is lost, and the file ends behind what is left. Bitmaps\n"
-        "become of the new size; in them, what is added has not changed. Sizes are rounded up to multiples of 512.\n"
+        "New bytes read as zeros. Shrinking loses the bytes past the new end, and cuts unused clusters off the file.\n"
+        "Bitmaps get the new size, and show no changes in new bytes. Sizes are rounded up to multiples of 512.\n"
         "Examples:\n"
         "  qcow resize disk.qcow2 20G\n"
-        "  qcow resize disk.qcow2 +1.5G           larger by so much\n"
-        "  qcow resize --shrink disk.qcow2 -512M  smaller by so much",
+        "  qcow resize disk.qcow2 +1.5G           1.5 GiB larger\n"
+        "  qcow resize --shrink disk.qcow2 -512M  512 MiB smaller",
         [options] { return run(*options); });
     add_target_options(app, options->target);
-    app.add_option("SIZE", options->size, "The new size, or with + or - in front the change")
+    app.add_option("SIZE", options->size, "New size, or with + or - in front the change of the size")
         ->required()
         ->check(new_size_text);
-    app.add_flag("--shrink", options->shrink, "Allow that the disk becomes smaller");
+    app.add_flag("--shrink", options->shrink, "Allow a smaller size");
 }
 
 }  // namespace tool

@@ -34,11 +34,11 @@
 namespace tool {
 namespace {
 
-/// Why a means of confinement is not to be had; empty: it is in force.
+/// Why a mechanism is not in force; empty: it is.
 using Obstacle = std::string;
-constexpr const char* denied = "this kernel does not have it, or does not let it be used";
+constexpr const char* denied = "this kernel does not have it, or does not allow it";
 
-// The runtime of a sanitizer opens files, asks for memory and stops threads as it likes.
+// The runtime of a sanitizer opens files, maps memory and stops threads, which the sandbox would forbid.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool sanitized = true;
 #elif defined(__has_feature)
@@ -70,28 +70,29 @@ std::unexpected<qcow::Error> failure(qcow::Errc code, std::string place, std::st
     return std::unexpected(qcow::Error{code, std::move(place), std::move(what)});
 }
 
-/// Only what is still the socket at `path`: its directory may be another user's.
+/// Makes the account the owner of the socket at `path`. Verifies that it is a socket, because another user may be able
+/// to change its directory.
 qcow::Result<void> give(const std::string& path, const passwd& account) {
     const Fd fd(open(path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
     struct stat status = {};
     const bool is_socket = fd.get() >= 0 && fstat(fd.get(), &status) == 0 && S_ISSOCK(status.st_mode);
     if (!is_socket || fchownat(fd.get(), "", account.pw_uid, account.pw_gid, AT_EMPTY_PATH) != 0)
-        return failure(qcow::Errc::access_denied, path, fmt::format("cannot be given to {}", account.pw_name));
+        return failure(qcow::Errc::access_denied, path, fmt::format("cannot make {} its owner", account.pw_name));
     return {};
 }
 
-/// With no group but the user's own, and no way back.
+/// Switches to the account for good, with its own group only.
 qcow::Result<void> become(const passwd& account) {
     if (setgroups(0, nullptr) == 0 && setresgid(account.pw_gid, account.pw_gid, account.pw_gid) == 0 &&
         setresuid(account.pw_uid, account.pw_uid, account.pw_uid) == 0 && (account.pw_uid == 0 || setuid(0) != 0))
         return {};
     return failure(qcow::Errc::access_denied, fmt::format("user {}", account.pw_name),
-                   fmt::format("cannot become it; only root can ({})", std::strerror(errno)));
+                   fmt::format("cannot switch to this user; only root can ({})", std::strerror(errno)));
 }
 
 // ---- Landlock: which files, ports and processes can be reached ----
 
-// By the version of the interface; older headers do not have all of it.
+// By version of the kernel interface, because older headers do not define all of it.
 constexpr std::uint64_t filesystem_rights(long version) {
     if (version >= 5) return (1U << 16) - 1;  // and ioctl on devices
     if (version >= 3) return (1U << 15) - 1;  // and truncate
@@ -101,14 +102,14 @@ constexpr std::uint64_t filesystem_rights(long version) {
 constexpr std::uint64_t network_rights(long version) { return version >= 4 ? 3 : 0; }  // bind and connect by TCP
 constexpr std::uint64_t scopes(long version) { return version >= 6 ? 3 : 0; }          // abstract sockets, signals
 
-/// As struct landlock_ruleset_attr has grown. The kernel takes a longer one than it knows if the rest is zero.
+/// The newest struct landlock_ruleset_attr. A kernel that knows a shorter one accepts it if the rest is zero.
 struct Ruleset {
     std::uint64_t filesystem = 0;
     std::uint64_t network = 0;
     std::uint64_t scoped = 0;
 };
 
-/// In two steps: files may be out of reach when the user is another one already.
+/// Opens the directories in its constructor, because a new user may not be allowed to. enter() confines the process.
 class Landlock {
 public:
     explicit Landlock(const std::vector<std::string>& removed) : obstacle_(prepare(removed)) {}
@@ -145,7 +146,7 @@ private:
 
 #ifdef QCOW_SECCOMP
 
-/// What serving takes.
+/// The system calls that serving needs.
 constexpr std::array served_by = {
     // data
     SCMP_SYS(read), SCMP_SYS(readv), SCMP_SYS(pread64), SCMP_SYS(preadv), SCMP_SYS(preadv2), SCMP_SYS(write),
@@ -163,7 +164,8 @@ constexpr std::array served_by = {
     SCMP_SYS(clock_gettime), SCMP_SYS(clock_getres), SCMP_SYS(clock_nanosleep), SCMP_SYS(nanosleep),
     SCMP_SYS(gettimeofday), SCMP_SYS(getrandom)};
 
-/// What is set on a client's socket. Other options reach far: root replaces the packet filter with one.
+/// The options that are set on a client's socket. Others are dangerous: with one of them, root replaces the packet
+/// filter.
 constexpr std::array<std::pair<int, int>, 8> socket_options = {{{SOL_SOCKET, SO_SNDBUF},
                                                                 {SOL_SOCKET, SO_RCVTIMEO},
                                                                 {SOL_SOCKET, SO_SNDTIMEO},
@@ -173,7 +175,7 @@ constexpr std::array<std::pair<int, int>, 8> socket_options = {{{SOL_SOCKET, SO_
                                                                 {IPPROTO_TCP, TCP_KEEPINTVL},
                                                                 {IPPROTO_TCP, TCP_KEEPCNT}}};
 
-/// What nobody tries who means well. Other calls do not exist, as far as the process can tell.
+/// System calls that only an attacker makes. They end the process. All other calls fail as if the kernel had none.
 constexpr std::array deadly = {
     // programs and processes
     SCMP_SYS(execve), SCMP_SYS(execveat), SCMP_SYS(fork), SCMP_SYS(vfork), SCMP_SYS(ptrace), SCMP_SYS(kill),
@@ -202,7 +204,7 @@ public:
         }
         set(SCMP_FLTATR_ACT_BADARCH, SCMP_ACT_KILL_PROCESS);
         set(SCMP_FLTATR_CTL_TSYNC, 1);
-        // The guard against speculation that seccomp brings on older kernels is for processes that run others' code.
+        // Older kernels add a guard against speculative execution, which only processes that run foreign code need.
         set(SCMP_FLTATR_CTL_SSB, 1);
         set(SCMP_FLTATR_CTL_OPTIMIZE, 2);
     }
@@ -210,7 +212,7 @@ public:
     Filter& operator=(const Filter&) = delete;
     ~Filter() { seccomp_release(context_); }
 
-    /// Calls whose arguments are as all `conditions` say.
+    /// Adds a rule for calls whose arguments meet all `conditions`.
     template <class... Conditions>
     void allow(int call, Conditions... conditions) {
         add(SCMP_ACT_ALLOW, call, conditions...);
@@ -241,7 +243,7 @@ private:
 constexpr scmp_arg_cmp argument(unsigned index, scmp_compare how, std::uint64_t a, std::uint64_t b = 0) {
     return {index, how, a, b};
 }
-/// Of the bits `mask` exactly `bits` are set.
+/// Of the bits in `mask`, exactly `bits` are set.
 constexpr scmp_arg_cmp has_bits(unsigned index, std::uint64_t mask, std::uint64_t bits) {
     return argument(index, SCMP_CMP_MASKED_EQ, mask, bits);
 }
@@ -251,7 +253,7 @@ Obstacle enter_seccomp(bool removes) {
     for (const int call : served_by) filter.allow(call);
     for (const int call : deadly) filter.kill(call);
 
-    // To send to an address, or to open a connection with the first data, is to connect.
+    // Sending to an address, and opening a connection with the first data, are ways to connect.
     filter.allow(SCMP_SYS(sendto), has_bits(3, MSG_FASTOPEN, 0), argument(4, SCMP_CMP_EQ, 0));
     filter.kill(SCMP_SYS(sendto), has_bits(3, MSG_FASTOPEN, MSG_FASTOPEN));
     filter.kill(SCMP_SYS(sendto), argument(4, SCMP_CMP_NE, 0));
@@ -264,21 +266,21 @@ Obstacle enter_seccomp(bool removes) {
     for (const std::uint64_t command : {std::uint64_t{BLKGETSIZE64}, std::uint64_t{FS_IOC_FIEMAP}})
         filter.allow(SCMP_SYS(ioctl), argument(1, SCMP_CMP_EQ, command));
     filter.allow(SCMP_SYS(newfstatat),
-                 has_bits(3, AT_EMPTY_PATH, AT_EMPTY_PATH));  // fstat in other words; the path cannot be looked at
+                 has_bits(3, AT_EMPTY_PATH, AT_EMPTY_PATH));  // fstat uses it; a filter cannot see the path
     filter.allow(SCMP_SYS(tgkill), argument(0, SCMP_CMP_EQ, static_cast<std::uint64_t>(getpid())));  // abort
     for (const int call : {SCMP_SYS(mmap), SCMP_SYS(mprotect)}) filter.allow(call, has_bits(2, PROT_EXEC, 0));
     if (removes)
         for (const int call : {SCMP_SYS(unlink), SCMP_SYS(unlinkat)}) filter.allow(call);
 
-    // Threads. clone3 has its flags in memory, which cannot be looked at: it is one of the calls that do not exist, and
-    // the C library then takes clone.
+    // Threads. clone3 has its flags in memory, which a filter cannot see. It fails like an unknown call, and the C
+    // library then uses clone.
     constexpr std::uint64_t thread = CLONE_VM | CLONE_SIGHAND | CLONE_THREAD;
     constexpr std::uint64_t namespaces =
         CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET;
     filter.allow(SCMP_SYS(clone), has_bits(0, thread | namespaces, thread));
     filter.kill(SCMP_SYS(clone), has_bits(0, CLONE_THREAD, 0));
 
-    // To open a file for reading fails: libraries try that, and can do without.
+    // Opening a file for reading only fails, because libraries try it and can do without.
     for (const auto& [call, flags] : {std::pair{SCMP_SYS(open), 1U}, {SCMP_SYS(openat), 2U}}) {
         for (const std::uint64_t mode : {O_WRONLY, O_RDWR}) filter.kill(call, has_bits(flags, O_ACCMODE, mode));
         for (const std::uint64_t flag : {O_CREAT, O_TRUNC}) filter.kill(call, has_bits(flags, flag, flag));
@@ -312,7 +314,7 @@ qcow::Result<std::string> enter_sandbox(const Sandbox& sandbox) {
     std::vector<std::string> parts;
     std::vector<std::string> missing;
     if (wanted) {
-        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);  // both need it
+        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);  // required by Landlock and seccomp
         const auto note = [&](const char* name, const Obstacle& obstacle) {
             if (obstacle.empty()) parts.emplace_back(name);
             if (!obstacle.empty()) missing.push_back(fmt::format("no {}: {}", name, obstacle));
@@ -321,10 +323,10 @@ qcow::Result<std::string> enter_sandbox(const Sandbox& sandbox) {
         note("seccomp", enter_seccomp(!sandbox.removed.empty()));
         if (!automatic && !missing.empty()) {
             return failure(qcow::Errc::unsupported, "option --sandbox=on",
-                           fmt::format("{}; --sandbox=auto does without", fmt::join(missing, "; ")));
+                           fmt::format("{}; --sandbox=auto starts without it", fmt::join(missing, "; ")));
         }
     } else {
-        missing.emplace_back(automatic ? "this is a build with sanitizers" : "not wanted");
+        missing.emplace_back(automatic ? "this is a build with sanitizers" : "--sandbox=off");
     }
     if (parts.empty()) parts.emplace_back("off");
     if (account != nullptr) parts.push_back(fmt::format("user {}", account->pw_name));

@@ -1,5 +1,5 @@
 #pragma once
-// Giving up what a process no longer needs: whoever takes it over, by a mistake in it, has gained little.
+// The sandbox of a server. It limits what an attacker who takes over the process can do.
 
 #include <string>
 #include <vector>
@@ -9,16 +9,19 @@
 namespace tool {
 
 struct Sandbox {
-    std::string mode = "auto";         // "auto": what this system has; "on": nothing less than all of it; "off"
-    std::string user;                  // an account to become; empty: none
-    std::vector<std::string> given;    // sockets that are made over to that user
+    std::string mode = "auto";         // "auto": what this system has; "on": all of it, or fail; "off": nothing
+    std::string user;                  // the account to switch to; empty: none
+    std::vector<std::string> given;    // sockets that this account then owns
     std::vector<std::string> removed;  // files that the process removes when it ends
 };
 
-/// From now on the process can use the files and sockets that it has, accept clients, start threads, and remove
-/// `removed`, or other files beneath the directories of these; it opens, makes, runs and connects to nothing. To be
-/// called while there is only one thread. Returns, for people, what confines the process now: "Landlock, seccomp".
-/// Errc::unsupported: it is "on", and this system lacks something; not_found: no such user; access_denied.
+/// Confines the process. It can then use the files and sockets that it has open, accept clients, start threads, and
+/// remove files in the directories of `removed` and below. It cannot open or make files, connect, or run programs.
+/// Returns what is in force, as text for people: "Landlock, seccomp".
+///
+/// Errors: Errc::unsupported if `mode` is "on" and this system lacks something; Errc::not_found for an unknown user;
+/// Errc::access_denied.
+/// Thread safety: the process must have only one thread.
 qcow::Result<std::string> enter_sandbox(const Sandbox& sandbox);
 
 }  // namespace tool

@@ -1,4 +1,4 @@
-// qcow serve: images for programs that speak NBD.
+// qcow serve: serves images over NBD.
 
 #include <fmt/format.h>
 #include <sys/socket.h>
@@ -23,7 +23,7 @@ namespace {
 
 struct Options {
     std::vector<std::string> images;
-    Source source;  // what all images have in common
+    Source source;  // the options of all images
     std::vector<std::string> names;
     std::vector<std::string> descriptions;
     std::vector<std::string> bitmaps;
@@ -46,7 +46,7 @@ std::unexpected<qcow::Error> system_failure(const std::string& place, const std:
     return std::unexpected(qcow::Error{qcow::Errc::io, place, fmt::format("{}: {}", what, std::strerror(errno))});
 }
 
-/// How many sockets a service manager hands over, from file descriptor 3 on.
+/// Returns the number of sockets that a service manager passes, from file descriptor 3 on.
 int inherited_sockets() {
     const auto number = [](const char* name) {
         const char* text = std::getenv(name);
@@ -55,7 +55,7 @@ int inherited_sockets() {
     return number("LISTEN_PID") == getpid() ? std::max(0, number("LISTEN_FDS")) : 0;
 }
 
-/// The service manager, if there is one that wants to know.
+/// The service manager, if there is one that wants to be notified.
 class ServiceManager {
 public:
     ServiceManager() {
@@ -84,7 +84,7 @@ private:
     bool connected_ = false;
 };
 
-/// A file with the number of this process, removed with it.
+/// A file with the ID of this process. The destructor removes it.
 class PidFile {
 public:
     PidFile() = default;
@@ -109,7 +109,7 @@ private:
 
 qcow::NbdServer* serving = nullptr;
 
-/// SIGTERM and SIGINT end the service while this lives.
+/// While this lives, SIGTERM and SIGINT stop the server.
 class StopOnSignals {
 public:
     explicit StopOnSignals(qcow::NbdServer& server) {
@@ -130,7 +130,7 @@ private:
 
 bool only_reads(const Options& options) { return options.read_only || !options.source.snapshot.empty(); }
 
-/// How the image of this name is opened.
+/// Returns how to open the image with this name.
 qcow::Result<qcow::ImageSpec> served_spec(const Options& options, const std::string& name) {
     auto source = options.source;
     QCOW_TRY_VOID(name_source(source, name));
@@ -147,7 +147,7 @@ std::string export_name(const Options& options, std::size_t index) {
     return options.images.size() == 1 ? "" : std::filesystem::path(options.images[index]).filename().string();
 }
 
-/// Offers a bitmap with every export whose image has it. `exports` are of these images, in this order.
+/// Offers a bitmap with each export whose image has it. `exports[i]` belongs to `images[i]`.
 qcow::Result<void> offer_bitmap(const std::string& name, const std::vector<std::shared_ptr<qcow::Image>>& images,
                                 std::vector<qcow::NbdExport>& exports) {
     qcow::Result<void> result;
@@ -170,11 +170,11 @@ bool with_tls(const Options& options) {
     return !options.tls.certificates.empty() || !options.tls.psk_file.empty() || options.tls.verify_peer;
 }
 
-/// Secrets that are not quite secret.
+/// Warns if other users can read the private key.
 void warn_of_open_secrets(const qcow::NbdTls& tls) {
     const auto path = tls.psk_file.empty() ? tls.certificates + "/server-key.pem" : tls.psk_file;
     if (struct stat status = {}; stat(path.c_str(), &status) == 0 && (status.st_mode & S_IROTH) != 0)
-        complain(fmt::format("WARNING: {} can be read by every user of this machine; chmod it to 0600",
+        complain(fmt::format("WARNING: {} can be read by every user of this machine; use chmod 0600",
                              qcow::printable(path)));
 }
 
@@ -195,7 +195,7 @@ qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
     const bool knows_clients = options.tls.verify_peer || !options.tls.psk_file.empty();
     if (!within_machine && !knows_clients) {
         complain(
-            fmt::format("WARNING: whoever can reach {} port {} can read{} the disk{}; "
+            fmt::format("WARNING: any client that can reach {} port {} can read{} the disk{}; "
                         "use --tls-certificates with --tls-verify-peer, or --tls-psk",
                         host, *port, options.read_only ? "" : " and change",
                         with_tls(options) ? "" : ", and all data crosses the network unencrypted"));
@@ -203,7 +203,7 @@ qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
     return {};
 }
 
-/// Everything is open: what else this process could do, it need not be able to.
+/// Confines the process, when everything is open.
 qcow::Result<void> confine(const Options& options) {
     auto sandbox = options.sandbox;
     if (!options.socket.empty()) sandbox.given = {options.socket};
@@ -218,11 +218,11 @@ qcow::Result<void> confine(const Options& options) {
 qcow::Result<int> run(const Options& options) {
     if (options.names.size() > options.images.size() || options.descriptions.size() > options.images.size()) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "",
-                                           "more of --export-name or --description than there are images"});
+                                           "--export-name or --description is given more often than there are images"});
     }
     if (options.source.force_share && !only_reads(options)) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "option --force-share",
-                                           "two that write to an image destroy it; add --read-only or --snapshot"});
+                                           "two writers destroy an image; add --read-only or --snapshot"});
     }
     qcow::FilesInUse in_use;
     for (const auto& path : {options.socket, options.pid_file}) {
@@ -230,7 +230,7 @@ qcow::Result<int> run(const Options& options) {
         if (!verified) return std::unexpected(std::move(verified).error());
     }
     if (!options.pid_file.empty()) {
-        auto added = in_use.add(qcow::FilesInUse::Use::written, options.pid_file, "the file for the process number");
+        auto added = in_use.add(qcow::FilesInUse::Use::written, options.pid_file, "the PID file");
         if (!added) return std::unexpected(std::move(added).error());
     }
     std::vector<std::shared_ptr<qcow::Image>> images;
@@ -242,7 +242,7 @@ qcow::Result<int> run(const Options& options) {
         QCOW_TRY_VOID(in_use.add(qcow::FilesInUse::Use::read, **image, spec, "the image"));
         auto disk = disk_of(*image, options.source);
         if (!disk) return std::unexpected(std::move(disk).error());
-        // Not by every request of a client: an encrypted image cannot be read at all.
+        // Here, and not with each request of a client: an encrypted image cannot be read at all.
         if (auto readable = (*disk)->read({0}, {}); !readable) return std::unexpected(std::move(readable).error());
         images.push_back(*image);
         exports.push_back({export_name(options, i),
@@ -282,21 +282,24 @@ void declare_serve(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
         root, status, "serve", "Serve images over NBD: to virtual machines, backup tools, nbdcopy, ...",
-        "Without --socket and --bind, and unless a service manager (or nbdcopy) hands over a socket, the server\n"
-        "listens on TCP port 10809 of localhost. It ends when its last client leaves, or with --persistent when it\n"
-        "gets SIGTERM or SIGINT; requests that have arrived are then completed, and everything is flushed.\n"
+        "The server listens on TCP port 10809 of localhost. --socket, --bind, or a socket from a service manager or\n"
+        "nbdcopy replaces this address. The server ends when its last client leaves, or at SIGTERM or SIGINT. It then\n"
+        "completes the requests that have arrived, and flushes everything.\n"
         "\n"
-        "Several images are several exports. A client that names none gets the first. One image alone has the empty\n"
-        "name; several have those of their files, unless --export-name is given, once for each.\n"
-        "Anybody who can connect can use the disk: put a Unix socket into a directory that only the right people can\n"
-        "enter, and serve to a network only over TLS.\n"
-        "With TLS, clients that do not use it are turned away. Certificates alone prove the server to its clients:\n"
-        "anybody can be one. --tls-verify-peer lets in only those with a certificate of the same CA, --tls-psk only\n"
-        "those with a key. The files are QEMU's and nbdkit's: certtool and psktool make them.\n"
-        "Before it takes clients, the server gives up what it no longer needs: opening files, making connections,\n"
-        "running programs (Landlock and seccomp, as far as the system has them; it says so when it starts). With\n"
-        "--user, root becomes somebody else: the Unix socket is then that user's, and it and the process number are\n"
-        "removed at the end only if the user may write to their directories.\n"
+        "Each image is an export. A client that names no export gets the first one. The name of a single export is\n"
+        "empty. Several exports are named after their files, unless --export-name is given for each image.\n"
+        "\n"
+        "Any client that can connect can use the disk. Put a Unix socket into a directory that only trusted users can\n"
+        "enter, and use TLS on a network. The server then refuses clients without TLS. Certificates alone identify\n"
+        "only the server: any client is accepted. --tls-verify-peer accepts only clients with a certificate of the\n"
+        "same CA, --tls-psk only clients with a key. QEMU and nbdkit use the same files, and certtool and psktool\n"
+        "make them.\n"
+        "\n"
+        "Before it accepts clients, the server gives up the right to open files, make connections and run programs,\n"
+        "as far as the system has Landlock and seccomp. It prints what is in force. With --user, root switches to\n"
+        "another user, who then owns the Unix socket. The socket and the PID file are removed at the end only if this\n"
+        "user may write to their directories.\n"
+        "\n"
         "Examples:\n"
         "  qcow serve --socket /run/vm/disk.sock --persistent disk.qcow2\n"
         "  qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/vm/disk.sock,format=raw ...\n"
@@ -304,64 +307,67 @@ void declare_serve(CLI::App& root, int& status) {
         "  nbdcopy -- [ qcow serve --read-only disk.qcow2 ] disk.raw\n"
         "  nbdinfo --map -- [ qcow serve --read-only --snapshot monday disk.qcow2 ]",
         [options] { return run(*options); });
-    app.add_option("IMAGE", options->images, "The images: files or block devices")->required()->check(name_text);
+    app.add_option("IMAGE", options->images, "Image files or block devices")->required()->check(name_text);
     add_open_options(app, options->source);
     auto* snapshot = add_snapshot_option(app, options->source, "Serve this internal snapshot (id or name), read-only");
     app.add_flag("-r,--read-only", options->read_only,
-                 "Let nobody write; other processes may read the image, too. --force-share takes this or --snapshot");
+                 "Refuse writes. Other processes can read the image, too. --force-share needs this or --snapshot");
     app.add_option("-k,--socket", options->socket, "Listen on a Unix socket at this path")
         ->type_name("PATH")
         ->check(name_text);
-    app.add_option("-b,--bind", options->bind, "Listen on TCP, on the addresses of this host (default: localhost)")
+    app.add_option("-b,--bind", options->bind, "Listen on TCP, on all addresses of this host (default: localhost)")
         ->type_name("HOST")
         ->check(name_text);
-    app.add_option("-p,--port", options->port, "The TCP port; 0: a free one, which is printed")
+    app.add_option("-p,--port", options->port, "TCP port; 0: any free port, which is printed")
         ->type_name("NUMBER")
         ->check(whole_number(0, 65535))
         ->capture_default_str()
         ->each([options](const std::string&) { options->port_given = true; });
-    app.add_option("-x,--export-name", options->names, "The name of the export; once for each image")
+    app.add_option("-x,--export-name", options->names, "Name of an export; once for each image, in their order")
         ->type_name("NAME")
         ->allow_extra_args(false);
-    app.add_option("-D,--description", options->descriptions, "What clients are told about it; once for each image")
+    app.add_option("-D,--description", options->descriptions,
+                   "Description of an export, for clients; once for each image, in their order")
         ->allow_extra_args(false);
-    app.add_option("-e,--connections", options->connections, "Clients at a time; others wait")
+    app.add_option("-e,--connections", options->connections, "Largest number of clients at a time; others wait")
         ->type_name("NUMBER")
         ->check(whole_number(1, 10000))
         ->capture_default_str();
-    app.add_flag("-t,--persistent", options->persistent, "Stay when the last client has left");
+    app.add_flag("-t,--persistent", options->persistent, "Keep running when the last client leaves");
     app.add_option("--tls-certificates", options->tls.certificates,
-                   "Serve over TLS only, with the server-cert.pem and server-key.pem of this directory")
+                   "Require TLS, with server-cert.pem and server-key.pem of this directory")
         ->type_name("DIRECTORY")
         ->check(name_text);
     app.add_flag("--tls-verify-peer", options->tls.verify_peer,
-                 "Let in only clients with a certificate of that directory's ca-cert.pem");
-    app.add_option("--tls-psk", options->tls.psk_file, "Serve over TLS only, to clients with a NAME:KEY of this file")
+                 "Accept only clients with a certificate that ca-cert.pem of that directory has signed");
+    app.add_option("--tls-psk", options->tls.psk_file,
+                   "Require TLS, and accept only clients with a key of this file (lines NAME:KEY)")
         ->type_name("FILE")
         ->check(name_text);
-    app.add_option("--pid-file", options->pid_file, "Write the process number to this file once clients can connect")
+    app.add_option("--pid-file", options->pid_file, "Write the process ID to this file when clients can connect")
         ->type_name("FILE")
         ->check(name_text);
-    one_of(app.add_option("--sandbox", options->sandbox.mode,
-                          "What is given up. auto: as much as this system can; on: all, or it does not start; off: "
-                          "nothing"),
-           {"auto", "on", "off"})
+    one_of(
+        app.add_option("--sandbox", options->sandbox.mode,
+                       "How to confine the server. auto: as far as this system can; on: completely, or fail; off: not "
+                       "at all"),
+        {"auto", "on", "off"})
         ->capture_default_str();
-    app.add_option("--user", options->sandbox.user, "Become this user once everything is open; only root can")
+    app.add_option("--user", options->sandbox.user, "Switch to this user when everything is open; only root can")
         ->type_name("NAME")
         ->check(name_text);
     add_cache_option(app, options->cache)
         ->description(
-            "When writes reach the disk. writeback: with a client's flush; writethrough: each one at once; none: with "
-            "a "
-            "flush, and past the system's cache; unsafe: when the system likes");
-    one_of(app.add_option("--discard", options->discard, "What clients' trim requests do: give space back, or nothing"),
+            "When writes become durable. writeback: at a client's flush; writethrough: each one at once; none: at a "
+            "flush, without the page cache (direct I/O); unsafe: not before the system writes them");
+    one_of(app.add_option("--discard", options->discard,
+                          "What trim requests of clients do: unmap releases storage, ignore does nothing"),
            {"unmap", "ignore"})
         ->capture_default_str();
     app.add_flag("-A,--allocation-depth", options->allocation_depth,
-                 "Offer the context qemu:allocation-depth: which image of the chain decides");
+                 "Offer the context qemu:allocation-depth, which tells the layer of each extent");
     app.add_option("-B,--bitmap", options->bitmaps,
-                   "Offer the context qemu:dirty-bitmap:NAME: what has changed; may be given several times")
+                   "Offer the context qemu:dirty-bitmap:NAME, which tells what has changed. May be repeated")
         ->type_name("NAME")
         ->check(name_text)
         ->allow_extra_args(false)

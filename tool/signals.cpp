@@ -11,7 +11,7 @@ namespace {
 
 constexpr std::array ending_signals = {SIGINT, SIGTERM, SIGHUP};
 
-// In a signal handler: nothing but system calls.
+// Called in a signal handler: system calls only.
 
 void say(const char* text) {
     const auto written = write(STDERR_FILENO, text, std::strlen(text));

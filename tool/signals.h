@@ -5,8 +5,8 @@
 
 namespace tool {
 
-/// As long as this lives, SIGINT, SIGTERM and SIGHUP clean up before they end the process: nothing of a new file is
-/// left, and what is incomplete is said to be so. Signals that are ignored stay so.
+/// While this lives, SIGINT, SIGTERM and SIGHUP clean up before they end the process: they remove new files that are
+/// not complete, and name the files that they leave incomplete. Signals that are ignored stay ignored.
 class CleanUpOnSignals {
 public:
     CleanUpOnSignals();

@@ -1,4 +1,4 @@
-// qcow snapshot: the internal snapshots of an image.
+// qcow snapshot: lists the internal snapshots of an image.
 
 #include "command.h"
 #include "describe.h"
@@ -30,14 +30,13 @@ qcow::Result<int> run(const Options& options) {
 
 void declare_snapshot(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
-    auto& app = declare(root, status, "snapshot", "List the internal snapshots",
+    auto& app = declare(root, status, "snapshot", "List the internal snapshots of an image",
                         "Examples:\n"
                         "  qcow snapshot --list disk.qcow2\n"
-                        "  qcow convert -l NAME disk.qcow2 old.raw   get one out",
+                        "  qcow convert -l NAME disk.qcow2 old.raw   copy the contents of a snapshot",
                         [options] { return run(*options); });
     add_source_options(app, options->source);
-    app.add_flag("-l,--list", options->list,
-                 "List the snapshots: id, name, date, sizes (what is done without it, too)");
+    app.add_flag("-l,--list", options->list, "List the id, name, date and sizes of each snapshot (the default)");
     app.add_flag("--json", options->json, "Print JSON");
 }
 

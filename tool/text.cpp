@@ -11,7 +11,7 @@
 namespace tool {
 namespace {
 
-/// Of a column. What is longer sticks out: one long name among many is not to fill all their rows with blanks.
+/// Of a column. A longer cell sticks out, so that one long name does not fill all other rows with blanks.
 constexpr std::size_t max_width = 64;
 
 std::string lower(std::string_view text) {
@@ -20,7 +20,7 @@ std::string lower(std::string_view text) {
     return result;
 }
 
-/// How many letters are put in, left out, replaced, or exchanged with their neighbour.
+/// Returns the number of letters that are inserted, left out, replaced or swapped with their neighbour.
 std::size_t edit_distance(std::string_view a, std::string_view b) {
     std::vector<std::vector<std::size_t>> d(a.size() + 1, std::vector<std::size_t>(b.size() + 1));
     for (std::size_t i = 0; i <= a.size(); ++i) {
@@ -40,7 +40,7 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 }  // namespace
 
 std::string did_you_mean(std::string_view text, const std::vector<std::string>& words) {
-    constexpr std::size_t longest = 64;  // of what anybody mistypes
+    constexpr std::size_t longest = 64;  // longer texts are no typing mistakes
     if (text.size() > longest) return {};
     const auto said = lower(text);
     std::string_view best;

@@ -17,7 +17,7 @@ namespace {
 constexpr std::size_t name_column = 28;
 constexpr std::size_t help_columns = 100;
 
-/// The text in lines that are no longer than `width`, unless a word is.
+/// Breaks the text into lines of at most `width` bytes. A longer word gets a line of its own.
 std::string wrapped(const std::string& text, std::size_t width) {
     std::string result;
     std::size_t column = 0;
@@ -66,7 +66,7 @@ std::string unknown_option(const CLI::App& app, const std::string& argument) {
     if (const auto instead = qemu_option(root ? "" : app.get_name(), option))
         return fmt::format("{} is an option of QEMU that {} does not have; {}", option, full_name(app), *instead);
     if (root && std::ranges::any_of(commands_of(app), [&](auto* c) { return contains(options_of(*c), option); }))
-        return fmt::format("{} belongs behind the command (see qcow --help)", option);
+        return fmt::format("{} belongs after the command (see qcow --help)", option);
     const auto known = options_of(app);
     const bool one_dash = contains(known, "-" + word);
     return fmt::format("there is no option {}{} (see {} --help)", one_dash ? word : option,
@@ -84,7 +84,7 @@ Help::Help() {
 std::string Help::make_option_opts(const CLI::Option* option) const {
     if (option->get_positional() && option->get_option_text().empty()) return {};
     auto text = CLI::Formatter::make_option_opts(option);
-    // What can be said again has one value each time.
+    // Each occurrence of a repeatable option has one value.
     if (const auto dots = text.find(" ..."); dots != std::string::npos && !option->get_allow_extra_args())
         text.erase(dots, 4);
     return text;
@@ -102,21 +102,22 @@ std::string usage_of(const CLI::App& app) {
 }
 
 std::string unknown_command(const CLI::App& root, const std::string& name) {
-    if (name == "help") return "help is shown by qcow --help, and that of a command by qcow COMMAND --help";
+    if (name == "help") return "use qcow --help, or qcow COMMAND --help";
     if (const auto instead = qemu_command(name))
         return fmt::format("{} is a command of QEMU that qcow does not have; {}", name, *instead);
     std::vector<std::string> known;
     for (const auto* command : commands_of(root)) known.push_back(command->get_name());
     std::error_code none_there;
-    const auto meant = std::filesystem::exists(name, none_there) ? "; a file follows its command, such as info"
-                                                                 : did_you_mean(name, known);
+    const auto meant = std::filesystem::exists(name, none_there)
+                           ? "; a file goes after its command, such as qcow info FILE"
+                           : did_you_mean(name, known);
     return fmt::format("there is no command \"{}\"{} (see qcow --help)", name, meant);
 }
 
 std::string explain(const CLI::App& root, const CLI::ParseError& error) {
     const auto selected = root.get_subcommands();
     const auto& app = selected.empty() ? root : *selected.back();
-    // What an unknown option leads to makes no sense to who does not know that it is unknown.
+    // An unknown option first: it may be the cause of the other errors.
     for (const auto* parsed : {&root, &app}) {
         const auto extra = parsed->remaining();
         const auto option = std::ranges::find_if(extra, [](auto& text) { return text.starts_with('-'); });
@@ -126,7 +127,7 @@ std::string explain(const CLI::App& root, const CLI::ParseError& error) {
     if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr)
         return fmt::format("\"{}\" is one argument too many; usage: {}", app.remaining().front(), usage_of(app));
     if (dynamic_cast<const CLI::RequiredError*>(&error) != nullptr) {
-        if (selected.empty()) return "which command? See qcow --help";
+        if (selected.empty()) return "the command is missing (see qcow --help)";
         const auto name = what.substr(0, what.find(' '));
         return fmt::format("{} is missing; usage: {}", name, usage_of(app));
     }
@@ -136,7 +137,7 @@ std::string explain(const CLI::App& root, const CLI::ParseError& error) {
             return fmt::format("{} needs a value: {} (see {} --help)", name, option->get_type_name(), full_name(app));
     }
     if (dynamic_cast<const CLI::ConversionError*>(&error) != nullptr)
-        return fmt::format("{} is not possible (see {} --help)", what.substr(what.find("--")), full_name(app));
+        return fmt::format("invalid value: {} (see {} --help)", what.substr(what.find("--")), full_name(app));
     return fmt::format("{} (see {} --help)", what, full_name(app));
 }
 

@@ -1,12 +1,12 @@
 #pragma once
-// What users are told of the command line: its help, and what they have got wrong.
+// The help of the command line, and the messages about wrong command lines.
 
 #include <CLI/CLI.hpp>
 #include <string>
 
 namespace tool {
 
-/// Help as all commands show it.
+/// The layout of the help of all commands.
 class Help : public CLI::Formatter {
 public:
     Help();
@@ -17,10 +17,10 @@ public:
 /// "qcow read [OPTIONS] IMAGE OFFSET LENGTH"
 std::string usage_of(const CLI::App& app);
 
-/// There is no command of this name; what may have been meant.
+/// Returns the message for an unknown command, with what may have been meant.
 std::string unknown_command(const CLI::App& root, const std::string& name);
 
-/// Why the command line that `root` has tried to parse is wrong, and what to do.
+/// Returns the message for a command line that `root` could not parse: what is wrong, and what to do.
 std::string explain(const CLI::App& root, const CLI::ParseError& error);
 
 }  // namespace tool

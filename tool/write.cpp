@@ -1,4 +1,4 @@
-// qcow write: standard input to guest bytes.
+// qcow write: copies standard input into the virtual disk.
 
 #include <fmt/format.h>
 #include <sys/stat.h>
@@ -31,7 +31,7 @@ qcow::Result<std::size_t> read_input(std::span<std::byte> to) {
     return done;
 }
 
-/// What is left to read, where that can be known: a file's, not a pipe's.
+/// Returns the number of bytes left in standard input, if it is a regular file.
 std::optional<std::uint64_t> input_length() {
     struct stat status = {};
     if (fstat(STDIN_FILENO, &status) != 0 || !S_ISREG(status.st_mode)) return std::nullopt;
@@ -65,8 +65,8 @@ void declare_write(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
         root, status, "write", "Write bytes into the virtual disk",
-        "The bytes come from standard input, to its end. What would reach past the end of the disk is refused:\n"
-        "a file before anything is written, a pipe when its bytes no longer fit.\n"
+        "Reads the bytes from standard input, up to its end. The command fails if they do not fit into the disk:\n"
+        "with a file before it writes anything, with a pipe when the end is reached.\n"
         "Examples:\n"
         "  qcow write disk.qcow2 0 < boot-sector\n"
         "  qcow read old.qcow2 1M 100M | qcow write new.qcow2 1M",
@@ -79,7 +79,9 @@ void declare_write(CLI::App& root, int& status) {
             return change(options->target, [&](qcow::Image& image) { return write_input(image, *options); });
         });
     add_target_options(app, options->target);
-    app.add_option("OFFSET", options->offset, "Where to begin, in the virtual disk")->required()->check(size_text);
+    app.add_option("OFFSET", options->offset, "First byte, as an offset in the virtual disk")
+        ->required()
+        ->check(size_text);
 }
 
 }  // namespace tool

@@ -1,4 +1,4 @@
-// qcow zero: makes guest bytes zeros.
+// qcow zero: fills guest bytes with zeros.
 
 #include "command.h"
 
@@ -24,18 +24,20 @@ qcow::Result<void> zero(qcow::Image& image, const Options& options) {
 void declare_zero(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "zero", "Make bytes of the virtual disk zeros",
-        "Storage that is not needed for them any more is given up, or with --keep stays for what is written next.\n"
-        "The zeros are recorded, so that they stay zeros over any backing file; that takes one cluster for each\n"
-        "512 MiB (with clusters of 64k). Version 2 (compat=0.10) cannot record them where nothing is stored.\n"
+        root, status, "zero", "Fill bytes of the virtual disk with zeros",
+        "The storage of whole clusters is released, or with --keep stays reserved for later writes.\n"
+        "Zeros are recorded, so they hide the data of any backing file. The record takes one cluster for each 512 MiB\n"
+        "(with clusters of 64k). Version 2 (compat=0.10) cannot record zeros for clusters that are not stored.\n"
         "Examples:\n"
         "  qcow zero disk.qcow2 0 1M         wipe the partition table and what follows\n"
         "  qcow zero --keep disk.qcow2 1G 4G",
         [options] { return change(options->target, [&](qcow::Image& image) { return zero(image, *options); }); });
     add_target_options(app, options->target);
-    app.add_option("OFFSET", options->offset, "Where to begin, in the virtual disk")->required()->check(size_text);
-    app.add_option("LENGTH", options->length, "How many bytes")->required()->check(size_text);
-    app.add_flag("--keep", options->keep, "Keep the storage that there is");
+    app.add_option("OFFSET", options->offset, "First byte, as an offset in the virtual disk")
+        ->required()
+        ->check(size_text);
+    app.add_option("LENGTH", options->length, "Number of bytes")->required()->check(size_text);
+    app.add_flag("--keep", options->keep, "Keep the storage of the bytes");
 }
 
 }  // namespace tool

@@ -343,7 +343,7 @@ TEST_F(MetadataTest, AnImageThatWasNotClosedIsNotDamaged) {
         directory_.path());
     const auto checked = qcow({"check", "disk.qcow2"});
     EXPECT_EQ(checked.status, 3) << checked.text();
-    EXPECT_THAT(checked.out, HasSubstr("0 corruptions, 0 leaked clusters, 0 things that could not be checked, "));
+    EXPECT_THAT(checked.out, HasSubstr("0 corruptions, 0 leaked clusters, 0 errors (not verified), "));
     EXPECT_THAT(checked.out, HasSubstr("was not closed"));
     EXPECT_THAT(checked.out, HasSubstr("qcow resize disk.qcow2 +0"));
     const auto json = check_json("disk.qcow2");

@@ -156,7 +156,7 @@ TEST_F(TlsClients, AnOpenNetworkNeedsNoWarningIfClientsAreKnown) {
         server.signal(SIGTERM);
         return server.finish().err;
     };
-    const auto warns = testing::HasSubstr("WARNING: whoever can reach");
+    const auto warns = testing::HasSubstr("WARNING: any client that can reach");
     EXPECT_THAT(said({"--tls-certificates", "pki", "--tls-verify-peer"}), testing::Not(warns));
     EXPECT_THAT(said({"--tls-psk", "keys.psk"}), testing::Not(warns));
     const auto encrypted = said({"--tls-certificates", "pki"});

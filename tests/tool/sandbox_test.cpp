@@ -316,7 +316,7 @@ TEST_F(SandboxTest, AnotherUser) {
     if (getuid() != 0) GTEST_SKIP() << "only root can become another user";
     tool::Sandbox sandbox = {"on", "nobody", {}, {}};
     EXPECT_EQ(state_of(sandbox), "Landlock, seccomp, user nobody");
-    EXPECT_EQ(state_of({"off", "nobody", {}, {}}), "off, user nobody (not wanted)");
+    EXPECT_EQ(state_of({"off", "nobody", {}, {}}), "off, user nobody (--sandbox=off)");
     EXPECT_THAT(state_of({"on", "no such user", {}, {}}), AllOf(HasSubstr("error"), HasSubstr("no such user")));
     // For good, and with all that it could do as root.
     const auto ended = in_a_process([](int) {

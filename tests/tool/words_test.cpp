@@ -133,7 +133,7 @@ TEST_F(WordsTest, WhatOnlyQemuHas) {
     // However they are spelled.
     expect_refusal({"info", "--output=json", "a.qcow2"}, AllOf(HasSubstr("--output"), HasSubstr("--json")));
     expect_refusal({"convert", "-cW", "a.qcow2", "new"}, HasSubstr("-W"));
-    expect_refusal({"map", "-l", "snapshot.name=old", "a.qcow2"}, HasSubstr("say the id or name alone: old"));
+    expect_refusal({"map", "-l", "snapshot.name=old", "a.qcow2"}, HasSubstr("give only the id or name: old"));
     expect_refusal({"check", "-rall", "a.qcow2"}, HasSubstr("-r is an option of QEMU"));
     expect_refusal({"--object", "secret,id=s", "info", "a.qcow2"}, HasSubstr("--object"));
     EXPECT_EQ(files(), (std::set<std::string>{"a.qcow2", "b.qcow2", "disk.raw"}));
@@ -170,8 +170,8 @@ TEST_F(WordsTest, NearMisses) {
     expect_refusal({"frobnicate"}, Not(HasSubstr("did you mean")));
     expect_refusal({"info", "--frobnicate", "a.qcow2"}, Not(HasSubstr("did you mean")));
     expect_refusal({std::string(100'000, 'i')}, Not(HasSubstr("did you mean")));
-    expect_refusal({"-f", "raw", "info", "disk.raw"}, HasSubstr("behind the command"));
-    expect_refusal({"a.qcow2"}, HasSubstr("a file follows its command"));
+    expect_refusal({"-f", "raw", "info", "disk.raw"}, HasSubstr("after the command"));
+    expect_refusal({"a.qcow2"}, HasSubstr("a file goes after its command"));
     EXPECT_EQ(files(), (std::set<std::string>{"a.qcow2", "b.qcow2", "disk.raw"}));
 }
 
@@ -239,14 +239,14 @@ TEST_F(WordsTest, ANameThatSaysAnotherFormat) {
         EXPECT_THAT(made.err, remedy.empty() ? testing::Matcher<std::string>("")
                                              : AllOf(HasSubstr("although its name says"), HasSubstr(remedy)));
     };
-    warns({"convert", "disk.raw", "new.qcow2"}, "say -O qcow2");
-    warns({"convert", "-O", "raw", "disk.raw", "new.QCOW2"}, "say -O qcow2");
-    warns({"convert", "disk.raw", "new.qcow"}, "say -O qcow2");
+    warns({"convert", "disk.raw", "new.qcow2"}, "use -O qcow2");
+    warns({"convert", "-O", "raw", "disk.raw", "new.QCOW2"}, "use -O qcow2");
+    warns({"convert", "disk.raw", "new.qcow"}, "use -O qcow2");
     warns({"convert", "disk.raw", "new.vmdk"}, "qemu-img convert");
     warns({"convert", "-O", "qcow2", "disk.raw", "new.vhdx"}, "qemu-img convert");
-    warns({"convert", "-O", "qcow2", "disk.raw", "new.raw"}, "say -O raw");
-    warns({"create", "-f", "raw", "other.qcow2", "1M"}, "say -f qcow2");
-    warns({"create", "other.raw", "1M"}, "say -f raw");
+    warns({"convert", "-O", "qcow2", "disk.raw", "new.raw"}, "use -O raw");
+    warns({"create", "-f", "raw", "other.qcow2", "1M"}, "use -f qcow2");
+    warns({"create", "other.raw", "1M"}, "use -f raw");
     warns({"convert", "-O", "qcow2", "disk.raw", "sound.qcow2"}, "");
     warns({"convert", "disk.raw", "sound.raw"}, "");
     warns({"convert", "disk.raw", "sound.img"}, "");

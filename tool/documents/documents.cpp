@@ -1,7 +1,7 @@
-// Writes what is installed beside the tool: manual pages, and completions for bash, zsh and fish, all from the
-// description of the command line that the tool itself works by.
+// Writes the manual pages and the completions for bash, zsh and fish. Everything comes from the tool's own command-line
+// parser.
 //
-//   qcow-documents DIRECTORY      files go below it, as below share/
+//   qcow-documents DIRECTORY      makes the files below DIRECTORY, in the layout of share/
 
 #include <fmt/format.h>
 
@@ -39,8 +39,7 @@ std::vector<std::string> spellings(const CLI::Option& option) {
 
 bool takes_value(const CLI::Option& option) { return option.get_expected_max() > 0; }
 
-/// The values that an option may have, separated by spaces; empty where they are not a few words. The option
-/// has them as "{raw,qcow2}".
+/// Returns the values of an option whose type is a list like "{raw,qcow2}", separated by spaces; else an empty string.
 std::string choices(const CLI::Option& option) {
     const auto type = option.get_type_name();
     const auto begin = type.find('{');
@@ -51,7 +50,7 @@ std::string choices(const CLI::Option& option) {
     return words;
 }
 
-/// `text` with `escape` before each of `special`.
+/// Returns `text` with `escape` before each character in `special`.
 std::string escaped(std::string_view text, std::string_view special, std::string_view escape) {
     std::string result;
     for (const char c : text) {
@@ -66,7 +65,7 @@ std::string escaped(std::string_view text, std::string_view special, std::string
 std::string roff(std::string_view text) {
     std::string result;
     for (const char c : text) {
-        // At the beginning of a line a full stop or an apostrophe would be a request.
+        // At the start of a line, a full stop or an apostrophe would begin a request.
         if ((c == '.' || c == '\'') && (result.empty() || result.back() == '\n')) result += "\\&";
         if (c == '\\') {
             result += "\\e";
