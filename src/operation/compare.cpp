@@ -11,6 +11,7 @@
 
 #include "base/bits.h"
 #include "base/going_on.h"
+#include "base/page_memory.h"
 #include "disk/padded.h"
 #include "operation/in_order.h"
 #include "operation/runs.h"
@@ -96,8 +97,8 @@ public:
 
     /// What a worker reads into.
     struct Memory {
-        std::unique_ptr<std::byte[]> a;
-        std::unique_ptr<std::byte[]> b;
+        PageMemory a;
+        PageMemory b;
     };
 
     Comparer(Disk& a, Disk& b, const CompareOptions& options)
@@ -234,9 +235,9 @@ private:
         return {};
     }
 
-    Result<Bytes> read(Disk& disk, const GuestRange& range, std::unique_ptr<std::byte[]>& memory) const {
-        if (!memory) memory = std::make_unique_for_overwrite<std::byte[]>(piece_bytes_);
-        const std::span<std::byte> bytes(memory.get(), range.length);
+    Result<Bytes> read(Disk& disk, const GuestRange& range, PageMemory& memory) const {
+        if (!memory) memory = PageMemory(piece_bytes_);
+        const std::span<std::byte> bytes(memory.data(), range.length);
         TRY_VOID(disk.read(range.start, bytes));
         return bytes;
     }

@@ -11,6 +11,7 @@
 
 #include "base/bits.h"
 #include "base/going_on.h"
+#include "base/page_memory.h"
 #include "disk/padded.h"
 #include "operation/in_order.h"
 #include "operation/runs.h"
@@ -95,7 +96,7 @@ public:
 
     struct Memory {
         std::optional<Hash> hash;
-        std::unique_ptr<std::byte[]> bytes;
+        PageMemory bytes;
     };
 
     struct Hashes {
@@ -153,8 +154,8 @@ public:
             return result;
         }
         if (!memory.hash) memory.hash.emplace(algorithm_);
-        if (!memory.bytes) memory.bytes = std::make_unique_for_overwrite<std::byte[]>(piece_bytes_);
-        const std::span bytes(memory.bytes.get(), piece.range.length);
+        if (!memory.bytes) memory.bytes = PageMemory(piece_bytes_);
+        const std::span bytes(memory.bytes.data(), piece.range.length);
         TRY_VOID(disk_->read(piece.range.start, bytes));
         for (std::size_t begin = 0; begin < bytes.size(); begin += block_bytes) {
             const auto block = bytes.subspan(begin, std::min<std::size_t>(block_bytes, bytes.size() - begin));

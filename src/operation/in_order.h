@@ -23,8 +23,8 @@ namespace qcow {
 template <class Job>
 Result<void> run_in_order(unsigned workers, Job& job) {
     using Outcome = decltype(job.perform(**job.next(), std::declval<typename Job::Memory&>()));
-    // A piece that takes long holds up the others when so many of them wait for it.
-    const std::uint64_t most_ahead = std::uint64_t{workers} * 16;
+    // A bound on memory. It is far off: a worker that the system stops for a moment holds up nobody.
+    constexpr std::uint64_t most_ahead = 1024;
     std::mutex mutex;  // guards all that follows, and the job but for `perform`
     std::condition_variable changed;
     std::map<std::uint64_t, Outcome> ready;
