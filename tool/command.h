@@ -21,6 +21,9 @@ namespace tool {
 inline constexpr int ok = 0;
 inline constexpr int failed = 1;
 
+/// The exit status of a command that could not do its work: `failed`, where that does not mean something else.
+int failure_of(std::string_view command);
+
 using Json = nlohmann::ordered_json;
 
 /// Declares a command under `root`. Its callback puts the exit status into `status`.
@@ -29,8 +32,10 @@ using Declare = void (*)(CLI::App& root, int& status);
 void declare_info(CLI::App& root, int& status);
 void declare_map(CLI::App& root, int& status);
 void declare_check(CLI::App& root, int& status);
+void declare_compare(CLI::App& root, int& status);
 void declare_convert(CLI::App& root, int& status);
 void declare_create(CLI::App& root, int& status);
+void declare_digest(CLI::App& root, int& status);
 void declare_read(CLI::App& root, int& status);
 void declare_serve(CLI::App& root, int& status);
 void declare_snapshot(CLI::App& root, int& status);
@@ -43,7 +48,8 @@ void declare_rebase(CLI::App& root, int& status);
 /// The whole command line. Running a command puts the exit status into `status`.
 std::unique_ptr<CLI::App> make_app(int& status);
 
-/// Declares a command whose work is `run`: an error that it gives is printed, and the status is then `failed`.
+/// Declares a command whose work is `run`: an error that it gives is printed, and the status is then
+/// failure_of(name).
 CLI::App& declare(CLI::App& root, int& status, const std::string& name, const std::string& summary,
                   const std::string& help, std::function<qcow::Result<int>()> run);
 
@@ -107,6 +113,12 @@ qcow::ImageSpec spec_of(const Target& target);
 
 /// Makes an image one that is written, with the --cache that was said.
 void set_cache(qcow::ImageSpec& spec, const std::string& cache);
+
+/// The option that says the format of an image.
+void add_format_option(CLI::App& app, std::string& format, const std::string& name, const std::string& description);
+
+/// Reading without locks: an option of all commands that only read.
+void add_force_share_option(CLI::App& app, bool& force_share);
 
 /// What images may name that come from a stranger: an option of all commands that open one.
 void add_untrusted_option(CLI::App& app, bool& untrusted);

@@ -15,7 +15,6 @@ constexpr auto commands = std::to_array<QemuWord>({
     {"", "bitmap", "qemu-img bitmap does that, and qcow info IMAGE lists the bitmaps"},
     {"", "commit",
      "qemu-img commit -f qcow2 OVERLAY does that, and qcow convert -O qcow2 OVERLAY NEW makes one image of the chain"},
-    {"", "compare", "qemu-img compare IMAGE1 IMAGE2 does that"},
     {"", "dd", "qcow read IMAGE OFFSET LENGTH > FILE and qcow write IMAGE OFFSET < FILE copy a part, qcow convert all"},
     {"", "measure", "qemu-img measure -O qcow2 IMAGE does that, and qcow info --usage IMAGE says what is used now"},
     {"", "io aio_read readv", "qcow read IMAGE OFFSET LENGTH reads, and qcow write IMAGE OFFSET < FILE writes"},
