@@ -196,9 +196,9 @@ void declare_digest(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
         root, status, "digest", "Print or verify checksums of the contents of images",
-        "A digest is that of what a guest sees. It is the same for the same contents in any format, allocation and\n"
-        "backing chain, and has nothing to do with the checksum of the file. It is the hash of the hashes of all\n"
-        "blocks of 64 KiB and of the size, as blksum computes it; zeros are not read.\n"
+        "A digest depends only on what a guest sees: it is the same for the same contents in any format, allocation\n"
+        "and backing chain. It is the hash of the hashes of all blocks of 64 KiB and of the size, as blksum computes\n"
+        "it. Holes and zeros are not read.\n"
         "Prints lines as sha256sum does. --check prints OK or FAILED for each line of FILE.\n"
         "Exit status: 0 done, and all digests match; 1 a digest does not match, or an image cannot be read.\n"
         "Examples:\n"
@@ -217,7 +217,7 @@ void declare_digest(CLI::App& root, int& status) {
     app.add_flag("--quiet", options->quiet, "With --check: print no line for a digest that matches");
     app.add_flag("--status", options->silent, "With --check: print nothing but errors; the exit status says it");
     add_open_options(app, options->source);
-    add_snapshot_option(app, options->source, "Of this internal snapshot (id or name)");
+    add_snapshot_option(app, options->source, "Read this internal snapshot (id or name)");
     app.add_flag("--json", options->json, "Print a JSON array");
     app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");
     add_workers_option(app, options->workers);
