@@ -38,15 +38,17 @@ std::unique_ptr<CLI::App> make_app(int& status) {
     app.footer(
         "qcow COMMAND --help explains the command and its options.\n"
         "Sizes and offsets are bytes (4096, 0x1000) or numbers with k, M, G, T, P or E (powers of 1024): 64k, 1.5G.\n"
-        "Exit status: 0 success; 1 failure or wrong usage. check and convert have others: see their --help.\n"
+        "Exit status: 0 success; 1 failure or wrong usage. check, compare and convert have others:\n"
+        "see their --help.\n"
         "Examples:\n"
         "  qcow info disk.qcow2                show what the image is\n"
         "  qcow check disk.qcow2               verify its metadata\n"
         "  qcow convert disk.qcow2 disk.raw    copy its contents into a raw file");
 
     for (const Declare declare_command :
-         {declare_info, declare_map, declare_check, declare_create, declare_convert, declare_read, declare_write,
-          declare_zero, declare_discard, declare_resize, declare_rebase, declare_snapshot, declare_serve}) {
+         {declare_info, declare_map, declare_check, declare_compare, declare_digest, declare_create, declare_convert,
+          declare_read, declare_write, declare_zero, declare_discard, declare_resize, declare_rebase, declare_snapshot,
+          declare_serve}) {
         declare_command(app, status);
     }
     for (auto* command : app.get_subcommands({})) {
@@ -62,21 +64,28 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
                   const std::string& help, std::function<qcow::Result<int>()> run) {
     auto& app = *root.add_subcommand(name, summary)->group("Commands");
     app.footer(help);
-    app.callback([&status, run = std::move(run)] {
+    app.callback([&status, failure = failure_of(name), run = std::move(run)] {
         const auto result = run();
         if (!result) complain(result.error().message());
-        status = result.value_or(failed);
+        status = result.value_or(failure);
     });
     return app;
 }
 
-namespace {
+int failure_of(std::string_view command) { return command == "compare" ? 2 : failed; }
 
 void add_format_option(CLI::App& app, std::string& format, const std::string& name, const std::string& description) {
     one_of(app.add_option(name, format, description), {"raw", "qcow", "qcow2"});
 }
 
-void add_format_option(CLI::App& app, std::string& format) {
+void add_force_share_option(CLI::App& app, bool& force_share) {
+    app.add_flag("-U,--force-share", force_share,
+                 "Read without locks, even if another process is writing; the result may be inconsistent");
+}
+
+namespace {
+
+void add_image_format_option(CLI::App& app, std::string& format) {
     add_format_option(app, format, "-f,--format", "Format of the image (default: guessed from its contents)");
 }
 
@@ -111,9 +120,8 @@ void add_source_options(CLI::App& app, Source& source) {
 }
 
 void add_open_options(CLI::App& app, Source& source) {
-    add_format_option(app, source.format);
-    app.add_flag("-U,--force-share", source.force_share,
-                 "Read without locks, even if another process is writing; the result may be inconsistent");
+    add_image_format_option(app, source.format);
+    add_force_share_option(app, source.force_share);
     auto* backing =
         app.add_option("--backing", source.backing, "Use this backing file instead of the one that the image names")
             ->type_name("FILE")
@@ -203,7 +211,7 @@ void add_target_options(CLI::App& app, Target& target) {
                 return {};
             },
             ""));
-    add_format_option(app, target.format);
+    add_image_format_option(app, target.format);
     add_cache_option(app, target.cache);
     add_untrusted_option(app, target.untrusted);
 }

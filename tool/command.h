@@ -21,6 +21,9 @@ namespace tool {
 inline constexpr int ok = 0;
 inline constexpr int failed = 1;
 
+/// The exit status of a command that could not do its work: `failed`, where that does not mean something else.
+int failure_of(std::string_view command);
+
 using Json = nlohmann::ordered_json;
 
 /// Declares a command of `root`. Its callback stores the exit status in `status`.
@@ -29,8 +32,10 @@ using Declare = void (*)(CLI::App& root, int& status);
 void declare_info(CLI::App& root, int& status);
 void declare_map(CLI::App& root, int& status);
 void declare_check(CLI::App& root, int& status);
+void declare_compare(CLI::App& root, int& status);
 void declare_convert(CLI::App& root, int& status);
 void declare_create(CLI::App& root, int& status);
+void declare_digest(CLI::App& root, int& status);
 void declare_read(CLI::App& root, int& status);
 void declare_serve(CLI::App& root, int& status);
 void declare_snapshot(CLI::App& root, int& status);
@@ -43,7 +48,7 @@ void declare_rebase(CLI::App& root, int& status);
 /// Returns the parser of the whole command line. Running a command stores the exit status in `status`.
 std::unique_ptr<CLI::App> make_app(int& status);
 
-/// Declares a command that calls `run`. An error of `run` is printed, and the exit status is then `failed`.
+/// Declares a command that calls `run`. An error of `run` is printed, and the exit status is then failure_of(name).
 CLI::App& declare(CLI::App& root, int& status, const std::string& name, const std::string& summary,
                   const std::string& help, std::function<qcow::Result<int>()> run);
 
@@ -107,6 +112,12 @@ qcow::ImageSpec spec_of(const Target& target);
 
 /// Sets up an image for writing, with this value of --cache.
 void set_cache(qcow::ImageSpec& spec, const std::string& cache);
+
+/// Adds an option for the format of an image.
+void add_format_option(CLI::App& app, std::string& format, const std::string& name, const std::string& description);
+
+/// Adds --force-share, an option of all commands that only read.
+void add_force_share_option(CLI::App& app, bool& force_share);
 
 /// Adds --untrusted, an option of all commands that open an image.
 void add_untrusted_option(CLI::App& app, bool& untrusted);

@@ -36,11 +36,11 @@ int run(int argc, char** argv) {
     } catch (const CLI::ParseError& error) {
         if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
         tool::complain(qcow::printable(tool::explain(app, error)));
-        return tool::failed;
+        return tool::failure_of(first);
     }
     if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
         tool::complain("cannot write to standard output");
-        return tool::failed;
+        return tool::failure_of(first);
     }
     return status;
 }
@@ -56,6 +56,6 @@ int main(int argc, char** argv) {
         std::fputs("qcow: ", stderr);
         std::fputs(error.what(), stderr);
         std::fputs("\n", stderr);
-        return tool::failed;
+        return tool::failure_of(argc > 1 ? argv[1] : "");
     }
 }

@@ -14,7 +14,6 @@ constexpr auto commands = std::to_array<QemuWord>({
     {"", "bitmap", "qemu-img bitmap does that, and qcow info IMAGE lists the bitmaps"},
     {"", "commit",
      "qemu-img commit -f qcow2 OVERLAY does that, and qcow convert -O qcow2 OVERLAY NEW makes one image of the chain"},
-    {"", "compare", "qemu-img compare IMAGE1 IMAGE2 does that"},
     {"", "dd",
      "qcow read IMAGE OFFSET LENGTH > FILE and qcow write IMAGE OFFSET < FILE copy a part, "
      "and qcow convert copies all"},

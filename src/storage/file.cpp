@@ -14,7 +14,9 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <optional>
 
@@ -193,24 +195,29 @@ public:
                                     std::uint64_t length) override;
 
 private:
+    static constexpr std::size_t most_remembered = 1024;    // runs of data
     static constexpr std::uint64_t device_block = 4 * KiB;  // no device has larger ones
     static constexpr auto max_offset = static_cast<std::uint64_t>(std::numeric_limits<off_t>::max());
 
-    // Where the next hole is may take long to find: tmpfs looks at each page. Of a file that is only read, the last
-    // answer is kept; that a hole has become data, or data a hole, may always be missed.
+    // Where the next hole is may take long to find: tmpfs looks at each page. Of a file that is only read, the answers
+    // are kept; that a hole has become data, or data a hole, may always be missed.
 
     void remember_data(std::uint64_t begin, std::uint64_t end) const {
         if (writable_) return;
         const std::lock_guard lock(data_mutex_);
-        data_begin_ = begin;
-        data_end_ = end;
+        if (data_.size() >= most_remembered) data_.clear();
+        data_.erase(data_.lower_bound(begin), data_.lower_bound(end));
+        data_.emplace(begin, end);
     }
 
     /// The end of the data that `at` is known to lie in; 0: not known.
     [[nodiscard]] std::uint64_t remembered_data(std::uint64_t at) const {
         if (writable_) return 0;
         const std::lock_guard lock(data_mutex_);
-        return at >= data_begin_ && at < data_end_ ? data_end_ : 0;
+        const auto behind = data_.upper_bound(at);
+        if (behind == data_.begin()) return 0;
+        const auto end = std::prev(behind)->second;
+        return at < end ? end : 0;
     }
 
     [[nodiscard]] Result<struct stat> status() const {
@@ -274,8 +281,7 @@ private:
     std::atomic<bool> may_share_ = true;
     OverlappingFlushes flushes_;
     mutable std::mutex data_mutex_;
-    mutable std::uint64_t data_begin_ = 0;
-    mutable std::uint64_t data_end_ = 0;
+    mutable std::map<std::uint64_t, std::uint64_t> data_;  // what is remembered: ends by beginnings
 };
 
 Result<std::uint64_t> FileStorage::copy_from(const Storage& source, HostOffset from, HostOffset to,

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "memory/shortage.h"
+#include "qcow/compare.h"
 #include "qcow/concat.h"
 #include "qcow/convert.h"
 #include "qcow/files_in_use.h"
@@ -130,6 +131,8 @@ TEST_F(BoundaryTest, Jobs) {
     expect_no_memory([&] { return resize(resize_job); });
     const auto spec = image(top_);
     expect_no_memory([&] { return check(spec, {.workers = 1}); });
+    const auto other = image(raw_);
+    expect_no_memory([&] { return compare(spec, other, {.workers = 1}); });
 }
 
 TEST_F(BoundaryTest, Servers) {

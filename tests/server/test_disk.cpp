@@ -66,7 +66,7 @@ void TestDisk::fill(Random& random) {
 
 void TestDisk::punch(std::uint64_t at) {
     holes_[at / block] = true;
-    std::fill_n(bytes_.begin() + static_cast<std::ptrdiff_t>(at), block, std::byte{0});
+    std::ranges::fill(std::span(bytes_).subspan(at, std::min(block, size() - at)), std::byte{0});
 }
 
 void TestDisk::open() {

@@ -446,8 +446,8 @@ TEST_F(ToolTest, Progress) {
 
 TEST_F(ToolTest, Help) {
     EXPECT_THAT(must_tool({"--help"}).out, AllOf(HasSubstr("convert"), HasSubstr("Exit status")));
-    for (const std::string command :
-         {"info", "map", "check", "convert", "create", "read", "write", "zero", "discard", "resize", "snapshot"}) {
+    for (const std::string command : {"info", "map", "check", "compare", "digest", "convert", "create", "read", "write",
+                                      "zero", "discard", "resize", "snapshot"}) {
         const auto help = must_tool({command, "--help"});
         EXPECT_THAT(help.out, AllOf(HasSubstr("Usage: qcow " + command), HasSubstr("Example"))) << command;
         EXPECT_EQ(must_tool({command, "-h"}).out, help.out);
