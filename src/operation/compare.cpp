@@ -23,7 +23,7 @@ namespace {
 /// Small enough that both sides stay in the processor's cache.
 constexpr std::uint64_t min_piece_bytes = 256 * KiB;
 
-/// What is read again, bit by bit, where a read failed.
+/// A piece that could not be read is read again in parts of this length.
 constexpr std::uint64_t retry_bytes = 4 * KiB;
 
 using Bytes = std::span<const std::byte>;
@@ -42,7 +42,7 @@ struct Side {
     }
 };
 
-/// What the results of a piece come to.
+/// What was found in a piece.
 struct Findings {
     std::uint64_t length = 0;  // bytes of the piece
     std::vector<Difference> differences = {};
@@ -51,8 +51,8 @@ struct Findings {
     CompareStep failed_in = CompareStep::reading;
 };
 
-/// Makes `next` a part of `difference` where both are of one kind and nothing but equal bytes of their own sectors lies
-/// between them.
+/// Appends `next` to `difference` if both are of one kind and lie in the same sector or in neighbouring ones. Returns
+/// whether it did.
 bool join(Difference& difference, const Difference& next) {
     const GuestOffset last = difference.bytes.start + (difference.bytes.length - 1);
     if (difference.kind != next.kind || last.value / sector_bytes + 1 < next.bytes.start.value / sector_bytes)
@@ -88,11 +88,11 @@ class Comparer {
 public:
     struct Piece {
         GuestRange range;
-        // What has to be read. What need not be read are zeros; both: what is the same in both.
+        // A disk that is not read holds zeros. If neither is read, both hold the same bytes.
         bool read_a = false;
         bool read_b = false;
         bool allocation_differs = false;
-        std::optional<Error> error = {};  // instead of all the above
+        std::optional<Error> error = {};  // instead of the above
     };
 
     /// What a worker reads into.
@@ -182,7 +182,7 @@ public:
             findings.error = std::move(read).error();
             return findings;
         }
-        return findings;  // it could be read now
+        return findings;  // now it could be read
     }
 
     Result<bool> settle(Findings findings) {
@@ -201,7 +201,7 @@ public:
     }
 
 private:
-    /// The run at `at` that is alike in all that matters, without an error.
+    /// The piece that begins at `at` and goes on as far as both disks have one run each.
     Result<Piece> look(GuestOffset at) {
         const auto a = TRY(a_.run_at(at, size_ - at.value));
         const auto b = TRY(b_.run_at(at, size_ - at.value));
