@@ -120,8 +120,7 @@ Result<void> verify_snapshot_l1(const Metadata& metadata, const format::Snapshot
     if (bytes > format::max_l1_bytes) return bad(fmt::format("{} entries are more than 32 MiB", snapshot.l1_entries));
     if (!is_aligned(snapshot.l1_table.value, metadata.header().cluster_size()))
         return bad("its offset is not a multiple of the cluster size");
-    if (!lies_within(snapshot.l1_table.value, bytes, file_size) ||
-        (bytes != 0 && snapshot.l1_table.value == 0)) {
+    if (!lies_within(snapshot.l1_table.value, bytes, file_size) || (bytes != 0 && snapshot.l1_table.value == 0)) {
         return bad(fmt::format("its {} entries do not lie within the file ({} bytes)", snapshot.l1_entries, file_size));
     }
     const auto needed = divide_up(snapshot.info.virtual_size, metadata.geometry().l2_coverage());

@@ -43,9 +43,7 @@ void Metadata::replace_state(const format::HeaderState& state) {
     active_l1_.store(state.l1_table.value, std::memory_order_release);
 }
 
-Result<std::uint64_t> Metadata::addressable_bytes() const {
-    return std::min(TRY(file_->size()), format::max_host_offset);
-}
+Result<std::uint64_t> Metadata::addressable_bytes() const { return std::min(TRY(file_->size()), format::max_host_offset); }
 
 Result<bool> Metadata::is_in_file(HostOffset at, std::uint64_t bytes) const {
     if (lies_within(at.value, bytes, known_file_size_.load(std::memory_order_relaxed))) return true;

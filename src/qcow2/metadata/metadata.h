@@ -57,7 +57,8 @@ public:
     /// The length in bytes of the part of the file that tables may lie in: entries end at 2^56, files need not.
     [[nodiscard]] Result<std::uint64_t> addressable_bytes() const;
 
-    /// Whether the file holds these bytes, and an entry can express them. Asks for the file's length only where the last answer does not do.
+    /// Whether the file holds these bytes, and an entry can express them. Asks for the file's length only where the
+    /// last answer does not do.
     [[nodiscard]] Result<bool> is_in_file(HostOffset at, std::uint64_t bytes) const;
 
     /// Whether the file ends before the L1 table does, because its writer left out a table of zeros.

@@ -1,9 +1,9 @@
 #pragma once
 // What the commands do to a disk, but for writes, whose data is the connection's business.
 
-#include "server/pace.h"
 #include "server/nbd/replies.h"
 #include "server/nbd/session.h"
+#include "server/pace.h"
 
 namespace qcow::nbd {
 

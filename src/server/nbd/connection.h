@@ -4,8 +4,8 @@
 #include <span>
 
 #include "qcow/serve.h"
-#include "server/stream.h"
 #include "server/nbd/tls.h"
+#include "server/stream.h"
 
 namespace qcow::nbd {
 
