@@ -118,7 +118,7 @@ TEST(ReferenceMapTest, MemoryIsHeldToTheBudget) {
     std::uint64_t chunks = 0;
     Result<void> added;
     while ((added = map->add(chunks * chunk, 1, 1, References::data))) ++chunks;
-    EXPECT_TRUE(fails(added, Errc::limit_exceeded, {"1 MiB"}));
+    EXPECT_TRUE(fails(added, Errc::limit_exceeded, {"1024 KiB"}));
     EXPECT_LE(chunks * chunk * 4, MiB);
     EXPECT_GE(chunks * chunk * 4, MiB - 64 * KiB);
     // What has memory goes on counting.
@@ -130,7 +130,7 @@ TEST(ReferenceMapTest, MemoryIsHeldToTheBudget) {
 }
 
 TEST(ReferenceMapTest, AnEmptyMapMayBeTooLargeAlready) {
-    EXPECT_TRUE(fails(ReferenceMap::create(std::uint64_t{1} << 55, MiB), Errc::limit_exceeded, {"1 MiB"}));
+    EXPECT_TRUE(fails(ReferenceMap::create(std::uint64_t{1} << 55, MiB), Errc::limit_exceeded, {"1024 KiB"}));
     EXPECT_TRUE(fails(ReferenceMap::create(~std::uint64_t{0}, MiB), Errc::limit_exceeded));
     EXPECT_TRUE(fails(ReferenceMap::create(1, 7), Errc::limit_exceeded));
     const auto map = must(ReferenceMap::create(1, 8));
