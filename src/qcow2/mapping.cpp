@@ -107,7 +107,11 @@ Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
             return unreadable(std::move(there).error(), at, bytes_of(count_equal(words, entry_words)));
     }
     auto mapped = scan(words, at, entry_at);
-    if (!mapped) return unreadable(std::move(mapped).error(), at, bytes_of(count_equal(words, entry_words)));
+    if (!mapped) {
+        // An entry of an external data file is right at one guest cluster only, so an equal one may not be damaged.
+        const std::uint64_t entries = metadata_.rules().external_data ? 1 : count_equal(words, entry_words);
+        return unreadable(std::move(mapped).error(), at, bytes_of(entries));
+    }
     mapped->length = std::min(mapped->length, limit);
     return mapped;
 }

@@ -318,6 +318,15 @@ TEST_F(MappingTest, AnExternalDataFileHasAFirstClusterAndNoStreams) {
     expect_damage(lookup(2 * 4096), 2 * 4096, 4096, {"external data file"});
 }
 
+/// The second of two entries that are equal may be the one that is right.
+TEST_F(MappingTest, InAnExternalDataFileAnEntryThatLeadsElsewhereLosesItsCluster) {
+    format(12, external_data);
+    l2(0, 4096 | copied);
+    l2(1, 4096 | copied);
+    expect_damage(lookup(0), 0, 4096, {"guest offset 0x0", "data file"});
+    expect(lookup(4096), ClusterKind::data, 4096, 4096);
+}
+
 TEST_F(MappingTest, ATablePastTheEndOfTheFileIsNotTakenForAnEmptyOne) {
     set(at(l1_table, 8), at(40));
     expect_damage(lookup(coverage_ + 4096), coverage_ + 4096, coverage_ - 4096,
@@ -533,6 +542,8 @@ protected:
                 } else if (entry.cluster().value != 0 && !entry.compressed()) {
                     entry.word += at(1);
                 }
+                if ((incompatible & external_data) != 0 && random.chance(70) && !entry.compressed())
+                    entry.word = entry.word == 0 ? 0 : i * bit(bits) | copied;
                 table.push_back(entry);
                 extended ? l2(i, entry.word, entry.bitmap) : l2(i, entry.word);
             }
