@@ -1,7 +1,7 @@
-// The engine in process, against pread and pwrite on a raw file that holds the same bytes.
+// Compares the speed of the engine, in process, with pread and pwrite on a raw file of the same size.
 //
-//   QCOW_BENCH_MEMORY   where the images for most cases lie (/dev/shm)
-//   QCOW_BENCH_DISK     where those lie that are about flushing: a real disk (the current directory)
+//   QCOW_BENCH_MEMORY   directory of the images for most cases (default: /dev/shm)
+//   QCOW_BENCH_DISK     directory of the images for cases with flushes, on a real disk (default: current directory)
 
 #include <benchmark/benchmark.h>
 #include <fcntl.h>
@@ -50,7 +50,7 @@ std::span<const std::byte> some_bytes(std::size_t length) {
     return std::span(bytes).first(length);
 }
 
-/// A file that is gone with its owner.
+/// A file that the destructor removes.
 class File {
 public:
     explicit File(std::string path) : path_(std::move(path)) { std::filesystem::remove(path_); }
@@ -120,7 +120,7 @@ private:
     std::shared_ptr<Image> image_;
 };
 
-/// Offsets of blocks in no order.
+/// Pseudo-random offsets of blocks.
 class Offsets {
 public:
     explicit Offsets(int thread) : state_(0x9e3779b97f4a7c15 * static_cast<std::uint64_t>(thread + 1)) {}
@@ -136,7 +136,7 @@ private:
 };
 
 template <class Target>
-std::unique_ptr<Target> shared_target;  // NOLINT: of the threads of one case
+std::unique_ptr<Target> shared_target;  // NOLINT: shared by the threads of one case
 
 template <class Target>
 void random_reads(benchmark::State& state) {
@@ -177,7 +177,7 @@ void allocating_writes(benchmark::State& state) {
     state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(length));
 }
 
-/// The first write to each cluster over a backing file, 4 KiB of 64; raw: to a file that has them.
+/// The first write of 4 KiB to each cluster of 64 KiB, over a backing file.
 void copy_on_write(benchmark::State& state) {
     const RawFile backing(in_memory("backing"), true);
     std::unique_ptr<ImageFile> target;
@@ -196,6 +196,7 @@ void copy_on_write(benchmark::State& state) {
     state.SetItemsProcessed(state.iterations());
 }
 
+/// What copy on write has to do: read 64 KiB, change 4 KiB of them, write 64 KiB.
 void copying_by_hand(benchmark::State& state) {
     const RawFile backing(in_memory("backing"), true);
     std::unique_ptr<RawFile> target;
@@ -217,7 +218,7 @@ void copying_by_hand(benchmark::State& state) {
     state.SetItemsProcessed(state.iterations());
 }
 
-/// 4 KiB to a place that is not allocated yet, and a flush, again and again, on a real disk.
+/// Repeats a write of 4 KiB to an unallocated cluster, and a flush, on a real disk.
 template <class Target>
 void write_and_flush(benchmark::State& state) {
     const Target target(on_disk("flush"), false);

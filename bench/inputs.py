@@ -6,7 +6,7 @@ import sys
 SIZE_MIB = 5120
 CONTENT_MIB = 2560
 CONVERT = ["qemu-img", "convert", "-O", "qcow2", "-W", "-m", "16"]
-# How each is made from disk.raw.
+# The command that makes each image from disk.raw.
 IMAGES = {
     "plain.qcow2": CONVERT,
     "deflate.qcow2": [*CONVERT, "-c"],
@@ -19,8 +19,8 @@ def sh(*command):
 
 
 def make_images(directory, names, size_mib=SIZE_MIB, content_mib=CONTENT_MIB):
-    """An ext4 file system with real files, as disk.raw and as each of `names`; what is there already stays. Returns what
-    gives the path of a file in `directory`."""
+    """Makes an ext4 file system with real files, as disk.raw and as each of `names`. Keeps files that exist. Returns a
+    function that returns the path of a file in `directory`."""
     os.makedirs(directory, exist_ok=True)
     here = os.path.dirname(os.path.abspath(__file__))
     path = lambda name: os.path.join(directory, name)

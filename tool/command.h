@@ -21,7 +21,7 @@ namespace tool {
 inline constexpr int ok = 0;
 inline constexpr int failed = 1;
 
-/// The exit status of a command that could not do its work: `failed`, where that does not mean something else.
+/// Returns the exit status of a command that could not do its work: `failed`, or 2 for `compare`.
 int failure_of(std::string_view command);
 
 using Json = nlohmann::ordered_json;

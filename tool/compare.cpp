@@ -1,4 +1,4 @@
-// qcow compare: do two images have the same contents?
+// qcow compare: compares the contents of two images.
 
 #include "qcow/compare.h"
 
@@ -24,7 +24,7 @@ struct Options {
     unsigned workers = 0;
 };
 
-/// qemu-img's exit statuses.
+/// Returns the exit status that qemu-img has for an error in this step.
 int status_of(qcow::CompareStep failed_in) {
     switch (failed_in) {
         case qcow::CompareStep::opening: return 2;
@@ -38,7 +38,7 @@ std::string_view kind_name(qcow::Difference::Kind kind) {
     return kind == qcow::Difference::Kind::contents ? "contents" : "allocation";
 }
 
-/// The line of a difference, with --all.
+/// Prints the line of a difference, for --all.
 void print_difference(const qcow::Difference& difference, const Options& options, bool first) {
     const auto& [start, length] = difference.bytes;
     if (options.json) {
@@ -50,7 +50,7 @@ void print_difference(const qcow::Difference& difference, const Options& options
     fmt::print("{:#014x}  {:#14x}  {:>10}  {}\n", start.value, length, human(length), kind_name(difference.kind));
 }
 
-/// The facts, without braces around them.
+/// Returns the result as JSON, without the outer braces.
 std::string facts(const qcow::CompareResult& result, const Options& options) {
     const auto image = [](const Source& source, qcow::Format format, std::uint64_t size) {
         return Json{{"filename", source.path}, {"format", qcow::format_name(format)}, {"virtual-size", size}};
@@ -69,7 +69,7 @@ std::string facts(const qcow::CompareResult& result, const Options& options) {
     return text.substr(2, text.size() - 4);
 }
 
-/// The lines of qemu-img compare; with --all one of its own.
+/// Prints the lines of qemu-img compare, or with --all a summary.
 void print_verdict(const qcow::Comparison& comparison, const Options& options) {
     const bool sizes_differ = comparison.size_a != comparison.size_b;
     const auto& first = comparison.first;
@@ -139,32 +139,30 @@ qcow::Result<int> run(Options& options) {
 void declare_compare(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "compare", "Say whether two images have the same contents",
-        "Compares what a guest sees, whatever the formats, the allocation and the backing chains. If one disk is\n"
-        "larger, the rest of it must be zeros.\n"
-        "Prints the first difference as qemu-img compare does, which names the sector of 512 bytes. JSON has the\n"
-        "byte. With --all, neighbouring sectors that differ are one run.\n"
-        "Exit status: 0 the same, 1 different; errors: 2 cannot open an image (or wrong usage), 3 cannot look up\n"
-        "where data are stored, 4 cannot read.\n"
+        root, status, "compare", "Compare the contents of two images",
+        "Compares what a guest sees. Formats, allocation and backing chains may differ. If one disk is larger, the\n"
+        "rest of it must be zeros.\n"
+        "Prints the sector of 512 bytes with the first difference, as qemu-img compare does. With --json, prints the\n"
+        "first byte. With --all, neighbouring sectors that differ are one run.\n"
+        "Exit status: 0 equal; 1 different; 2 an image cannot be opened, or wrong usage; 3 the mapping cannot be\n"
+        "read; 4 other errors, such as a failed read.\n"
         "Examples:\n"
         "  qcow compare disk.qcow2 disk.raw\n"
         "  qcow compare --all --json before.qcow2 after.qcow2 | jq '.differences[].start'",
         [options] { return run(*options); });
-    app.add_option("A", options->a.path, "An image: a file or block device")->required()->check(name_text);
-    app.add_option("B", options->b.path, "The image to compare it with")->required()->check(name_text);
-    add_format_option(app, options->a.format, "-f,--format",
-                      "Format of A; otherwise it is guessed from its first bytes");
-    add_format_option(app, options->b.format, "-F,--other-format",
-                      "Format of B; otherwise it is guessed from its first bytes");
-    app.add_flag(
-        "-s,--strict", options->strict,
-        "Sizes and allocation must be the same, too: data, zeros or nothing stored, as they are or compressed");
-    app.add_flag("--all", options->all, "Go on after the first difference: list all runs that differ, count the bytes");
+    app.add_option("A", options->a.path, "Image file or block device")->required()->check(name_text);
+    app.add_option("B", options->b.path, "Image file or block device to compare with A")->required()->check(name_text);
+    add_format_option(app, options->a.format, "-f,--format", "Format of A (default: guessed from its contents)");
+    add_format_option(app, options->b.format, "-F,--other-format", "Format of B (default: guessed from its contents)");
+    app.add_flag("-s,--strict", options->strict,
+                 "Also compare sizes and allocation: whether data, zeros or nothing is stored, and whether compressed");
+    app.add_flag("--all", options->all,
+                 "List all runs that differ, and count the bytes, instead of only the first difference");
     add_force_share_option(app, options->a.force_share);
     add_untrusted_option(app, options->a.untrusted);
     app.add_flag("--json", options->json, "Print JSON");
-    app.add_flag("-q,--quiet", options->quiet, "Print nothing but errors; the exit status says it");
-    app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");
+    app.add_flag("-q,--quiet", options->quiet, "Print only errors; the exit status is the result");
+    app.add_flag("-p,--progress", options->progress, "Show progress even if standard error is not a terminal");
     add_workers_option(app, options->workers);
 }
 

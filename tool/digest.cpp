@@ -1,4 +1,4 @@
-// qcow digest: a checksum of what a guest sees, computed and verified.
+// qcow digest: computes and verifies checksums of the contents of images.
 
 #include "qcow/digest.h"
 
@@ -18,10 +18,10 @@ namespace tool {
 namespace {
 
 struct Options {
-    Source source;  // how each image is opened
+    Source source;  // how to open each image
     std::vector<std::string> names;
     std::string algorithm = "sha256";
-    std::string check;  // the file of digests; empty: digests are printed
+    std::string check;  // the file of digests to verify; empty: print digests
     bool json = false;
     bool quiet = false;
     bool silent = false;
@@ -46,8 +46,8 @@ qcow::Result<qcow::DigestResult> digest_of(const Options& options, const std::st
     return qcow::digest({QCOW_TRY(spec_of(source)), source.snapshot}, digest);
 }
 
-// ---- lines as sha256sum writes them: the digest, two spaces, the name. ----
-// A name with line breaks or backslashes has escapes instead of them, and its line begins with a backslash.
+// ---- lines in the format of sha256sum: the digest, two spaces, the name. ----
+// Line breaks and backslashes in a name are escaped. The line then begins with a backslash.
 
 std::string escaped(const std::string& name) {
     std::string text;
@@ -60,7 +60,7 @@ std::string escaped(const std::string& name) {
     return text;
 }
 
-/// The name that `text` stands for. Returns nothing where it has an unknown escape.
+/// Returns the name without escapes, or nothing if `text` has an unknown escape.
 std::optional<std::string> unescaped(std::string_view text) {
     std::string name;
     for (std::size_t i = 0; i < text.size(); ++i) {
@@ -80,7 +80,7 @@ struct Line {
     std::string name;
 };
 
-/// Returns nothing where it is not a line with a digest of `digest_bytes` bytes.
+/// Returns nothing if `text` is not a line with a digest of `digest_bytes` bytes.
 std::optional<Line> parse_line(std::string_view text, std::size_t digest_bytes) {
     const bool escapes = text.starts_with('\\');
     if (escapes) text.remove_prefix(1);
@@ -168,7 +168,7 @@ qcow::Result<int> check_digests(const Options& options) {
                             : paint("FAILED open or read", Colour::red));
     }
     if (lines.bad()) return refuse("cannot be read");
-    if (checked == 0) return refuse("has no line with a digest of this algorithm; --algorithm says which one it is");
+    if (checked == 0) return refuse("has no line with a digest of this algorithm; give the right one with --algorithm");
     if (!options.silent) {
         const auto warn = [](const std::string& what) { complain("warning: " + what); };
         if (malformed != 0) warn(counted(malformed, "line", "is improperly formatted", "are improperly formatted"));
@@ -185,8 +185,8 @@ qcow::Result<int> run(const Options& options) {
     if (options.check.empty() && options.names.empty())
         return refuse("", "IMAGE is missing; usage: qcow digest [OPTIONS] IMAGE...");
     if (!options.check.empty() && !options.names.empty())
-        return refuse("option --check", "its FILE names the images; leave out IMAGE");
-    if (!options.check.empty() && options.json) return refuse("option --json", "it cannot be used with --check");
+        return refuse("option --check", "its file names the images; leave out IMAGE");
+    if (!options.check.empty() && options.json) return refuse("option --json", "cannot be used with --check");
     return options.check.empty() ? print_digests(options) : check_digests(options);
 }
 
@@ -196,30 +196,30 @@ void declare_digest(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
         root, status, "digest", "Print or verify checksums of the contents of images",
-        "A digest depends only on what a guest sees: it is the same for the same contents in any format, allocation\n"
-        "and backing chain. It is the hash of the hashes of all blocks of 64 KiB and of the size, as blksum computes\n"
-        "it. Holes and zeros are not read.\n"
-        "Prints lines as sha256sum does. --check prints OK or FAILED for each line of FILE.\n"
-        "Exit status: 0 done, and all digests match; 1 a digest does not match, or an image cannot be read.\n"
+        "A digest depends only on what a guest sees. The same contents have the same digest in any format, allocation\n"
+        "and backing chain. It is the hash of the hashes of all blocks of 64 KiB and of the size, which blksum "
+        "computes,\n"
+        "too. Holes and zeros are not read.\n"
+        "Prints lines in the format of sha256sum. --check prints OK or FAILED for each line of FILE.\n"
+        "Exit status: 0 success, and all digests match; 1 a digest does not match, or an image cannot be read.\n"
         "Examples:\n"
         "  qcow digest disk.qcow2 disk.raw > DIGESTS\n"
         "  qcow digest --check DIGESTS",
         [options] { return run(*options); });
-    app.add_option("IMAGE", options->names, "The images: files or block devices")->check(name_text);
-    app.add_option("--algorithm", options->algorithm,
-                   "The hash function: one that openssl list -digest-algorithms shows")
+    app.add_option("IMAGE", options->names, "Image files or block devices")->check(name_text);
+    app.add_option("--algorithm", options->algorithm, "Hash function: any that openssl list -digest-algorithms shows")
         ->type_name("NAME")
         ->check(name_text)
         ->capture_default_str();
-    app.add_option("--check", options->check, "Verify the digests that this file lists; \"-\" is standard input")
+    app.add_option("--check", options->check, "Verify the digests in this file; \"-\" is standard input")
         ->type_name("FILE")
         ->check(name_text);
-    app.add_flag("--quiet", options->quiet, "With --check: print no line for a digest that matches");
-    app.add_flag("--status", options->silent, "With --check: print nothing but errors; the exit status says it");
+    app.add_flag("--quiet", options->quiet, "With --check: print only digests that do not match");
+    app.add_flag("--status", options->silent, "With --check: print only errors; the exit status is the result");
     add_open_options(app, options->source);
     add_snapshot_option(app, options->source, "Read this internal snapshot (id or name)");
     app.add_flag("--json", options->json, "Print a JSON array");
-    app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");
+    app.add_flag("-p,--progress", options->progress, "Show progress even if standard error is not a terminal");
     add_workers_option(app, options->workers);
 }
 

@@ -1,4 +1,4 @@
-// qcow rebase: another backing file.
+// qcow rebase: changes the backing file of an image.
 
 #include "qcow/rebase.h"
 
@@ -40,27 +40,28 @@ qcow::Result<int> run(const Options& options) {
 void declare_rebase(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "rebase", "Change the backing file",
-        "The contents of the disk stay the same: what the image takes from its old backing file, and what the new\n"
-        "one has otherwise, is copied into the image first. A relative BACKING starts at the image's directory.\n"
-        "If rebase is interrupted, the image has its contents all the same. Run it again.\n"
-        "With -u only the name is changed, for a backing file that was moved: nothing is read or copied, and no\n"
-        "backing file needs to exist. If the new one has other contents, the image is then damaged.\n"
+        root, status, "rebase", "Change the backing file of an image",
+        "The contents of the disk stay the same: rebase first copies the data that differ between the old and the new\n"
+        "backing file into the image. If it is interrupted, the contents are still the same; run it again.\n"
+        "With -u, rebase only records the new name, for a backing file that was moved. Neither backing file needs to\n"
+        "exist. If their contents differ, so do the contents of the disk afterwards.\n"
+        "Internal snapshots that read data from the backing file change; rebase warns of them.\n"
         "Examples:\n"
         "  qcow rebase -b base-v2.qcow2 -F qcow2 disk.qcow2\n"
-        "  qcow rebase -b '' disk.qcow2                            no backing file any more\n"
+        "  qcow rebase -b '' disk.qcow2                            remove the backing file\n"
         "  qcow rebase -u -b /new/place/base.raw -F raw disk.qcow2",
         [options] { return run(*options); });
     add_target_options(app, options->target);
-    app.add_option("-b,--backing", options->backing, "The new backing file; '' for none")
+    app.add_option("-b,--backing", options->backing,
+                   "New backing file; '' for none. A relative path starts at the directory of IMAGE")
         ->type_name("FILE")
         ->required();
-    one_of(app.add_option("-F,--backing-format", options->backing_format, "The format of the new backing file"),
+    one_of(app.add_option("-F,--backing-format", options->backing_format, "Format of the new backing file"),
            {"raw", "qcow", "qcow2"});
-    app.add_flag("-u,--unsafe", options->unsafe, "Change the name only");
-    app.add_flag("-c,--compress", options->compress, "Compress what is copied into the image");
+    app.add_flag("-u,--unsafe", options->unsafe, "Only record the new name; do not compare or copy data");
+    app.add_flag("-c,--compress", options->compress, "Compress the data that are copied into the image");
     add_workers_option(app, options->workers);
-    app.add_flag("-p,--progress", options->progress, "Show progress even where standard error is no terminal");
+    app.add_flag("-p,--progress", options->progress, "Show progress even if standard error is not a terminal");
 }
 
 }  // namespace tool
