@@ -98,7 +98,7 @@ Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
     };
     if (!loaded) {
         const std::uint64_t rest_of_sector = sector_bytes - entry_at.value % sector_bytes;
-        return unreadable(loaded.error(), at, bytes_of(rest_of_sector / (entry_words * 8)));
+        return unreadable(loaded.error(), at, bytes_of(rest_of_sector / 8 / entry_words));
     }
     const auto words = std::span<const std::uint64_t>(buffer).first(*loaded);
     // Zeros are also what lies past the end of the file: there, no table can be.

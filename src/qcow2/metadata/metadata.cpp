@@ -19,7 +19,7 @@ format::EntryRules rules_of(const format::Header& header) {
 
 }  // namespace
 
-Metadata::Metadata(format::Header header, std::shared_ptr<Storage> file, std::size_t cache_bytes)
+Metadata::Metadata(const format::Header& header, std::shared_ptr<Storage> file, std::size_t cache_bytes)
     : header_(header),
       rules_(rules_of(header)),
       file_(std::move(file)),

@@ -25,7 +25,7 @@ inline constexpr WordCache::PageClass mapping_pages = 1;
 class Metadata {
 public:
     /// `header` was verified by format::parse_header. `cache_bytes` is the budget of the cache.
-    Metadata(format::Header header, std::shared_ptr<Storage> file, std::size_t cache_bytes);
+    Metadata(const format::Header& header, std::shared_ptr<Storage> file, std::size_t cache_bytes);
 
     /// The part of the header that never changes.
     [[nodiscard]] const format::FixedHeader& header() const { return header_; }
