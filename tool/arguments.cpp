@@ -54,8 +54,8 @@ std::expected<std::uint64_t, Mistake> size_of(std::string_view text) {
     }
     if (shift == 0 && fraction > 0) return std::unexpected(Mistake::not_a_number);
     if (*whole > largest_size >> shift) return std::unexpected(Mistake::too_large);
-    const auto size =
-        (*whole << shift) + static_cast<std::uint64_t>(std::ldexp(fraction, static_cast<int>(shift)) + 0.5);
+    const auto part = std::llround(std::ldexp(fraction, static_cast<int>(shift)));
+    const auto size = (*whole << shift) + static_cast<std::uint64_t>(part);
     if (size > largest_size) return std::unexpected(Mistake::too_large);
     return size;
 }

@@ -190,9 +190,10 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
     if (!arguments.backing.empty()) options.backing_name = arguments.backing;
     if (!arguments.backing_format.empty()) options.backing_format = arguments.backing_format;
     for (const auto& name : {options.backing_name, options.data_file_name}) QCOW_TRY_VOID(verify_names_a_file(name));
-    if (options.backing_name.empty() && !options.backing_format.empty())
+    if (options.backing_name.empty() && !options.backing_format.empty()) {
         return std::unexpected(
             qcow::Error{qcow::Errc::invalid_argument, "backing file", "its format is given, but its name is missing"});
+    }
     return options;
 }
 
