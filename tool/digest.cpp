@@ -197,9 +197,8 @@ void declare_digest(CLI::App& root, int& status) {
     auto& app = declare(
         root, status, "digest", "Print or verify checksums of the contents of images",
         "A digest depends only on what a guest sees. The same contents have the same digest in any format, allocation\n"
-        "and backing chain. It is the hash of the hashes of all blocks of 64 KiB and of the size, which blksum "
-        "computes,\n"
-        "too. Holes and zeros are not read.\n"
+        "and backing chain. It is the hash of the hashes of all blocks of 64 KiB and of the size. Holes and zeros are\n"
+        "not read.\n"
         "Prints lines in the format of sha256sum. --check prints OK or FAILED for each line of FILE.\n"
         "Exit status: 0 success, and all digests match; 1 a digest does not match, or an image cannot be read.\n"
         "Examples:\n"

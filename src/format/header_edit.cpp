@@ -95,7 +95,7 @@ std::vector<std::byte> HeaderEdit::tail() const {
 }
 
 /// Makes the fields of `cluster` lead to a tail that lies at `at`, and have all that was changed.
-void HeaderEdit::put_tail(std::span<std::byte> cluster, std::size_t at) const {
+void HeaderEdit::lead_to_tail(std::span<std::byte> cluster, std::size_t at) const {
     std::ranges::copy(fields_, cluster.begin());
     if (load_be<std::uint32_t>(fields_, 4) >= 3) store_be(cluster, header_length_field, static_cast<std::uint32_t>(at));
     const std::size_t name_offset = at + tail().size() - name_.size();
@@ -125,7 +125,7 @@ Result<std::vector<std::vector<std::byte>>> HeaderEdit::steps() const {
         std::fill(last.begin() + static_cast<std::ptrdiff_t>(end), last.begin() + static_cast<std::ptrdiff_t>(end_),
                   std::byte{0});
     copy_tail(last, home);
-    put_tail(last, home);
+    lead_to_tail(last, home);
     auto first = before_;
     first.resize(last.size());
     if (first == last) return std::vector<std::vector<std::byte>>{};
@@ -138,12 +138,12 @@ Result<std::vector<std::vector<std::byte>>> HeaderEdit::steps() const {
     steps[0].resize(std::max(last.size(), aligned(away_end, sector_bytes)));
     copy_tail(steps[0], away);
     steps.push_back(steps.back());
-    put_tail(steps.back(), away);
+    lead_to_tail(steps.back(), away);
     steps.push_back(steps.back());
     std::copy(last.begin() + static_cast<std::ptrdiff_t>(home), last.begin() + static_cast<std::ptrdiff_t>(away),
               steps.back().begin() + static_cast<std::ptrdiff_t>(home));
     steps.push_back(steps.back());
-    put_tail(steps.back(), home);
+    lead_to_tail(steps.back(), home);
     steps.push_back(std::move(last));
     steps.back().resize(steps[0].size());
     std::copy(before_.begin() + static_cast<std::ptrdiff_t>(std::min(before_.size(), away)), before_.end(),

@@ -46,7 +46,7 @@ private:
     };
 
     [[nodiscard]] std::vector<std::byte> tail() const;
-    void put_tail(std::span<std::byte> cluster, std::size_t at) const;
+    void lead_to_tail(std::span<std::byte> cluster, std::size_t at) const;
 
     std::vector<std::byte> before_;  // in full sectors
     std::vector<std::byte> fields_;  // as far as the header's length says

@@ -16,15 +16,22 @@ namespace {
 
 constexpr unsigned max_blocks = 16;
 
+/// The refcount table, which lies within the limits and the file.
+Result<std::vector<std::byte>> read_refcount_table(const Storage& file, const format::FixedHeader& header,
+                                                   const format::HeaderState& state) {
+    TRY_VOID(format::verify_refcount_table(state, header.cluster_bits, TRY(file.size())));
+    std::vector<std::byte> table(std::size_t{state.refcount_table_clusters} << header.cluster_bits);
+    TRY(file.read(state.refcount_table, table));
+    return table;
+}
+
 }  // namespace
 
 Result<std::uint64_t> find_counted_end(const Storage& file, const format::FixedHeader& header,
                                        const format::HeaderState& state) {
     const unsigned cluster_bits = header.cluster_bits;
     const std::uint64_t file_size = TRY(file.size());
-    TRY_VOID(format::verify_refcount_table(state, cluster_bits, file_size));
-    std::vector<std::byte> table(std::size_t{state.refcount_table_clusters} << cluster_bits);
-    TRY(file.read(state.refcount_table, table));
+    const auto table = TRY(read_refcount_table(file, header, state));
 
     const unsigned order = header.refcount_order;
     const std::uint64_t per_block = format::refcounts_per_block(cluster_bits, order);
@@ -51,12 +58,10 @@ Result<std::uint64_t> find_counted_end(const Storage& file, const format::FixedH
 Result<bool> counts_no_data(const Storage& file, const format::FixedHeader& header, const format::HeaderState& state) {
     const unsigned cluster_bits = header.cluster_bits;
     const std::uint64_t file_size = TRY(file.size());
-    TRY_VOID(format::verify_refcount_table(state, cluster_bits, file_size));
     // What these lie in would be counted, too. A dirty image may have data that are not counted.
     if (state.snapshot_count != 0 || header.bitmaps || header.encryption || state.has(format::incompatible::dirty))
         return false;
-    std::vector<std::byte> table(std::size_t{state.refcount_table_clusters} << cluster_bits);
-    TRY(file.read(state.refcount_table, table));
+    const auto table = TRY(read_refcount_table(file, header, state));
 
     std::set<std::uint64_t> expected{0};
     const auto expect = [&](HostOffset at, std::uint64_t bytes) {
