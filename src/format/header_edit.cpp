@@ -121,9 +121,7 @@ Result<std::vector<std::vector<std::byte>>> HeaderEdit::steps() const {
 
     auto last = before_;
     last.resize(std::max(last.size(), aligned(end, sector_bytes)));
-    if (end_ > end)
-        std::fill(last.begin() + static_cast<std::ptrdiff_t>(end), last.begin() + static_cast<std::ptrdiff_t>(end_),
-                  std::byte{0});
+    if (end_ > end) std::ranges::fill(std::span(last).subspan(end, end_ - end), std::byte{0});
     copy_tail(last, home);
     lead_to_tail(last, home);
     auto first = before_;
