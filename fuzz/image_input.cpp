@@ -145,13 +145,13 @@ void exercise(Image& image) {
     if (succeeded(info)) {
         QCOW_REQUIRE(info->virtual_size == image.size());
         for (std::size_t i = 0; i < std::min(info->snapshots.size(), max_snapshots); ++i) {
-            const auto snapshot = image.snapshot(info->snapshots[i].id);
+            const auto snapshot = image.snapshots().open(info->snapshots[i].id);
             if (succeeded(snapshot)) DiskExerciser(**snapshot).run();
         }
     }
     for (std::size_t i = 0; succeeded(info) && i < std::min(info->bitmaps.size(), max_bitmaps); ++i)
         exercise_bitmap(image, info->bitmaps[i]);
-    QCOW_REQUIRE(!succeeded(image.snapshot("there is none of this name")));
+    QCOW_REQUIRE(!succeeded(image.snapshots().open("there is none of this name")));
 
     CheckOptions options;
     options.workers = 1;

@@ -414,8 +414,8 @@ private:
         const auto info = original_->info();
         QCOW_REQUIRE(succeeded(info));
         for (std::size_t i = 0; i < std::min(info->snapshots.size(), max_snapshots); ++i) {
-            const auto then = original_->snapshot(info->snapshots[i].id);
-            const auto now = image.snapshot(info->snapshots[i].id);
+            const auto then = original_->snapshots().open(info->snapshots[i].id);
+            const auto now = image.snapshots().open(info->snapshots[i].id);
             if (!then) continue;
             QCOW_REQUIRE(succeeded(now) && (*now)->size() == (*then)->size());
             std::vector<std::byte> expected(std::min((*then)->size(), 4 * max_inspected));

@@ -194,7 +194,7 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, boo
 
 qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source) {
     if (source.snapshot.empty()) return image;
-    return image->snapshot(source.snapshot);
+    return image->snapshots().open(source.snapshot);
 }
 
 void add_target_options(CLI::App& app, Target& target) {

@@ -173,9 +173,10 @@ bool with_tls(const Options& options) {
 /// Warns if other users can read the private key.
 void warn_of_open_secrets(const qcow::NbdTls& tls) {
     const auto path = tls.psk_file.empty() ? tls.certificates + "/server-key.pem" : tls.psk_file;
-    if (struct stat status = {}; stat(path.c_str(), &status) == 0 && (status.st_mode & S_IROTH) != 0)
+    if (struct stat status = {}; stat(path.c_str(), &status) == 0 && (status.st_mode & S_IROTH) != 0) {
         complain(fmt::format("WARNING: {} can be read by every user of this machine; use chmod 0600",
                              qcow::printable(path)));
+    }
 }
 
 qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {

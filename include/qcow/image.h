@@ -13,6 +13,7 @@
 #include "qcow/disk.h"
 #include "qcow/format.h"
 #include "qcow/location.h"
+#include "qcow/snapshots.h"
 #include "qcow/storage.h"
 
 namespace qcow {
@@ -221,9 +222,8 @@ public:
     /// Returns what the header and the tables say. A damaged part is no error: see ImageInfo. Errors: Errc::io.
     [[nodiscard]] Result<ImageInfo> info() const;
 
-    /// Returns an internal snapshot, found by id, else by name, as a read-only disk. It keeps the image open.
-    /// Errors: Errc::not_found; Errc::corrupt for a damaged snapshot table or L1 table.
-    Result<std::shared_ptr<Disk>> snapshot(std::string_view id_or_name);
+    /// Returns a handle to the internal snapshots.
+    [[nodiscard]] Snapshots snapshots() { return Snapshots(*this); }
 
     /// Visits the runs of a persistent bitmap in [begin, begin + length), in guest order, dirty and clean in turn. If
     /// the image is open for writing, they include every request that completed before the call. Requests in flight may
@@ -273,7 +273,13 @@ protected:
     // The implementation of a format: see Disk.
 
     [[nodiscard]] virtual Result<ImageInfo> do_info() const = 0;
-    virtual Result<std::shared_ptr<Disk>> do_snapshot(std::string_view id_or_name);
+    friend class Snapshots;
+    [[nodiscard]] virtual Result<std::vector<SnapshotInfo>> do_list_snapshots() const;
+    virtual Result<std::shared_ptr<Disk>> do_open_snapshot(std::string_view id_or_name);
+    virtual Result<SnapshotInfo> do_create_snapshot(const std::string& name);
+    virtual Result<void> do_apply_snapshot(std::string_view id_or_name);
+    virtual Result<void> do_remove_snapshot(std::string_view id_or_name);
+    virtual Result<void> do_rename_snapshot(std::string_view id_or_name, const std::string& name);
     virtual Result<void> do_each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
                                        const std::function<Result<void>(const DirtyRun&)>& visit);
     virtual Result<CheckReport> do_check(const CheckOptions& options);

@@ -32,9 +32,11 @@ bool is_control(std::string_view sequence) {
     return c1 || first < 0x20 || first == 0x7f;
 }
 
-/// Embeddings, overrides and isolates: text behind them is shown in another order than it has.
+/// Embeddings, overrides and isolates (U+202A to U+202E, U+2066 to U+2069): text behind them is shown in another order
+/// than it has.
 bool changes_direction(std::string_view sequence) {
-    return (sequence >= "\u202a" && sequence <= "\u202e") || (sequence >= "\u2066" && sequence <= "\u2069");
+    return (sequence >= "\xe2\x80\xaa" && sequence <= "\xe2\x80\xae") ||
+           (sequence >= "\xe2\x81\xa6" && sequence <= "\xe2\x81\xa9");
 }
 
 /// One character, or a byte that is none; `length` as of utf8_length.

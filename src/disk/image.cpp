@@ -10,10 +10,6 @@ Result<ImageInfo> Image::info() const {
     return within_memory([&] { return do_info(); });
 }
 
-Result<std::shared_ptr<Disk>> Image::snapshot(std::string_view id_or_name) {
-    return within_memory([&] { return do_snapshot(id_or_name); });
-}
-
 Result<void> Image::each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
                                const std::function<Result<void>(const DirtyRun&)>& visit) {
     return within_memory([&] { return do_each_dirty(bitmap, begin, length, visit); });
@@ -51,9 +47,23 @@ Result<void> Image::close() {
     return within_memory([&] { return do_close(); });
 }
 
-Result<std::shared_ptr<Disk>> Image::do_snapshot(std::string_view) {
-    return fail(Errc::not_found, "", "the format has no internal snapshots");
-}
+namespace {
+
+std::unexpected<Error> no_snapshots(Errc code) { return fail(code, "", "the format has no internal snapshots"); }
+
+}  // namespace
+
+Result<std::vector<SnapshotInfo>> Image::do_list_snapshots() const { return std::vector<SnapshotInfo>(); }
+
+Result<std::shared_ptr<Disk>> Image::do_open_snapshot(std::string_view) { return no_snapshots(Errc::not_found); }
+
+Result<SnapshotInfo> Image::do_create_snapshot(const std::string&) { return no_snapshots(Errc::unsupported); }
+
+Result<void> Image::do_apply_snapshot(std::string_view) { return no_snapshots(Errc::not_found); }
+
+Result<void> Image::do_remove_snapshot(std::string_view) { return no_snapshots(Errc::not_found); }
+
+Result<void> Image::do_rename_snapshot(std::string_view, const std::string&) { return no_snapshots(Errc::not_found); }
 
 Result<void> Image::do_each_dirty(std::string_view, GuestOffset, std::uint64_t,
                                   const std::function<Result<void>(const DirtyRun&)>&) {

@@ -13,6 +13,11 @@ std::string text(std::span<const std::byte> bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
+void append(std::vector<std::byte>& bytes, std::string_view text) {
+    const auto more = as_bytes(text);
+    bytes.insert(bytes.end(), more.begin(), more.end());
+}
+
 std::unexpected<Error> too_short(std::size_t needed, std::size_t there) {
     return fail(
         Errc::corrupt, "",
@@ -55,6 +60,39 @@ Result<SnapshotEntry> parse_snapshot(std::span<const std::byte> in, unsigned ver
     entry.info.name = text(in.subspan(fixed + extra_length + id_length, name_length));
     entry.encoded_bytes = std::min<std::size_t>(align_down(total + 7, 8), in.size());
     return entry;
+}
+
+std::vector<std::byte> encode_snapshot(const SnapshotEntry& entry) {
+    const auto& info = entry.info;
+    constexpr std::size_t fixed = 40;
+    constexpr std::size_t extra = 24;
+    std::vector<std::byte> bytes(fixed + extra);
+    store_be(bytes, 0, entry.l1_table.value);
+    store_be(bytes, 8, entry.l1_entries);
+    store_be(bytes, 12, static_cast<std::uint16_t>(info.id.size()));
+    store_be(bytes, 14, static_cast<std::uint16_t>(info.name.size()));
+    store_be(bytes, 16, static_cast<std::uint32_t>(info.date_seconds));
+    store_be(bytes, 20, info.date_nanoseconds);
+    store_be(bytes, 24, info.vm_clock_nanoseconds);
+    store_be(bytes, 32, static_cast<std::uint32_t>(info.vm_state_bytes));
+    store_be(bytes, 36, static_cast<std::uint32_t>(extra));
+    store_be(bytes, fixed, info.vm_state_bytes);
+    store_be(bytes, fixed + 8, info.virtual_size);
+    store_be(bytes, fixed + 16, info.icount.value_or(~std::uint64_t{0}));
+    append(bytes, info.id);
+    append(bytes, info.name);
+    bytes.resize(align_down(bytes.size() + 7, 8));
+    return bytes;
+}
+
+std::vector<std::byte> rename_snapshot(std::span<const std::byte> encoded, std::string_view name) {
+    constexpr std::size_t fixed = 40;
+    const std::size_t head = fixed + load_be<std::uint32_t>(encoded, 36) + load_be<std::uint16_t>(encoded, 12);
+    std::vector<std::byte> bytes(encoded.begin(), encoded.begin() + static_cast<std::ptrdiff_t>(head));
+    store_be(bytes, 14, static_cast<std::uint16_t>(name.size()));
+    append(bytes, name);
+    bytes.resize(align_down(bytes.size() + 7, 8));
+    return bytes;
 }
 
 Result<BitmapEntry> parse_bitmap(std::span<const std::byte> in) {

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string_view>
+#include <vector>
 
 #include "qcow/error.h"
 #include "qcow/image.h"
@@ -26,6 +28,12 @@ struct SnapshotEntry {
 
 /// The entry at the front of `in`. `disk_size` is the virtual size that entries without one of their own have.
 Result<SnapshotEntry> parse_snapshot(std::span<const std::byte> in, unsigned version, std::uint64_t disk_size);
+
+/// Returns the bytes of an entry, with the extra data that version 3 has, padded.
+std::vector<std::byte> encode_snapshot(const SnapshotEntry& entry);
+
+/// Returns the bytes of an entry that parse_snapshot() has read, with another name. Extra data stay.
+std::vector<std::byte> rename_snapshot(std::span<const std::byte> encoded, std::string_view name);
 
 struct BitmapEntry {
     /// Where the 32-bit flags lie in the encoded entry: never across two sectors, so that they can be changed in place.

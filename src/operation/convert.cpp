@@ -69,7 +69,7 @@ private:
             auto image = TRY(open_image(spec, warnings_.to()));
             const auto role = job_.sources.size() == 1 ? "the source" : fmt::format("source {}", disks.size() + 1);
             TRY_VOID(in_use_.add(read, *image, spec, role));
-            disks.push_back(snapshot.empty() ? std::move(image) : TRY(image->snapshot(snapshot)));
+            disks.push_back(snapshot.empty() ? std::move(image) : TRY(image->snapshots().open(snapshot)));
         }
         source_ = disks.size() == 1 ? std::move(disks[0]) : TRY(concatenate(std::move(disks)));
         return {};

@@ -50,9 +50,10 @@ public:
             return fail(Errc::invalid_argument, printable(name),
                         "OpenSSL has no such hash function; openssl list -digest-algorithms shows those that it has");
         }
-        if ((EVP_MD_get_flags(found.method_.get()) & EVP_MD_FLAG_XOF) != 0)
+        if ((EVP_MD_get_flags(found.method_.get()) & EVP_MD_FLAG_XOF) != 0) {
             return fail(Errc::invalid_argument, printable(name),
                         "its digests have no fixed length; choose another one");
+        }
         return found;
     }
 
@@ -220,7 +221,7 @@ Result<DigestResult> digest(const DigestJob& job, const DigestOptions& options) 
     return within_memory([&]() -> Result<DigestResult> {
         const auto image = TRY(open_image(job.image, options.control.warn));
         std::shared_ptr<Disk> disk = image;
-        if (!job.snapshot.empty()) disk = TRY(image->snapshot(job.snapshot));
+        if (!job.snapshot.empty()) disk = TRY(image->snapshots().open(job.snapshot));
         return DigestResult{image->format(), rounded_size(disk->size()), TRY(digest_disk(*disk, options))};
     });
 }

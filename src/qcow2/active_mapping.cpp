@@ -26,7 +26,7 @@ std::uint64_t ActiveMapping::table_end(std::uint64_t cluster) const {
 }
 
 std::uint64_t ActiveMapping::page_end(std::uint64_t cluster) const {
-    const std::uint64_t entries = metadata_.metadata().words().page_bytes() / (rules_.geometry.entry_words() * 8);
+    const std::uint64_t entries = metadata_.metadata().words().page_bytes() / 8 / rules_.geometry.entry_words();
     return (cluster / entries + 1) * entries;
 }
 
@@ -53,6 +53,8 @@ Result<std::vector<L2Entry>> ActiveMapping::load(GuestClusters clusters) {
     }
     for (std::size_t i = 0; i < entries.size(); ++i) {
         const GuestOffset cluster = offset_of(clusters.first + i);
+        // What a shared table leads to is shared, too, whatever its entries say.
+        if (!l1.copied() && !entries[i].compressed()) entries[i].word &= ~format::copied_bit;
         if (const auto flaw = rules_.flaw(entries[i], cluster); flaw && flaw->unreadable) {
             return metadata_.declare_corrupt(fmt::format("L2 entry of guest offset {:#x}", cluster.value),
                                              std::string(flaw->what));
@@ -87,7 +89,9 @@ Result<HostOffset> ActiveMapping::own_table(GuestOffset at) {
     if (l1.allocated()) {
         auto& metadata = metadata_.metadata();
         const std::uint64_t bytes = metadata.cluster_size();
-        TRY_VOID(metadata.file().write(table, TRY(copy_words(metadata, l1.l2_table(), bytes / 8, bytes))));
+        auto words = TRY(load_words(metadata, l1.l2_table(), bytes / 8));
+        for (std::size_t i = 0; i < words.size(); i += rules_.geometry.entry_words()) words[i] &= ~format::copied_bit;
+        TRY_VOID(metadata.file().write(table, encode_words(words, bytes)));
         change.drop_table(l1.l2_table(), bytes);
     }
     const std::uint64_t word = table.value | format::copied_bit;
@@ -130,6 +134,77 @@ Result<void> ActiveMapping::drop_table(std::uint64_t cluster) {
     change.drop_table(l1.l2_table(), metadata_.metadata().cluster_size());
     constexpr std::uint64_t none = 0;
     return change.commit(mapping_.l1_entry_at(at), {&none, 1}, Barrier::none);
+}
+
+Result<std::vector<std::uint64_t>> ActiveMapping::share_tables() {
+    auto& metadata = metadata_.metadata();
+    const auto state = metadata.state();
+    auto words = TRY(load_words(metadata, state.l1_table, state.l1_entries));
+    for (auto& word : words) word &= ~format::copied_bit;
+    const std::size_t page = metadata.words().page_bytes() / 8;
+    for (std::size_t i = 0; i < words.size(); i += page) {
+        Change change(metadata_);
+        TRY_VOID(change.commit(state.l1_table + i * 8, std::span(words).subspan(i, std::min(page, words.size() - i)),
+                               Barrier::none));
+    }
+    return words;
+}
+
+Result<void> ActiveMapping::correct_copied_flags() {
+    const std::uint64_t entries = metadata_.metadata().state().l1_entries;
+    for (std::uint64_t index = 0; index < entries; ++index) TRY_VOID(correct_copied_flags(index));
+    return {};
+}
+
+/// The same for an L1 entry and the table that it leads to.
+Result<void> ActiveMapping::correct_copied_flags(std::uint64_t l1_index) {
+    auto& metadata = metadata_.metadata();
+    const auto& geometry = rules_.geometry;
+    const GuestOffset at{l1_index * geometry.l2_coverage()};
+    const std::uint64_t first = cluster_of(at);
+    const auto guard = lock({first, table_end(first)});
+    const std::lock_guard table_guard(table_lock(at));
+    const auto l1 = TRY(l1_entry(at));
+    if (!l1.allocated()) return {};
+    const unsigned cluster_bits = geometry.cluster_bits;
+    const auto corrected = [](std::uint64_t word, std::uint64_t refcount) {
+        return refcount == 1 ? word | format::copied_bit : word & ~format::copied_bit;
+    };
+    const unsigned step = geometry.entry_words();
+    const auto host_of = [&](std::uint64_t word) {
+        const L2Entry entry{word};
+        return entry.compressed() ? 0 : entry.cluster().value >> cluster_bits;
+    };
+    auto words = TRY(load_words(metadata, l1.l2_table(), metadata.cluster_size() / 8));
+    const std::size_t page = metadata.words().page_bytes() / 8;
+    std::array<std::uint64_t, page_words> counts;
+    for (std::size_t begin = 0; begin < words.size(); begin += page) {
+        const auto entries = std::span(words).subspan(begin, std::min(page, words.size() - begin));
+        bool changed = false;
+        for (std::size_t i = 0; i < entries.size();) {
+            ClusterRun run{host_of(entries[i]), 1};
+            if (run.first == 0 || rules_.external_data) {
+                i += step;
+                continue;
+            }
+            while (i + run.count * step < entries.size() && host_of(entries[i + run.count * step]) == run.end())
+                ++run.count;
+            TRY_VOID(metadata_.load_refcounts(run, counts));
+            for (std::size_t k = 0; k < run.count; ++k, i += step) {
+                const std::uint64_t word = corrected(entries[i], counts[k]);
+                changed |= word != entries[i];
+                entries[i] = word;
+            }
+        }
+        if (!changed) continue;
+        Change change(metadata_);
+        TRY_VOID(change.commit(l1.l2_table() + begin * 8, entries, Barrier::none));
+    }
+    TRY_VOID(metadata_.load_refcounts({l1.l2_table().value >> cluster_bits, 1}, counts));
+    const std::uint64_t word = corrected(l1.word, counts[0]);
+    if (word == l1.word) return {};
+    Change change(metadata_);
+    return change.commit(mapping_.l1_entry_at(at), {&word, 1}, Barrier::none);
 }
 
 Result<void> ActiveMapping::grow_l1(std::uint64_t entries) {

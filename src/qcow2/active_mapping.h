@@ -72,6 +72,14 @@ public:
     /// Drops the table that maps the clusters from `cluster` on, with all that it leads to.
     Result<void> drop_table(std::uint64_t cluster);
 
+    /// Makes all L2 tables shared ones: from now on each is copied before it changes. No request that changes the image
+    /// may be in flight. Returns the words of the L1 table.
+    Result<std::vector<std::uint64_t>> share_tables();
+
+    /// Makes the COPIED flags agree with the refcounts. Requests may be in flight; those that change refcounts of what
+    /// is mapped, in other ways than by dropping it, must not.
+    Result<void> correct_copied_flags();
+
     /// Moves the L1 table to where it has room for so many entries.
     Result<void> grow_l1(std::uint64_t entries);
 
@@ -80,6 +88,7 @@ private:
         return table_locks_[rules_.geometry.l1_index(at) % table_locks_.size()];
     }
     Result<HostOffset> own_table(GuestOffset at);
+    Result<void> correct_copied_flags(std::uint64_t l1_index);
     void drop(Change& change, std::span<const L2Entry> old, std::span<const L2Entry> entries) const;
 
     WritableMetadata& metadata_;

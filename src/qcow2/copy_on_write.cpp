@@ -146,7 +146,7 @@ Result<void> CopyOnWrite::write_filled(const Part& part, HostOffset host, GuestO
     TRY_VOID(read_old(part, part.end(), behind));
     std::vector<std::span<const std::byte>> pieces{before};
     for (const auto piece : part.from) pieces.push_back(piece);
-    pieces.push_back(behind);
+    pieces.emplace_back(behind);
     return parts_.data.write(host, ConstBuffers(pieces));
 }
 

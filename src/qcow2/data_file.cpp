@@ -11,9 +11,9 @@
 
 namespace qcow::qcow2 {
 
-DataFile::DataFile(const Metadata& metadata, std::shared_ptr<Storage> external)
+DataFile::DataFile(const Metadata& metadata, const std::shared_ptr<Storage>& external)
     : metadata_(metadata),
-      file_(is_external() ? std::move(external) : metadata.shared_file()),
+      file_(is_external() ? external : metadata.shared_file()),
       raw_(is_external() && (metadata.state().autoclear & format::autoclear::raw_external_data) != 0) {}
 
 Result<void> DataFile::read(HostOffset host, GuestOffset at, Buffers to) const {

@@ -20,7 +20,7 @@ class WritableMetadata;
 class DataFile {
 public:
     /// `external`: the external data file of an image that has one; null where it was not opened.
-    DataFile(const Metadata& metadata, std::shared_ptr<Storage> external);
+    DataFile(const Metadata& metadata, const std::shared_ptr<Storage>& external);
 
     [[nodiscard]] bool is_open() const { return file_ != nullptr; }
     [[nodiscard]] bool is_external() const { return metadata_.rules().external_data; }

@@ -4,20 +4,23 @@
 #include "disk/backing_file.h"
 #include "qcow2/data_file.h"
 #include "qcow2/metadata/metadata.h"
+#include "qcow2/open_snapshots.h"
 
 namespace qcow::qcow2 {
 
 /// An image and its snapshots share these, and keep them open.
 struct ImageParts {
-    ImageParts(format::Header header, std::shared_ptr<Storage> file, std::shared_ptr<Storage> external_data,
-               std::shared_ptr<Layer> backing_image, std::string backing_name, std::size_t cache_bytes)
-        : metadata(std::move(header), std::move(file), cache_bytes),
-          data(metadata, std::move(external_data)),
+    ImageParts(const format::Header& header, std::shared_ptr<Storage> file,
+               const std::shared_ptr<Storage>& external_data, std::shared_ptr<Layer> backing_image,
+               std::string backing_name, std::size_t cache_bytes)
+        : metadata(header, std::move(file), cache_bytes),
+          data(metadata, external_data),
           backing(std::move(backing_image), std::move(backing_name)) {}
 
     Metadata metadata;
     DataFile data;
     BackingFile backing;
+    OpenSnapshots open_snapshots;
 };
 
 }  // namespace qcow::qcow2

@@ -113,6 +113,8 @@ Result<Mapped> Mapping::lookup(GuestOffset at, std::uint64_t limit) const {
         return unreadable(std::move(mapped).error(), at, bytes_of(entries));
     }
     mapped->length = std::min(mapped->length, limit);
+    // What a shared table leads to is shared, too, whatever its entries say.
+    mapped->copied &= l1->copied();
     return mapped;
 }
 

@@ -25,22 +25,42 @@ namespace {
 /// A snapshot as a disk. It shares the image's cache and keeps everything open that it needs.
 class SnapshotDisk final : public Disk {
 public:
-    SnapshotDisk(const std::shared_ptr<const ImageParts>& parts, const format::SnapshotEntry& snapshot)
-        : view_(parts, snapshot.l1_table),
+    SnapshotDisk(std::shared_ptr<const ImageParts> parts, const format::SnapshotEntry& snapshot,
+                 OpenSnapshots::Removed removed)
+        : parts_(std::move(parts)),
+          view_(parts_, snapshot.l1_table),
           size_(snapshot.info.virtual_size),
-          block_size_(parts->metadata.cluster_size()) {}
+          name_(snapshot.info.name),
+          removed_(std::move(removed)) {}
 
     [[nodiscard]] std::uint64_t size() const override { return size_; }
-    [[nodiscard]] std::uint64_t block_size() const override { return block_size_; }
+    [[nodiscard]] std::uint64_t block_size() const override { return parts_->metadata.cluster_size(); }
 
 protected:
-    Result<void> do_read(GuestOffset at, Buffers to) override { return view_.read(at, to); }
-    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override { return view_.extent(at, limit); }
+    Result<void> do_read(GuestOffset at, Buffers to) override {
+        const Epochs::Guard guard(parts_->metadata.epochs());
+        TRY_VOID(verify_exists());
+        return view_.read(at, to);
+    }
+
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
+        const Epochs::Guard guard(parts_->metadata.epochs());
+        TRY_VOID(verify_exists());
+        return view_.extent(at, limit);
+    }
 
 private:
+    [[nodiscard]] Result<void> verify_exists() const {
+        if (!*removed_) return {};
+        return fail(Errc::not_found, parts_->metadata.file().name(),
+                    fmt::format("snapshot \"{}\" was removed", printable(name_)));
+    }
+
+    std::shared_ptr<const ImageParts> parts_;
     View view_;
     std::uint64_t size_;
-    std::uint64_t block_size_;
+    std::string name_;
+    OpenSnapshots::Removed removed_;
 };
 
 Result<EncryptionInfo> encryption_info(const Metadata& metadata) {
@@ -141,18 +161,50 @@ protected:
         return settled;
     }
 
-    Result<std::shared_ptr<Disk>> do_snapshot(std::string_view id_or_name) override {
-        const auto table = TRY(read_snapshots(metadata_));
-        auto found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.id == id_or_name; });
-        if (found == table.entries.end())
-            found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.name == id_or_name; });
-        if (found == table.entries.end()) {
-            return fail(
-                Errc::not_found, metadata_.file().name(),
-                fmt::format("there is no snapshot \"{}\"; snapshot --list shows those that there are", id_or_name));
+    Result<std::shared_ptr<Disk>> do_open_snapshot(std::string_view id_or_name) override {
+        const Epochs::Guard guard(metadata_.epochs());
+        for (;;) {
+            const HostOffset table_at = metadata_.state().snapshot_table;
+            const auto table = TRY(read_snapshots(metadata_));
+            auto found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.id == id_or_name; });
+            if (found == table.entries.end()) {
+                found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.name == id_or_name; });
+            }
+            if (found == table.entries.end()) {
+                return fail(
+                    Errc::not_found, metadata_.file().name(),
+                    fmt::format("there is no snapshot \"{}\"; snapshot --list shows those that there are", id_or_name));
+            }
+            TRY_VOID(verify_snapshot_l1(metadata_, *found));
+            auto removed = parts_->open_snapshots.open(found->l1_table);
+            // Whoever removes it from now on tells of it.
+            if (metadata_.state().snapshot_table == table_at)
+                return std::make_shared<SnapshotDisk>(parts_, *found, std::move(removed));
         }
-        TRY_VOID(verify_snapshot_l1(metadata_, *found));
-        return std::make_shared<SnapshotDisk>(parts_, *found);
+    }
+
+    Result<std::vector<SnapshotInfo>> do_list_snapshots() const override {
+        const Epochs::Guard guard(metadata_.epochs());
+        std::vector<SnapshotInfo> list;
+        for (auto& entry : TRY(read_snapshots(metadata_)).entries) list.push_back(std::move(entry.info));
+        return list;
+    }
+
+    Result<SnapshotInfo> do_create_snapshot(const std::string& name) override { return writer_->create_snapshot(name); }
+
+    Result<void> do_apply_snapshot(std::string_view id_or_name) override {
+        const std::unique_lock lock(bitmaps_mutex_);
+        auto applied = writer_->apply_snapshot(id_or_name);
+        bitmaps_.forget();
+        return applied;
+    }
+
+    Result<void> do_remove_snapshot(std::string_view id_or_name) override {
+        return writer_->remove_snapshot(id_or_name);
+    }
+
+    Result<void> do_rename_snapshot(std::string_view id_or_name, const std::string& name) override {
+        return writer_->rename_snapshot(id_or_name, name);
     }
 
     Result<void> do_each_dirty(std::string_view bitmap, GuestOffset begin, std::uint64_t length,
@@ -214,10 +266,10 @@ protected:
                 info.encryption_error = std::move(encryption).error();
             }
         }
-        if (auto table = read_snapshots(metadata_)) {
-            for (auto& snapshot : table->entries) info.snapshots.push_back(std::move(snapshot.info));
+        if (auto snapshots = do_list_snapshots()) {
+            info.snapshots = *std::move(snapshots);
         } else {
-            info.snapshots_error = std::move(table).error();
+            info.snapshots_error = std::move(snapshots).error();
         }
         if (auto bitmaps = read_bitmaps(metadata_)) {
             for (auto& bitmap : *bitmaps) info.bitmaps.push_back(std::move(bitmap.info));
@@ -256,9 +308,9 @@ public:
 
     Result<std::shared_ptr<Layer>> open(Neighbours neighbours) override {
         auto backing_name = neighbours.alone ? std::string() : header_.backing_name;
-        auto parts = std::make_shared<ImageParts>(std::move(header_), std::move(storage_),
-                                                  std::move(neighbours.data_file), std::move(neighbours.backing),
-                                                  std::move(backing_name), neighbours.cache_bytes);
+        auto parts = std::make_shared<ImageParts>(header_, std::move(storage_), neighbours.data_file,
+                                                  std::move(neighbours.backing), std::move(backing_name),
+                                                  neighbours.cache_bytes);
         auto image = std::make_shared<Qcow2Image>(std::move(parts));
         if (neighbours.write) TRY_VOID(image->open_for_writing(*neighbours.write));
         return image;

@@ -51,7 +51,7 @@ Result<void> Resizing::grow(std::uint64_t old_size, std::uint64_t size) {
 
 Result<void> Resizing::zero_new_bytes(std::uint64_t old_size, std::uint64_t size, std::uint64_t old_tables_end) {
     const auto& backing = parts_.backing.image();
-    const bool shines_through = parts_.backing.exists() && !(backing && backing->size() <= old_size);
+    const bool shines_through = parts_.backing.exists() && (!backing || backing->size() > old_size);
     if (shines_through || parts_.data.is_raw())
         return zeroing_.zero({old_size}, size - old_size, Zeroing::Mode::release);
     // What the last cluster has behind the old end was nobody's, nor what tables have there: another program may have

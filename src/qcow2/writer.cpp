@@ -21,6 +21,7 @@ Writer::Writer(std::shared_ptr<ImageParts> parts, View& active, const WriteOptio
       zeroing_(metadata_, *parts_, mapping_, writes_),
       compressed_(metadata_, mapping_, writes_),
       resizing_(metadata_, *parts_, mapping_, zeroing_, bitmaps_),
+      snapshots_(metadata_, *parts_, mapping_, bitmaps_, gate_),
       verifies_refcounts_(options.verify_refcounts) {
     active_.on_damage([this](Error damage) { return metadata_.declare_corrupt(std::move(damage)); });
     parts_->data.protect(&metadata_);
@@ -43,7 +44,9 @@ Result<void> Writer::open() {
     TRY_VOID(bitmaps_.load());
     if (state.has(format::incompatible::dirty)) {
         TRY_VOID(begin_first());
-        return metadata_.rebuild_refcounts();
+        TRY_VOID(metadata_.rebuild_refcounts());
+        TRY_VOID(mapping_.correct_copied_flags());
+        return metadata_.end_rebuild();
     }
     return verifies_refcounts_ ? metadata_.verify_refcounts() : Result<void>();
 }
@@ -119,13 +122,38 @@ Result<void> Writer::write_compressed(GuestOffset at, std::span<const std::byte>
     });
 }
 
-Result<void> Writer::resize(std::uint64_t size) {
-    const std::lock_guard lock(resize_mutex_);
-    TRY_VOID(resizing_.verify(size));
-    return request([&]() -> Result<void> {
+/// A change of the whole image. Others wait for it; requests need not.
+template <class Work>
+std::invoke_result_t<Work> Writer::change_whole(Work&& work) {
+    const std::lock_guard lock(whole_mutex_);
+    return metadata_.attempt([&]() -> std::invoke_result_t<Work> {
         TRY_VOID(begin({0}, 0));
+        return work();
+    });
+}
+
+Result<void> Writer::resize(std::uint64_t size) {
+    TRY_VOID(resizing_.verify(size));
+    return change_whole([&] {
+        const RequestGate::Pass pass(gate_);
         return resizing_.resize(size);
     });
+}
+
+Result<SnapshotInfo> Writer::create_snapshot(const std::string& name) {
+    return change_whole([&] { return snapshots_.create(name); });
+}
+
+Result<void> Writer::apply_snapshot(std::string_view id_or_name) {
+    return change_whole([&] { return snapshots_.apply(id_or_name); });
+}
+
+Result<void> Writer::remove_snapshot(std::string_view id_or_name) {
+    return change_whole([&] { return snapshots_.remove(id_or_name); });
+}
+
+Result<void> Writer::rename_snapshot(std::string_view id_or_name, const std::string& name) {
+    return change_whole([&] { return snapshots_.rename(id_or_name, name); });
 }
 
 Result<void> Writer::change_backing(const std::string& name, std::optional<Format> format) {

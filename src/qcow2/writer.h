@@ -10,6 +10,7 @@
 #include "base/request_gate.h"
 #include "qcow2/compressed_writes.h"
 #include "qcow2/resizing.h"
+#include "qcow2/snapshot_changes.h"
 
 namespace qcow::qcow2 {
 
@@ -36,6 +37,10 @@ public:
     Result<void> discard(GuestOffset at, std::uint64_t length);
     Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level);
     Result<void> resize(std::uint64_t size);
+    Result<SnapshotInfo> create_snapshot(const std::string& name);
+    Result<void> apply_snapshot(std::string_view id_or_name);
+    Result<void> remove_snapshot(std::string_view id_or_name);
+    Result<void> rename_snapshot(std::string_view id_or_name, const std::string& name);
     Result<void> change_backing(const std::string& name, std::optional<Format> format);
     Result<void> flush() { return metadata_.flush(); }
 
@@ -59,6 +64,8 @@ public:
 private:
     template <class Work>
     Result<void> request(Work&& work);
+    template <class Work>
+    std::invoke_result_t<Work> change_whole(Work&& work);
     Result<void> zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mode);
     Result<void> begin(GuestOffset at, std::uint64_t length);
     Result<void> begin_first();
@@ -74,8 +81,9 @@ private:
     Zeroing zeroing_;
     CompressedWrites compressed_;
     Resizing resizing_;
+    SnapshotChanges snapshots_;
     std::mutex begin_mutex_;
-    std::mutex resize_mutex_;
+    std::mutex whole_mutex_;  // one change at a time of what concerns the whole image: its size, its snapshots
     bool verifies_refcounts_;
     std::atomic<bool> begun_ = false;  // the image is marked as being changed
 };

@@ -115,7 +115,7 @@ Result<std::optional<L2Entry>> Zeroing::zeroed(std::uint64_t cluster, L2Entry ol
     L2Entry entry;
     if (keeps_place) entry.word = old.word;
     const bool nothing_there = old == L2Entry{} && !parts_.backing.exists();
-    const bool marks = mode != Mode::forget && !(mode == Mode::discard && nothing_there);
+    const bool marks = mode != Mode::forget && (mode != Mode::discard || !nothing_there);
     if (!extended) {
         if (marks) entry.word |= format::zero_bit;
         return entry;

@@ -136,7 +136,7 @@ std::optional<std::string> CrashExplorer::judge(const Files& crashed) {
     std::uint64_t leaks = 0;
     if (auto corrupt = corruption(**read_only, crashed, history_.may_be_dirty, leaks)) return corrupt;
     if (auto wrong = compare(**read_only, crashed)) return wrong;
-    if (auto harm = history_.kept.harm(**read_only, crashed)) return harm;
+    if (auto harm = history_.kept.harm(**read_only, crashed, now_)) return harm;
     Return guest(found_.size());
     const auto files = copy_of(crashed);
     if (auto wrong = go_on(files, guest)) return "written on: " + *wrong;
@@ -244,15 +244,15 @@ std::optional<std::string> CrashExplorer::ended_well(const Files& files, const R
         const auto value = value_in(i, std::span(bytes).subspan(i * sector_bytes, sector_bytes));
         if (!back.model.allows(i, value, end, end)) return "written on: " + back.model.complaint(i, value, end, end);
     }
-    if (auto harm = history_.kept.harm(**image, files)) return "written on: " + *harm;
+    if (auto harm = history_.kept.harm(**image, files, now_)) return "written on: " + *harm;
     return std::nullopt;
 }
 
 CrashReport CrashExplorer::explore_return(const Files& crashed) {
     Return back(found_.size());
     if (auto wrong = go_on(copy_of(crashed), back)) return {.violation = "written on again: " + *wrong};
-    CrashExplorer second({back.log, crashed, back.model, history_.kept, history_.may_be_dirty, history_.afterwards,
-                          history_.discards_read_as_zeros},
+    CrashExplorer second({back.log, crashed, back.model, history_.kept.at_any_time(), history_.may_be_dirty,
+                          history_.afterwards, history_.discards_read_as_zeros},
                          open_, random_);
     return second.explore({.samples = 4, .most = 8, .return_every = 0});
 }

@@ -44,7 +44,7 @@ struct Recorded {
     std::uint64_t refused = 0;  // for want of room
 
     [[nodiscard]] History history(const StorageLog& shown) const {
-        History history{shown, before, *model, kept, work.kind.dirty};
+        History history{shown, before, *model, kept, work.kind.dirty || work.mix.snapshot != 0};
         if (work.kind.can_compress()) history.afterwards.write_compressed = 1;
         history.afterwards.zero = 1;
         history.discards_read_as_zeros = work.kind.discards_read_as_zeros();
@@ -77,6 +77,7 @@ std::unique_ptr<Recorded> record(const Work& work, Random& random) {
         const Result<void> done = call();
         if (!done && !(work.full && done.error().code == Errc::no_space)) value_of(done);
     });
+    result->kept.made = guest.snapshots();
     result->refused = weather.room->refused();
     if (guest.failed_flushes() != 0) throw std::runtime_error("a flush failed for want of room");
     if (auto wrong = guest.verify(0, guest.sectors())) throw std::runtime_error(*wrong);

@@ -50,14 +50,14 @@ std::string name_of(const FaultCase& c) {
     return fmt::format("{}_{}", c.work.name, names[static_cast<std::size_t>(c.operation)]);
 }
 
-FaultyRun::Setting setting_of(const ImageKind& kind, Random& random, std::uint64_t sectors_most = 0) {
+FaultyRun::Setting setting_of(const ImageKind& kind, Random& random, const Mix& mix = {}) {
     const auto prepared = prepare(kind, random);
     return {.open = [kind](const Files& opened, bool writable) { return open_kind(kind, opened, writable); },
             .files = prepared.files,
             .sectors = kind.create.size / sector_bytes,
-            .sectors_most = sectors_most,
+            .sectors_most = mix.resized_most,
             .discards_read_as_zeros = kind.discards_read_as_zeros(),
-            .dirty = kind.dirty,
+            .dirty = kind.dirty || mix.snapshot != 0,
             .kept = prepared.kept};
 }
 
@@ -66,7 +66,7 @@ class FaultTest : public testing::TestWithParam<FaultCase> {};
 TEST_P(FaultTest, NothingIsLostOrCorrupt) {
     const auto& [work, operation] = GetParam();
     auto random = Random::named(name_of(GetParam()));
-    const auto setting = setting_of(work.kind, random, work.mix.resized_most);
+    const auto setting = setting_of(work.kind, random, work.mix);
     SCOPED_TRACE(replay_hint());
     const auto perform_on = [&](FaultyRun& run) {
         Random same(run_seed());
@@ -85,7 +85,7 @@ class FullTest : public testing::TestWithParam<FaultCase> {};
 TEST_P(FullTest, OnlyWhatNeedsRoomFails) {
     const auto& work = GetParam().work;
     auto random = Random::named(work.name + " full");
-    const auto setting = setting_of(work.kind, random, work.mix.resized_most);
+    const auto setting = setting_of(work.kind, random, work.mix);
     SCOPED_TRACE(replay_hint());
     const auto perform_on = [&](FaultyRun& run) {
         Random same(run_seed());

@@ -133,7 +133,7 @@ TEST(LayoutTest, ZeroedSubclustersOfASharedClusterCostNoCopy) {
     Bytes found(expected.size());
     value_of(image->read({0}, found));
     EXPECT_TRUE(found == expected);
-    value_of(value_of(image->snapshot("first"))->read({0}, found));
+    value_of(value_of(image->snapshots().open("first"))->read({0}, found));
     EXPECT_TRUE(found == prepared.contents);
     value_of(image->close());
     EXPECT_TRUE(value_of(image->check({})).clean());

@@ -27,7 +27,7 @@ void expect_clean(const ImageKind& kind, const Files& files, const Kept& kept) {
     const auto report = value_of(image->check({}));
     EXPECT_EQ(report.corruptions + report.errors, 0U) << (report.findings.empty() ? "" : report.findings[0].what);
     EXPECT_EQ(report.leaks, 0U);
-    const auto harm = kept.harm(*image, files);
+    const auto harm = kept.harm(*image, files, 0);
     EXPECT_FALSE(harm) << *harm;
 }
 

@@ -4,7 +4,7 @@ namespace qcow::test {
 
 Result<void> Worker::step() {
     auto dice = random_.below(mix_.write + mix_.write_compressed + mix_.zero + mix_.discard + mix_.flush + mix_.resize +
-                              mix_.read);
+                              mix_.read + mix_.snapshot);
     const auto is = [&](unsigned share) {
         if (dice < share) return true;
         dice -= share;
@@ -16,6 +16,7 @@ Result<void> Worker::step() {
     auto count = random_.between(1, std::min(mix_.longest, window - first));
     const auto block = std::max<std::uint64_t>(1, guest_.image().block_size() / sector_bytes);
     if (is(mix_.flush)) return guest_.flush();
+    if (is(mix_.snapshot)) return guest_.change_snapshots(random_.below(1000));
     if (is(mix_.zero)) {
         return guest_.write_zeroes(first, count, random_.pick({Disk::Zeroes::keep, Disk::Zeroes::release}));
     }

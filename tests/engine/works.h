@@ -60,6 +60,12 @@ inline std::vector<Work> works() {
     result.push_back({"OverCompressed", small("over_compressed"), everything});
     result.push_back({"Snapshot", small("snapshot_4k"), everything});
     result.push_back({"SnapshotV2", small("snapshot_64k_v2"), everything});
+    const Mix snapshots{
+        .write = 8, .write_compressed = 1, .zero = 2, .discard = 2, .flush = 2, .snapshot = 3, .longest = 40};
+    for (const auto* kind : {"v3_4k", "snapshot_4k", "over_qcow2_longer_v3", "compressed_snapshot", "extended_snapshot",
+                             "lazy_snapshot", "tiny_cache", "refcounts_64"}) {
+        result.push_back({fmt::format("Snapshots_{}", kind), small(kind), snapshots, 50});
+    }
     result.push_back({"Compressed", small("compressed_4k"), everything});
     result.push_back({"CompressedLargeClusters", small("compressed_64k_v2"), everything});
     result.push_back({"CompressedSnapshot", small("compressed_snapshot"), everything});

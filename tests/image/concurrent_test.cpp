@@ -137,7 +137,7 @@ TEST_F(ConcurrentTest, Snapshots) {
     must_qemu_img({"snapshot", "-c", "old", "disk.qcow2"}, directory_.path());
     io("disk.qcow2", writes(30'000, 60'000, 40));
     const auto image = open_with_cache("disk.qcow2", 1);
-    const auto snapshot = value_of(image->snapshot("old"));
+    const auto snapshot = value_of(image->snapshots().open("old"));
     // Both at once: they share a cache.
     std::thread other([&] { expect_same_from_all(*image); });
     std::vector<std::byte> bytes(snapshot->size());

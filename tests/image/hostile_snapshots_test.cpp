@@ -35,7 +35,7 @@ TEST_F(Hostile, SnapshotTablesWithoutEnd) {
         const auto opened = open_bounded(open("image"));
         ASSERT_TRUE(opened.has_value());
         expect_error(whole_info_bounded(**opened), Errc::corrupt, {"snapshot table entry", "host offset 0x"});
-        expect_error((*opened)->snapshot("1"), Errc::corrupt, {"snapshot table entry", "host offset 0x"});
+        expect_error((*opened)->snapshots().open("1"), Errc::corrupt, {"snapshot table entry", "host offset 0x"});
         EXPECT_TRUE(check_bounded(**opened).has_value());
     }
 }

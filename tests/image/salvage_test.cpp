@@ -193,7 +193,7 @@ TEST(SalvageTest, WhatCanBeReadIsSavedAndTheRestIsListed) {
         if (!image || (*image)->size() > 3 * MiB) continue;
         std::vector<std::shared_ptr<Disk>> disks = {*image};
         for (const auto* id : {"1", "2"}) {
-            if (auto snapshot = (*image)->snapshot(id); snapshot && (*snapshot)->size() <= 3 * MiB)
+            if (auto snapshot = (*image)->snapshots().open(id); snapshot && (*snapshot)->size() <= 3 * MiB)
                 disks.push_back(*std::move(snapshot));
         }
         if (disks.size() > 1) disks.push_back(must(concatenate({disks.back(), disks.front()})));

@@ -143,7 +143,7 @@ private:
             expect_useful(info.error(), path);
         } else {
             for (const auto& snapshot : info->snapshots) {
-                const auto disk = image.snapshot(snapshot.id);
+                const auto disk = image.snapshots().open(snapshot.id);
                 if (!disk) {
                     expect_useful(disk.error(), path);
                 } else {

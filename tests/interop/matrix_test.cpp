@@ -229,7 +229,7 @@ TEST_P(Matrix, AgreesWithQemu) {
     for (const auto& name : maker.snapshots()) {
         SCOPED_TRACE(name);
         qemu_convert_to_raw(maker.top(), format, "reference.raw", name, directory.path());
-        const auto snapshot = value_of(image->snapshot(name));
+        const auto snapshot = value_of(image->snapshots().open(name));
         // QEMU gives a snapshot the length that the disk has now.
         const ReferenceFile reference(directory.file("reference.raw"), snapshot->size());
         ASSERT_NO_FATAL_FAILURE(expect_contents(*snapshot, reference, directory, maker.random()));

@@ -262,7 +262,7 @@ TEST(RawImageTest, InfoTellsOfFileAndDisk) {
 
 TEST(RawImageTest, WhatTheFormatHasNotIsAnError) {
     const auto image = open(memory_storage(Bytes(4096)), WriteOptions{});
-    EXPECT_TRUE(fails(image->snapshot("1"), Errc::not_found));
+    EXPECT_TRUE(fails(image->snapshots().open("1"), Errc::not_found));
     EXPECT_TRUE(fails(image->each_dirty("b", {0}, 1, [](const DirtyRun&) { return Result<void>(); }), Errc::not_found));
     EXPECT_TRUE(fails(image->check({}), Errc::unsupported));
     EXPECT_TRUE(fails(image->write_compressed({0}, Bytes(4096)), Errc::unsupported));

@@ -44,6 +44,35 @@ Result<void> Guest::discard(std::uint64_t first, std::uint64_t count) {
     return result;
 }
 
+Result<void> Guest::change_snapshots(std::uint64_t dice) {
+    auto handle = image_.snapshots();
+    if (snapshots_.empty() || snapshots_.back().removing != Snapshot::never) {
+        const auto name = "made-" + std::to_string(snapshots_.size());
+        Snapshot snapshot{name, name + "-renamed", Bytes(image_.size())};
+        if (auto made = handle.create(snapshot.name); !made) return std::unexpected(std::move(made).error());
+        snapshot.made = clock_();
+        if (auto read = image_.read({0}, snapshot.contents); !read) return read;
+        snapshots_.push_back(std::move(snapshot));
+        return {};
+    }
+    auto& last = snapshots_.back();
+    if (dice % 4 == 0) {
+        last.removing = clock_();
+        auto removed = handle.remove(last.name);
+        if (removed) last.gone = clock_();
+        return removed;
+    }
+    if (dice % 4 == 1) {
+        auto renamed = handle.rename(last.name, last.other_name);
+        if (renamed) std::swap(last.name, last.other_name);
+        return renamed;
+    }
+    std::vector<Value> values;
+    for (std::uint64_t i = 0; i < sectors(); ++i)
+        values.push_back(value_in(i, std::span(last.contents).subspan(i * sector_bytes, sector_bytes)));
+    return change_all(values, [&] { return handle.apply(last.name); });
+}
+
 Result<void> Guest::flush() {
     const auto begun = clock_();
     auto result = image_.flush();

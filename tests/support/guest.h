@@ -68,6 +68,22 @@ public:
 
     Result<void> resize(std::uint64_t count, Image::Shrink shrink = Image::Shrink::refuse);
 
+    /// A snapshot that was made: what it holds, from when until when it must be there, and when it must be gone.
+    struct Snapshot {
+        std::string name;
+        std::string other_name;  ///< that it had before, or will have
+        Bytes contents;
+        Tick made = 0;
+        Tick removing = never;
+        Tick gone = never;
+        static constexpr Tick never = ~Tick{0};
+    };
+
+    /// Makes a snapshot, if none of those that were made is left; else renames it, removes it, or applies it, by
+    /// `dice`. One thread.
+    Result<void> change_snapshots(std::uint64_t dice);
+    [[nodiscard]] const std::vector<Snapshot>& snapshots() const { return snapshots_; }
+
     /// Reads, and tells what is wrong with that.
     Result<std::optional<std::string>> inspect(std::uint64_t first, std::uint64_t count);
 
@@ -99,6 +115,7 @@ private:
     bool writethrough_ = false;
     std::atomic<Value> next_value_;
     std::atomic<std::uint64_t> failed_flushes_ = 0;
+    std::vector<Snapshot> snapshots_;
 };
 
 }  // namespace qcow::test

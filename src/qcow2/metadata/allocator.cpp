@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 
 #include "base/try.h"
 
@@ -238,46 +240,71 @@ Result<void> Allocator::end_flush(Retired retired) {
     auto rest = std::ranges::partition(durable_, [&](const RetiredRun& run) { return !epochs_.passed(run.epoch); });
     const std::vector<RetiredRun> passed(rest.begin(), rest.end());
     durable_.erase(rest.begin(), rest.end());
-    for (const auto& run : passed) TRY_VOID(release(run));
+    for (const auto& retired_run : passed) TRY_VOID(release(retired_run.run, retired_run.table));
     return {};
 }
 
-Result<void> Allocator::release(const RetiredRun& retired) {
-    const auto& run = retired.run;
-    const HostOffset at{run.first << cluster_bits_};
-    if (retired.table) map_.remove(at, run.count << cluster_bits_);
-    // Anything else that is metadata was never the guest's to give up.
-    if (const auto used = map_.find(at, run.count << cluster_bits_); !used.empty()) {
-        return write_back_.declare_corrupt(fmt::format("host offset {:#x}", at.value),
-                                           fmt::format("{} would be freed with guest data", used));
+Result<void> Allocator::add_references(std::span<const ClusterRun> runs) {
+    const std::lock_guard lock(mutex_);
+    for (std::size_t i = 0; i < runs.size(); ++i) {
+        auto added = refcounts_.add(runs[i], 1);
+        if (added) continue;
+        // If even that fails, they are leaked.
+        while (i-- > 0) static_cast<void>(refcounts_.add(runs[i], -1));
+        return added;
     }
-    if (retired.table) metadata_.words().forget(at, run.count << cluster_bits_);
-    for (std::uint64_t cluster = run.first; cluster < run.end();) {
-        ClusterRun last;  // with their last reference
+    return {};
+}
+
+Result<void> Allocator::load_refcounts(ClusterRun run, std::span<std::uint64_t> counts) {
+    const std::lock_guard lock(mutex_);
+    return refcounts_.load_run(run, counts);
+}
+
+void Allocator::wait_for_requests() {
+    const std::lock_guard lock(durable_mutex_);
+    const auto epoch = epochs_.now();
+    while (!epochs_.passed(epoch)) {
+        if (!epochs_.advance()) std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+}
+
+Result<void> Allocator::release(ClusterRun run, bool table) {
+    // Whatever else is metadata was never the guest's to give up.
+    if (!table) {
+        const HostOffset at{run.first << cluster_bits_};
+        if (const auto used = map_.find(at, run.count << cluster_bits_); !used.empty()) {
+            return write_back_.declare_corrupt(fmt::format("host offset {:#x}", at.value),
+                                               fmt::format("{} would be freed with guest data", used));
+        }
+    }
+    while (run.count > 0) {
+        ClusterRun part = run;
         {
             const std::lock_guard lock(mutex_);
-            for (; cluster < run.end(); ++cluster) {
-                const bool takes_streams =
-                    stream_end_.value % bit(cluster_bits_) != 0 && stream_end_.value >> cluster_bits_ == cluster;
-                // One that is not counted is not punched: it may be somebody else's. Lowering it fails.
-                if (TRY(refcounts_.get(cluster)) != 1) {
-                    if (last.count != 0) break;
-                    TRY_VOID(refcounts_.add({cluster, 1}, -1));
-                    continue;
-                }
-                if (takes_streams) stream_end_ = {};
-                if (last.count++ == 0) last.first = cluster;
+            const auto [count, is_last] = TRY(refcounts_.leading(run));
+            part.count = count;
+            run.first += count;
+            run.count -= count;
+            // One that is not counted is not punched: it may be somebody else's. Lowering it fails.
+            if (!is_last) {
+                TRY_VOID(refcounts_.add(part, -1));
+                continue;
             }
+            const std::uint64_t stream = stream_end_.value >> cluster_bits_;
+            if (stream >= part.first && stream < part.end()) stream_end_ = {};
         }
-        if (last.count == 0) continue;
+        const HostOffset at{part.first << cluster_bits_};
+        const std::uint64_t bytes = part.count << cluster_bits_;
+        if (table) {
+            map_.remove(at, bytes);
+            metadata_.words().forget(at, bytes);
+        }
         // Still counted, so nobody is given them. That they cannot be punched does not keep them from being used again.
-        if (punch_) {
-            static_cast<void>(
-                metadata_.file().write_zeroes({last.first << cluster_bits_}, last.count << cluster_bits_));
-        }
+        if (punch_) static_cast<void>(metadata_.file().write_zeroes(at, bytes));
         const std::lock_guard lock(mutex_);
-        TRY_VOID(refcounts_.add(last, -1));
-        search_from_ = std::min(search_from_, last.first);
+        TRY_VOID(refcounts_.add(part, -1));
+        search_from_ = std::min(search_from_, part.first);
     }
     return {};
 }

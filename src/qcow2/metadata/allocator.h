@@ -68,6 +68,15 @@ public:
     /// Where it failed.
     void flush_failed(Retired retired);
 
+    /// Counts one reference more to each cluster of the runs: to all, or to none if it fails.
+    Result<void> add_references(std::span<const ClusterRun> runs);
+    /// Takes back clusters that have lost a reference durably, and that no request uses. What holds no other is free.
+    Result<void> release(ClusterRun run, bool table);
+    Result<void> load_refcounts(ClusterRun run, std::span<std::uint64_t> counts);
+
+    /// Returns when every request has ended that may use what was taken out of sight before the call.
+    void wait_for_requests();
+
     /// Gives back what is reserved, and cuts what is free off the end of the file. No request may be in flight.
     Result<void> give_back();
 
@@ -95,7 +104,6 @@ private:
     Result<void> find_counted_end();
     Result<void> cut_tail();
     Result<void> count_and_zero(std::span<const ClusterRun> runs);
-    Result<void> release(const RetiredRun& retired);
 
     Metadata& metadata_;
     WriteBack& write_back_;

@@ -12,8 +12,9 @@ namespace {
 
 /// How many refcounts a block has up to its last one that is not 0.
 std::uint64_t counted_end(std::span<const std::byte> block, unsigned order) {
-    const auto last = std::find_if(block.rbegin(), block.rend(), [](std::byte byte) { return byte != std::byte{0}; });
-    std::uint64_t end = divide_up(static_cast<std::uint64_t>(block.rend() - last) * 8, bit(order));
+    std::size_t bytes = block.size();
+    while (bytes > 0 && block[bytes - 1] == std::byte{0}) --bytes;
+    std::uint64_t end = divide_up(bytes * 8, bit(order));
     while (end > 0 && format::refcount_at(block, end - 1, order) == 0) --end;
     return end;
 }

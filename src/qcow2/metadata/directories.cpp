@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 
 #include "base/endian.h"
 #include "base/try.h"
@@ -96,16 +95,21 @@ Result<std::vector<format::BitmapEntry>> read_bitmaps(const Metadata& metadata) 
     return result;
 }
 
+Result<std::vector<std::uint64_t>> load_words(const Metadata& metadata, HostOffset table, std::uint64_t entries) {
+    std::vector<std::uint64_t> words(entries);
+    for (std::size_t i = 0; i < words.size();) i += TRY(metadata.words().load(table + i * 8, std::span(words).subspan(i)));
+    return words;
+}
+
+std::vector<std::byte> encode_words(std::span<const std::uint64_t> words, std::uint64_t bytes) {
+    std::vector<std::byte> encoded(bytes);
+    for (std::size_t i = 0; i < words.size(); ++i) store_be(encoded, i * 8, words[i]);
+    return encoded;
+}
+
 Result<std::vector<std::byte>> copy_words(const Metadata& metadata, HostOffset table, std::uint64_t entries,
                                           std::uint64_t bytes) {
-    std::vector<std::byte> copy(bytes);
-    std::array<std::uint64_t, 512> words;
-    for (std::uint64_t i = 0; i < entries;) {
-        const auto loaded = TRY(metadata.words().load(
-            table + i * 8, std::span(words).first(std::min<std::uint64_t>(words.size(), entries - i))));
-        for (std::size_t k = 0; k < loaded; ++k, ++i) store_be(copy, i * 8, words[k]);
-    }
-    return copy;
+    return encode_words(TRY(load_words(metadata, table, entries)), bytes);
 }
 
 Result<void> verify_snapshot_l1(const Metadata& metadata, const format::SnapshotEntry& snapshot) {

@@ -18,7 +18,13 @@ Result<SnapshotTable> read_snapshots(const Metadata& metadata);
 /// The bitmaps that the header's extension announces; none where it is not to be believed.
 Result<std::vector<format::BitmapEntry>> read_bitmaps(const Metadata& metadata);
 
-/// `entries` words of a table as they are now, in the cache or in the file, with zeros behind them: `bytes` in all.
+/// `entries` words of a table as they are now, in the cache or in the file.
+Result<std::vector<std::uint64_t>> load_words(const Metadata& metadata, HostOffset table, std::uint64_t entries);
+
+/// The words as a table in a file has them, with zeros behind them: `bytes` in all.
+std::vector<std::byte> encode_words(std::span<const std::uint64_t> words, std::uint64_t bytes);
+
+/// The two in one.
 Result<std::vector<std::byte>> copy_words(const Metadata& metadata, HostOffset table, std::uint64_t entries,
                                           std::uint64_t bytes);
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 
+#include "base/epochs.h"
 #include "format/entries.h"
 #include "format/header.h"
 #include "storage/word_cache.h"
@@ -61,6 +62,9 @@ public:
     /// last answer does not do.
     [[nodiscard]] Result<bool> is_in_file(HostOffset at, std::uint64_t bytes) const;
 
+    /// Requests that read hold one of these, so that nothing that they may be using is reused.
+    [[nodiscard]] Epochs& epochs() const { return epochs_; }
+
     /// Whether the file ends before the L1 table does, because its writer left out a table of zeros.
     [[nodiscard]] bool l1_left_out() const { return l1_left_out_; }
 
@@ -78,6 +82,7 @@ public:
     void publish_size() { disk_size_.store(state().size, std::memory_order_release); }
 
 private:
+    mutable Epochs epochs_;  // aligned to cache lines
     const format::FixedHeader header_;
     const format::EntryRules rules_;
     const std::shared_ptr<Storage> file_;

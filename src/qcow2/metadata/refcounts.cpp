@@ -88,6 +88,38 @@ Result<void> Refcounts::each_span(ClusterRun run, Visit&& visit) const {
     return {};
 }
 
+Result<void> Refcounts::load_run(ClusterRun run, std::span<std::uint64_t> counts) const {
+    for (std::uint64_t i = 0; i < run.count;) {
+        const ClusterRun in_block{run.first + i, std::min(run.count - i, per_block_ - (run.first + i) % per_block_)};
+        const auto part_of_block = counts.subspan(i, in_block.count);
+        i += in_block.count;
+        if (!is_covered(in_block.first)) {
+            std::ranges::fill(part_of_block, 0);
+            continue;
+        }
+        TRY_VOID(each_span(
+            in_block,
+            [&](std::span<const std::uint64_t> words, HostOffset, std::uint64_t inner,
+                ClusterRun part) -> Result<void> {
+                for (std::uint64_t k = 0; k < part.count; ++k) {
+                    part_of_block[part.first - in_block.first + k] =
+                        format::refcount_in(words[(inner + k) >> (6 - order_)], inner + k, order_);
+                }
+                return {};
+            }));
+    }
+    return {};
+}
+
+Result<Refcounts::Leading> Refcounts::leading(ClusterRun run) const {
+    std::array<std::uint64_t, max_words> counts;
+    run.count = std::min<std::uint64_t>(run.count, counts.size());
+    TRY_VOID(load_run(run, counts));
+    Leading found{1, counts[0] == 1};
+    while (found.count < run.count && (counts[found.count] == 1) == found.is_one) ++found.count;
+    return found;
+}
+
 std::string Refcounts::place_of(std::uint64_t cluster) const {
     return fmt::format("{}: refcount of the cluster at host offset {:#x}", metadata_.file().name(),
                        cluster << cluster_bits_);

@@ -32,6 +32,16 @@ public:
 
     [[nodiscard]] Result<std::uint64_t> get(std::uint64_t cluster) const;
 
+    /// The refcount of each cluster of the run, as many as `counts` has.
+    [[nodiscard]] Result<void> load_run(ClusterRun run, std::span<std::uint64_t> counts) const;
+
+    struct Leading {
+        std::uint64_t count = 0;  ///< at least 1
+        bool is_one = false;
+    };
+    /// How many of the first clusters of the run, which is not empty, have refcount 1; or how many have another.
+    [[nodiscard]] Result<Leading> leading(ClusterRun run) const;
+
     /// Adds `delta` to the refcount of each cluster of the run, all of which have blocks. Errc::limit_exceeded where
     /// one would become too large, Errc::corrupt where it would fall below zero, Errc::no_space where a block has none
     /// in the file; then none is changed.

@@ -45,7 +45,8 @@ std::optional<ClusterRun> Reservations::take_spare(std::uint64_t guest, std::uin
     if (run == spare_.end()) return std::nullopt;
     const ClusterRun taken{run->first, wanted};
     run->first += wanted;
-    if ((run->count -= wanted) == 0) spare_.erase(run);
+    run->count -= wanted;
+    if (run->count == 0) spare_.erase(run);
     taken_ += wanted;
     open_window({guest, wanted}, taken.first, false);
     return taken;

@@ -20,7 +20,7 @@ WritableMetadata::WritableMetadata(Metadata& metadata, Storage* data_file, const
       data_file_(data_file),
       map_(metadata.header().cluster_bits),
       write_back_(metadata, data_file, options.cache != CacheMode::unsafe),
-      allocator_(metadata, write_back_, map_, epochs_, options.discard),
+      allocator_(metadata, write_back_, map_, metadata.epochs(), options.discard),
       group_(flushes_at_once) {}
 
 Result<void> WritableMetadata::load() {
@@ -41,8 +41,13 @@ Result<void> WritableMetadata::verify_refcounts() {
     return *hazard ? declare_corrupt(std::move((*hazard)->damage), (*hazard)->remedy) : Result<void>();
 }
 
-Result<void> WritableMetadata::rebuild_refcounts() {
-    TRY_VOID(allocator_.rebuild());
+Result<void> WritableMetadata::protect_table(HostOffset at) {
+    const std::uint64_t bytes = metadata_.cluster_size();
+    return map_.find(at, bytes).empty() ? map_.add(at, bytes, MetadataMap::Kind::l2_table) : Result<void>();
+}
+
+Result<void> WritableMetadata::end_rebuild() {
+    TRY_VOID(write_changes());
     CheckOptions options;
     options.max_findings = 1;
     const auto report = TRY(check_image(metadata_, data_file_, options));

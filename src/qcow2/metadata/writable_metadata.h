@@ -3,8 +3,8 @@
 
 #include <functional>
 #include <string>
+#include <type_traits>
 
-#include "base/epochs.h"
 #include "base/group_commit.h"
 #include "qcow/image.h"
 #include "qcow2/metadata/allocator.h"
@@ -29,14 +29,15 @@ public:
     /// Counts all references and compares them with the refcounts and the files' lengths. Errors: Errc::corrupt, marked
     /// in the image, where a write could destroy what it holds: see find_hazard().
     Result<void> verify_refcounts();
-    /// Counts all references anew, of an image whose last writer kept its refcounts in memory. Errors: Errc::corrupt,
-    /// io.
-    Result<void> rebuild_refcounts();
+    /// Counts all references anew, of an image that is marked as dirty. Errors: Errc::corrupt, io.
+    Result<void> rebuild_refcounts() { return allocator_.rebuild(); }
+    /// Takes the dirty mark away if the image is sound. Errors: Errc::corrupt, io.
+    Result<void> end_rebuild();
 
     /// Does work that changes the image. Memory that runs out stops all writing: what is on disk is then as consistent
     /// as after a power loss.
     template <class Work>
-    Result<void> attempt(Work&& work) {
+    std::invoke_result_t<Work> attempt(Work&& work) {
         return write_back_.attempt(std::forward<Work>(work));
     }
 
@@ -75,6 +76,20 @@ public:
     /// nothing.
     Result<void> flush_if_full();
 
+    /// Counts one reference more to each cluster of the runs: to all, or to none if it fails. Errors:
+    /// Errc::limit_exceeded: a refcount would become too large; corrupt, io, no_space.
+    Result<void> add_references(std::span<const ClusterRun> runs) { return allocator_.add_references(runs); }
+    /// Counts one reference less. Nothing on disk has it any more, and no request uses it. Errors: Errc::corrupt, io.
+    Result<void> remove_reference(ClusterRun run, bool table) { return allocator_.release(run, table); }
+    /// The refcount of each cluster of the run.
+    Result<void> load_refcounts(ClusterRun run, std::span<std::uint64_t> counts) {
+        return allocator_.load_refcounts(run, counts);
+    }
+    /// Returns when every request has ended that may use what was taken out of sight before the call.
+    void wait_for_requests() { allocator_.wait_for_requests(); }
+    /// Guards an L2 table that nothing active led to before.
+    Result<void> protect_table(HostOffset at);
+
     /// Gives back what is reserved, and cuts what is free off the end of the file. No request may be in flight.
     Result<void> give_back() { return allocator_.give_back(); }
 
@@ -83,7 +98,7 @@ public:
     Result<void> cut_file();
 
     /// Requests that read hold one of these, so that nothing that they may be using is reused.
-    Epochs& epochs() { return epochs_; }
+    Epochs& epochs() { return metadata_.epochs(); }
 
     [[nodiscard]] Metadata& metadata() { return metadata_; }
     [[nodiscard]] const Metadata& metadata() const { return metadata_; }
@@ -95,7 +110,6 @@ private:
     Storage* data_file_;
     MetadataMap map_;
     WriteBack write_back_;
-    Epochs epochs_;
     Allocator allocator_;
     GroupCommit group_;
 };

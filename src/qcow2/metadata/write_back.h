@@ -5,6 +5,7 @@
 #include <functional>
 #include <mutex>
 #include <span>
+#include <type_traits>
 
 #include "base/within_memory.h"
 #include "format/header_edit.h"
@@ -31,7 +32,7 @@ public:
     /// Does work that changes the image. If memory runs out it is left half done, as by a power loss, and as after one
     /// what is on disk is consistent: as long as nothing more is written.
     template <class Work>
-    Result<void> attempt(Work&& work) {
+    std::invoke_result_t<Work> attempt(Work&& work) {
         auto result = within_memory(work);
         if (!result && result.error().code == Errc::no_memory) return stop(std::move(result).error());
         return result;
