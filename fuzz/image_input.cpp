@@ -8,8 +8,10 @@
 #include "fuzz/inputs.h"
 #include "fuzz/require.h"
 #include "fuzz/sparse_files.h"
+#include "fuzz/writable_storage.h"
 #include "qcow/copy.h"
 #include "qcow/image.h"
+#include "qcow2/repair.h"
 
 namespace qcow::fuzz {
 namespace {
@@ -166,6 +168,21 @@ void exercise(Image& image) {
     QCOW_REQUIRE(!alone || mapped || !report->clean());
 }
 
+/// Repairs a copy. A second repair finds nothing more to do.
+void exercise_repair(const SparseFile& file) {
+    const auto storage = std::make_shared<WritableStorage>(file, "dir/file0");
+    RepairOptions options;
+    options.workers = 1;
+    options.max_findings = 8;
+    options.memory_bytes = MiB;
+    const auto repaired = qcow2::repair_image(storage, nullptr, options);
+    if (!succeeded(repaired)) return;
+    const auto again = qcow2::repair_image(storage, nullptr, options);
+    if (!succeeded(again)) return;
+    QCOW_REQUIRE(!again->changed);
+    QCOW_REQUIRE(again->before.clean() == repaired->after.clean());
+}
+
 /// Hands out the other files of the input one after the other, whatever they are called.
 class Shelf {
 public:
@@ -202,7 +219,9 @@ Result<std::shared_ptr<Image>> open(const Shelf& shelf, std::optional<Format> fo
 }  // namespace
 
 void run_image_input(std::span<const std::byte> input) {
-    const Shelf shelf(parse_files(input));
+    auto files = parse_files(input);
+    exercise_repair(files.front());
+    const Shelf shelf(std::move(files));
     const auto probed = open(shelf, std::nullopt, no_files(), true);
     if (succeeded(probed)) exercise(**probed);
     for (const auto format : {Format::raw, Format::qcow, Format::qcow2}) {

@@ -4,6 +4,8 @@
 
 #include "command.h"
 #include "progress.h"
+#include "qcow/check.h"
+#include "qcow/repair.h"
 #include "qcow/text.h"
 #include "text.h"
 
@@ -19,6 +21,9 @@ struct Options {
     bool progress = false;
     unsigned workers = 0;
     std::string memory = "1G";
+    std::string repair;  // "leaks", "all", or empty: only check
+    bool dry_run = false;
+    bool remove_inconsistent_bitmaps = false;
 };
 
 std::string_view severity_name(qcow::CheckFinding::Severity severity) {
@@ -79,7 +84,7 @@ Json finding_json(const qcow::CheckFinding& finding) {
     return json;
 }
 
-void print_report_json(const qcow::CheckReport& report, const std::string& path, qcow::Format format) {
+Json report_json(const qcow::CheckReport& report, const std::string& path, qcow::Format format) {
     Json json = {{"filename", path},
                  {"format", qcow::format_name(format)},
                  {"check-errors", report.errors},
@@ -95,7 +100,29 @@ void print_report_json(const qcow::CheckReport& report, const std::string& path,
                  {"fragmented-clusters", report.fragmented_clusters},
                  {"findings", Json::array()}};
     for (const auto& finding : report.findings) json["findings"].push_back(finding_json(finding));
-    print_json(json);
+    return json;
+}
+
+std::string_view loss_name(qcow::RepairLoss::What what) {
+    switch (what) {
+        case qcow::RepairLoss::What::guest_data: return "guest-data";
+        case qcow::RepairLoss::What::snapshot: return "snapshot";
+        case qcow::RepairLoss::What::bitmap: return "bitmap";
+    }
+    return "";
+}
+
+Json loss_json(const qcow::RepairLoss& loss) {
+    Json json = {{"what", loss_name(loss.what)}, {"why", loss.why}};
+    if (loss.what == qcow::RepairLoss::What::guest_data) {
+        json["start"] = loss.guest.value;
+        json["length"] = loss.length;
+        json["in-snapshots"] = loss.in_snapshots;
+        json["reads-as-zeros"] = loss.reads_as_zeros;
+    } else {
+        json["name"] = loss.name;
+    }
+    return json;
 }
 
 double percent(std::uint64_t part, std::uint64_t whole) {
@@ -107,7 +134,8 @@ void print_advice(const qcow::CheckReport& report, const std::string& path) {
     if (report.dirty) {
         fmt::print("The image was not closed: its last writer left old refcounts in the file. This is not damage.\n");
         if (report.mended_by_writing()) {
-            fmt::print("Opening it for writing rebuilds the refcounts: qcow resize {} +0\n", qcow::printable(path));
+            fmt::print("Opening it for writing corrects them, and so does qcow check -r all {}\n",
+                       qcow::printable(path));
         } else {
             fmt::print(
                 "It cannot be opened for writing, which would rebuild the refcounts, because of the other findings.\n");
@@ -115,15 +143,18 @@ void print_advice(const qcow::CheckReport& report, const std::string& path) {
     }
     if (report.marked_corrupt && report.corruptions + report.errors == 0) {
         fmt::print(
-            "The image is marked as corrupt, so it cannot be written, but no damage was found. A copy is not marked: "
-            "qcow convert -O qcow2 {0} {0}.new\n",
+            "The image is marked as corrupt, so it cannot be written, but no damage was found. This clears the mark: "
+            "qcow check -r all {}\n",
             qcow::printable(path));
     }
     if (report.corruptions > 0) {
         fmt::print(
-            "Do not write to the image. Restore it from a backup, or copy what is readable: qcow convert --salvage\n");
+            "Do not write to the image. Restore it from a backup, copy what is readable (qcow convert --salvage), or "
+            "see what a repair would lose: qcow check -r all --dry-run {}\n",
+            qcow::printable(path));
     } else if (report.leaks > 0) {
-        fmt::print("Leaked clusters waste space, but do no harm.\n");
+        fmt::print("Leaked clusters waste space, but do no harm. This gives them back: qcow check -r leaks {}\n",
+                   qcow::printable(path));
     }
 }
 
@@ -156,23 +187,79 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
     print_advice(report, path);
 }
 
-qcow::Result<int> run(const Options& options) {
-    QCOW_TRY_VOID(verify_is_not_stdin(options.source.path));
-    Progress progress("checking", options.progress);
-    qcow::CheckOptions check;
-    check.workers = options.workers;
-    check.memory_bytes = parse_size(options.memory);
-    check.control.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
-    check.control.warn = warn_on_stderr();
-    const auto [format, report] = QCOW_TRY(qcow::check(QCOW_TRY(spec_of(options.source)), check));
-    if (options.json) {
-        print_report_json(report, options.source.path, format);
-    } else {
-        print_report(report, options.source.path);
-    }
+int status_of(const qcow::CheckReport& report) {
     if (report.corruptions > 0) return corrupt;
     if (report.errors > 0) return failed;
     return report.leaks + report.postponed > 0 ? harmless : ok;
+}
+
+qcow::Result<int> run_check(const Options& options, const qcow::JobControl& control) {
+    qcow::CheckOptions check;
+    check.workers = options.workers;
+    check.memory_bytes = parse_size(options.memory);
+    check.control = control;
+    const auto [format, report] = QCOW_TRY(qcow::check(QCOW_TRY(spec_of(options.source)), check));
+    if (options.json) {
+        print_json(report_json(report, options.source.path, format));
+    } else {
+        print_report(report, options.source.path);
+    }
+    return status_of(report);
+}
+
+void print_repair(const qcow::RepairResult& result, bool dry_run) {
+    if (!result.changed) {
+        fmt::print("{}\n", result.after.clean() ? "nothing to repair" : "nothing can be repaired");
+        return;
+    }
+    const auto* were = dry_run ? "would be" : "were";
+    fmt::print("{} leaked clusters and {} corruptions {} repaired\n", result.leaks_fixed, result.corruptions_fixed,
+               were);
+    if (result.refcounts_rebuilt) fmt::print("the refcounts {} counted anew\n", were);
+    if (result.copied_clusters > 0)
+        fmt::print("{} clusters {} copied to places of their own\n", result.copied_clusters, were);
+    if (result.removed_bitmaps > 0) fmt::print("{} inconsistent bitmaps {} removed\n", result.removed_bitmaps, were);
+    fmt::print("the check after {} repair:\n", dry_run ? "such a" : "the");
+}
+
+qcow::Result<int> run_repair(const Options& options, const qcow::JobControl& control) {
+    const bool all = options.repair == "all";
+    qcow::RepairOptions repair;
+    repair.what = all ? qcow::RepairOptions::What::all : qcow::RepairOptions::What::leaks;
+    repair.dry_run = options.dry_run;
+    repair.remove_inconsistent_bitmaps = options.remove_inconsistent_bitmaps;
+    repair.workers = options.workers;
+    repair.memory_bytes = parse_size(options.memory);
+    repair.control = control;
+    repair.on_loss = [](const qcow::RepairLoss& loss) { complain("warning: " + qcow::text_of(loss)); };
+    const auto result = QCOW_TRY(qcow::repair(QCOW_TRY(spec_of(options.source)), repair));
+    if (result.unlisted_losses > 0) complain(fmt::format("warning: {} more losses", result.unlisted_losses));
+    if (options.json) {
+        auto json = report_json(result.after, options.source.path, qcow::Format::qcow2);
+        json["leaks-fixed"] = result.leaks_fixed;
+        json["corruptions-fixed"] = result.corruptions_fixed;
+        json["copied-clusters"] = result.copied_clusters;
+        json["refcounts-rebuilt"] = result.refcounts_rebuilt;
+        json["removed-bitmaps"] = result.removed_bitmaps;
+        json["dry-run"] = options.dry_run;
+        json["losses"] = Json::array();
+        for (const auto& loss : result.losses) json["losses"].push_back(loss_json(loss));
+        print_json(json);
+    } else {
+        print_repair(result, options.dry_run);
+        print_report(result.after, options.source.path);
+    }
+    return status_of(result.after);
+}
+
+qcow::Result<int> run(const Options& options) {
+    QCOW_TRY_VOID(verify_is_not_stdin(options.source.path));
+    const bool repairs = !options.repair.empty();
+    Progress progress(repairs ? "repairing" : "checking", options.progress);
+    qcow::JobControl control;
+    control.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
+    control.warn = warn_on_stderr();
+    return repairs ? run_repair(options, control) : run_check(options, control);
 }
 
 }  // namespace
@@ -180,19 +267,34 @@ qcow::Result<int> run(const Options& options) {
 void declare_check(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "check", "Check the metadata of an image, without changing it",
+        root, status, "check", "Check the metadata of an image, and repair it",
         "Counts the references to each cluster and compares them with the refcounts. Verifies all tables, snapshots\n"
-        "and bitmaps, and that the backing chain can be opened.\n"
+        "and bitmaps, and that the backing chain can be opened. Without -r, it changes nothing.\n"
         "An image that was not closed may have old refcounts (\"postponed\"). They are not damage: opening the image\n"
         "for writing corrects them.\n"
+        "With -r, it repairs a qcow2 image in place. Before it writes, it says what is lost: guest data whose place "
+        "is\n"
+        "unknown, and snapshots and bitmaps that cannot be read. A repair may be interrupted at any moment, and run\n"
+        "again. It needs nobody else to use the image.\n"
         "Exit status: 0 clean; 1 the check failed or could not verify everything; 2 corrupt; 3 only leaked clusters\n"
-        "or postponed refcounts.\n"
-        "Example:\n"
-        "  qcow check --json disk.qcow2 | jq .corruptions",
+        "or postponed refcounts. With -r, it is about the repaired image.\n"
+        "Examples:\n"
+        "  qcow check --json disk.qcow2 | jq .corruptions\n"
+        "  qcow check -r all --dry-run disk.qcow2    what a repair would do\n"
+        "  qcow check -r leaks disk.qcow2            give leaked clusters back",
         [options] { return run(*options); });
     add_source_options(app, options->source);
     app.add_flag("--json", options->json, "Print JSON");
     app.add_flag("-p,--progress", options->progress, "Show progress even if standard error is not a terminal");
+    auto* repair =
+        app.add_option("-r,--repair", options->repair,
+                       "Repair: \"leaks\" gives leaked clusters back, \"all\" repairs all that can be repaired")
+            ->type_name("WHAT")
+            ->check(CLI::IsMember({"leaks", "all"}));
+    app.add_flag("--dry-run", options->dry_run, "Say what -r would do, and write nothing")->needs(repair);
+    app.add_flag("--remove-inconsistent-bitmaps", options->remove_inconsistent_bitmaps,
+                 "With -r all: remove bitmaps that are marked as inconsistent")
+        ->needs(repair);
     add_workers_option(app, options->workers);
     app.add_option("--memory", options->memory, "Memory limit of the check")
         ->type_name("SIZE")

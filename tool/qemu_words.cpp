@@ -33,9 +33,6 @@ constexpr auto options = std::to_array<QemuWord>({
     {"", "-T --trace", "leave it out"},
     {"", "-q --quiet", "leave it out, or add > /dev/null: errors still show"},
     {"", "--output", "use --json instead of --output=json; without it, the output is text"},
-    {"check", "-r --repair",
-     "qemu-img check -r leaks IMAGE frees leaked clusters; of a corrupt image, copy what is readable: qcow convert "
-     "--salvage"},
     {"check", "-T", "leave it out"},
     {"convert", "-C", "leave it out: the file system shares or copies the data if it can"},
     {"convert", "-W", "leave it out: a copy uses all processors, and -m sets another number"},

@@ -87,7 +87,7 @@ class Check {
 public:
     Check(const Metadata& metadata, const CheckOptions& options) : metadata_(metadata), options_(options) {}
 
-    Result<void> count(const Storage* data_file) {
+    Result<void> count(const Storage* data_file, bool refcounts = true) {
         file_bytes_ = TRY(walked_length(metadata_));
         // One more than the file has: a preallocated cluster may lie right behind its end.
         auto references = ReferenceMap::create(metadata_.geometry().clusters(file_bytes_) + 1, options_.memory_bytes);
@@ -95,6 +95,7 @@ public:
         references_ = *std::move(references);
         counter_.emplace(metadata_, options_, *references_);
         WalkOptions walk_options;
+        walk_options.refcounts = refcounts;
         walk_options.data_file = data_file;
         walk_options.workers = options_.workers;
         walk_options.memory_bytes = options_.memory_bytes;
@@ -131,6 +132,8 @@ public:
     }
 
     std::unique_ptr<ReferenceMap> take_references() { return std::move(references_); }
+    [[nodiscard]] const Counter& counter() const { return *counter_; }
+    [[nodiscard]] std::uint64_t file_bytes() const { return file_bytes_; }
 
 private:
     const Metadata& metadata_;
@@ -164,22 +167,31 @@ Result<std::optional<Hazard>> find_hazard(const Metadata& metadata, const Storag
     if (!compared.undercounted) return std::nullopt;
     compared.undercounted->what += ", so that a write could destroy data";
     return Hazard{*std::move(compared.undercounted),
-                  "it can still be read, so copy its contents with qcow convert, or have its refcounts counted anew "
-                  "with qemu-img check -r all"};
+                  "repair it with qcow check -r all, or copy its contents with qcow convert"};
 }
 
-Result<CheckReport> check_image(const Metadata& metadata, const Storage* data_file, const CheckOptions& options) {
+Result<Diagnosis> diagnose(const Metadata& metadata, const Storage* data_file, const CheckOptions& options,
+                           bool refcounts) {
     Check check(metadata, options);
     const auto compare = [&]() -> Result<ComparedRefcounts> {
-        TRY_VOID(check.count(data_file));
+        TRY_VOID(check.count(data_file, refcounts));
         return check.compare();
     };
     auto compared = compare();
     if (!compared) return std::unexpected(std::move(compared).error().in("check"));
-    auto report = check.report();
-    report.counted_past_end = compared->counted_past_end;
-    report.image_end = compared->image_end;
-    return report;
+    Diagnosis diagnosis;
+    diagnosis.report = check.report();
+    diagnosis.report.counted_past_end = compared->counted_past_end;
+    diagnosis.report.image_end = compared->image_end;
+    diagnosis.blocks = check.counter().blocks();
+    diagnosis.file_bytes = check.file_bytes();
+    diagnosis.uncounted = check.counter().uncounted();
+    diagnosis.references = check.take_references();
+    return diagnosis;
+}
+
+Result<CheckReport> check_image(const Metadata& metadata, const Storage* data_file, const CheckOptions& options) {
+    return TRY(diagnose(metadata, data_file, options)).report;
 }
 
 }  // namespace qcow::qcow2

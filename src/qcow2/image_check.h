@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "qcow/check.h"
 #include "qcow2/metadata/metadata.h"
@@ -14,6 +15,20 @@ namespace qcow::qcow2 {
 /// Walks over all references of an image (see walk()), counts them, and compares the counts with the refcounts. Memory:
 /// see CheckOptions::memory_bytes. `data_file`: the external data file that was opened; null: there is none.
 Result<CheckReport> check_image(const Metadata& metadata, const Storage* data_file, const CheckOptions& options);
+
+/// What a check found out about an image, for those who repair it.
+struct Diagnosis {
+    CheckReport report;
+    std::unique_ptr<ReferenceMap> references;  ///< one cluster more than the file has
+    /// The refcount blocks by index in the refcount table, 0 for none; empty: the refcounts were not looked at.
+    std::vector<HostOffset> blocks;
+    std::uint64_t file_bytes = 0;  ///< walked_length()
+    bool uncounted = false;        ///< damage hides references, so the counts may be too low
+};
+
+/// The same as check_image, with all that it counted. `refcounts` false: it neither visits nor compares the refcounts.
+Result<Diagnosis> diagnose(const Metadata& metadata, const Storage* data_file, const CheckOptions& options,
+                           bool refcounts = true);
 
 /// How often each host cluster is referenced, whatever the refcounts say. Errc::corrupt where damage of the metadata
 /// makes this uncertain, io where they cannot be read.

@@ -117,7 +117,12 @@ Result<void> L2Walk::visit_table(const Table& table, std::span<std::byte> buffer
 Result<void> L2Walk::visit_entries(const Table& table, std::uint64_t index, std::uint64_t count, L2Entry entry,
                                    HostOffset& contiguous, MappedClusters& mapped) {
     const GuestOffset guest{table.l1_index * geometry_.l2_coverage() + (index << geometry_.cluster_bits)};
-    const Place place{Structure::l2_table, table.at, table.at + index * geometry_.entry_words() * 8, index, guest};
+    const Place place{.structure = Structure::l2_table,
+                      .table = table.at,
+                      .at = table.at + index * geometry_.entry_words() * 8,
+                      .index = index,
+                      .guest = guest,
+                      .active = table.active};
     if (const auto flaw = rules_.flaw(entry, guest)) {
         TRY_VOID(report_entry(place, entry, *flaw, count));
         if (flaw->unreadable) return {};
@@ -180,8 +185,8 @@ Result<void> L2Walk::visit_data(const Table& table, const Place& place, L2Entry 
                                 .hides_references = true}));
         if (inside == 0) return {};
     }
-    return visitor_.reference(
-        {Structure::data, place, entry.cluster(), inside * cluster_size, table.count, table.active, entry.copied()});
+    return visitor_.reference({Structure::data, place, entry.cluster(), inside * cluster_size, table.count,
+                               table.active, entry.copied(), entry.word});
 }
 
 /// The data of `count` entries alike, one behind the other in the data file.
@@ -229,8 +234,8 @@ Result<void> L2Walk::visit_compressed(const Table& table, const Place& place, L2
     // Its last sectors may reach past the end of the file, within the file's last cluster.
     const std::uint64_t inside = file_clusters_ * geometry_.cluster_size() - range.offset.value;
     if (range.length > inside) TRY_VOID(visitor_.flaw(flaw));
-    return visitor_.reference(
-        {Structure::compressed, place, range.offset, std::min(range.length, inside), table.count, table.active});
+    return visitor_.reference({Structure::compressed, place, range.offset, std::min(range.length, inside), table.count,
+                               table.active, entry.copied(), entry.word});
 }
 
 }  // namespace qcow::qcow2

@@ -324,11 +324,7 @@ private:
 }  // namespace
 
 Result<std::unique_ptr<PendingImage>> begin(std::shared_ptr<Storage> storage) {
-    std::vector<std::byte> bytes(format::fixed_header_v2);
-    bytes.resize(TRY(storage->read({0}, bytes)));
-    bytes.resize(TRY(format::header_bytes(bytes)));
-    bytes.resize(TRY(storage->read({0}, bytes)));
-    auto header = TRY(format::parse_header(bytes));
+    auto header = TRY(format::parse_header(TRY(read_first_cluster(*storage))));
     return std::make_unique<PendingQcow2>(std::move(storage), std::move(header));
 }
 

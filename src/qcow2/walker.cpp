@@ -47,7 +47,7 @@ public:
 
     Result<MappedClusters> run() {
         TRY(visit_table(structure(Structure::header, {0}), Structure::header, {0}, geometry_.cluster_size()));
-        const bool has_refcounts = TRY(visit_refcount_table());
+        const bool has_refcounts = options_.refcounts && TRY(visit_refcount_table());
         TRY_VOID(visit_encryption_header());
         TRY_VOID(verify_data_file());
         if (has_refcounts) TRY_VOID(visit_refcount_blocks());
@@ -312,7 +312,8 @@ private:
             flaw.limit = file_size_;
             return visitor_.flaw(flaw);
         }
-        TRY_VOID(visitor_.reference({Structure::l2_table, place, flaw.at, flaw.bytes, 1, active, entry.copied()}));
+        TRY_VOID(visitor_.reference(
+            {Structure::l2_table, place, flaw.at, flaw.bytes, 1, active, entry.copied(), entry.word}));
         return options_.guest_data ? l2_tables_.add(flaw.at, *place.index, active) : Result<void>();
     }
 

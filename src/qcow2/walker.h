@@ -22,6 +22,7 @@ struct Reference {
     std::uint64_t count = 1;  ///< how many references it stands for: an L2 table that is shared is visited once
     bool active = false;      ///< from the active L1 table, or from an L2 table that this leads to
     bool copied = false;      ///< the entry is marked COPIED
+    std::uint64_t word = 0;   ///< of an L1 or L2 entry; of several L2 entries, the first
 };
 
 /// Is told what a walk finds. The first error that a function returns ends the walk, which returns that error.
@@ -44,6 +45,7 @@ struct WalkOptions {
     /// False: the walk follows no L2 table, and no L1 table of a snapshot, and visits no structure that is longer than
     /// images have in practice (Flaw::Kind::too_long). These are the clusters that a guard of the metadata knows.
     bool guest_data = true;
+    bool refcounts = true;               ///< false: the walk does not visit the refcount table and its blocks
     const Storage* data_file = nullptr;  ///< the external data file; null: there is none, or it is not looked at
     unsigned workers = 1;                ///< threads that read L2 tables; 0: one a processor
     std::size_t memory_bytes = std::size_t{1} << 30;  ///< for the list of L2 tables

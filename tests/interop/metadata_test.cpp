@@ -345,7 +345,7 @@ TEST_F(MetadataTest, AnImageThatWasNotClosedIsNotDamaged) {
     EXPECT_EQ(checked.status, 3) << checked.text();
     EXPECT_THAT(checked.out, HasSubstr("0 corruptions, 0 leaked clusters, 0 errors (not verified), "));
     EXPECT_THAT(checked.out, HasSubstr("was not closed"));
-    EXPECT_THAT(checked.out, HasSubstr("qcow resize disk.qcow2 +0"));
+    EXPECT_THAT(checked.out, HasSubstr("qcow check -r all disk.qcow2"));
     const auto json = check_json("disk.qcow2");
     EXPECT_EQ(json.at("dirty"), true);
     EXPECT_EQ(json.at("corruptions"), 0);

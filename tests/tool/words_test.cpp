@@ -134,7 +134,7 @@ TEST_F(WordsTest, WhatOnlyQemuHas) {
     expect_refusal({"info", "--output=json", "a.qcow2"}, AllOf(HasSubstr("--output"), HasSubstr("--json")));
     expect_refusal({"convert", "-cW", "a.qcow2", "new"}, HasSubstr("-W"));
     expect_refusal({"map", "-l", "snapshot.name=old", "a.qcow2"}, HasSubstr("give only the id or name: old"));
-    expect_refusal({"check", "-rall", "a.qcow2"}, HasSubstr("-r is an option of QEMU"));
+    expect_refusal({"convert", "-r1", "a.qcow2", "new"}, HasSubstr("-r is an option of QEMU"));
     expect_refusal({"--object", "secret,id=s", "info", "a.qcow2"}, HasSubstr("--object"));
     EXPECT_EQ(files(), (std::set<std::string>{"a.qcow2", "b.qcow2", "disk.raw"}));
 }

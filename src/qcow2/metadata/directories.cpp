@@ -20,6 +20,11 @@ Result<std::vector<std::byte>> read_bytes(const Storage& file, HostOffset at, st
 
 }  // namespace
 
+Result<std::vector<std::byte>> read_first_cluster(const Storage& file) {
+    const auto start = TRY(read_bytes(file, {0}, format::fixed_header_v2));
+    return read_bytes(file, {0}, TRY(format::header_bytes(start)));
+}
+
 Result<SnapshotTable> read_snapshots(const Metadata& metadata) {
     SnapshotTable table;
     const auto header = metadata.state();

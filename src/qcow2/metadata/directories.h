@@ -1,5 +1,5 @@
 #pragma once
-// Reading an image's snapshot table and bitmap directory from its file.
+// Reading an image's header, snapshot table and bitmap directory from its file.
 
 #include <functional>
 #include <vector>
@@ -8,6 +8,9 @@
 #include "qcow2/metadata/metadata.h"
 
 namespace qcow::qcow2 {
+
+/// The first cluster, as much of it as the file has. Errors: those of header_bytes().
+Result<std::vector<std::byte>> read_first_cluster(const Storage& file);
 
 struct SnapshotTable {
     std::vector<format::SnapshotEntry> entries;

@@ -1,0 +1,87 @@
+#pragma once
+// Repairing the metadata of a qcow2 image.
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "qcow/check.h"
+#include "qcow/image_spec.h"
+#include "qcow/job.h"
+#include "qcow/offset.h"
+
+namespace qcow {
+
+/// Something that a repair cannot keep, because the damage has destroyed it or the way to it.
+struct RepairLoss {
+    enum class What : std::uint8_t {
+        guest_data,  ///< guest bytes whose place in the file is lost
+        snapshot,    ///< an internal snapshot: the repair removes it
+        bitmap,      ///< the bits of a bitmap: the repair marks it as inconsistent, or removes it
+    };
+    What what = What::guest_data;
+    std::string name = {};        ///< of the snapshot or bitmap; empty if the damage hides it
+    GuestOffset guest = {};       ///< guest_data: the first byte
+    std::uint64_t length = 0;     ///< guest_data: bytes
+    bool in_snapshots = false;    ///< guest_data: only snapshots hold it, the active disk does not
+    bool reads_as_zeros = false;  ///< guest_data: false: the contents of the backing file show
+    std::string why = {};         ///< place and damage, for people
+};
+
+/// One line about a loss, for people.
+QCOW_API std::string text_of(const RepairLoss& loss);
+
+struct RepairOptions {
+    enum class What : std::uint8_t {
+        leaks,  ///< give leaked clusters back, and change nothing else
+        all,    ///< repair everything that can be repaired
+    };
+    What what = What::all;
+    bool dry_run = false;  ///< find out what a repair would do, and write nothing
+    /// Remove the bitmaps that are marked as inconsistent ("in use") after the repair. Otherwise they stay, so that
+    /// their names and granularities are known.
+    bool remove_inconsistent_bitmaps = false;
+    unsigned workers = 0;  ///< threads; 0: one per processor
+    /// Each report lists at most so many findings, and the result lists at most so many losses.
+    std::size_t max_findings = 1000;
+    /// Memory budget, for the references (see CheckOptions::memory_bytes, taken twice) and for the changes.
+    std::size_t memory_bytes = std::size_t{1} << 30;
+    /// Receives each loss that RepairResult::losses lists, before anything is written. Called on the caller's thread. A
+    /// caller that does not accept a loss requests a stop: the repair then fails with Errc::cancelled.
+    std::function<void(const RepairLoss&)> on_loss = {};
+    JobControl control = {};  ///< progress begins anew for each pass over the metadata, and for the writing
+};
+
+struct RepairResult {
+    CheckReport before;
+    /// Of the repaired image; of a dry run: as the repair would leave it. What could not be repaired is among its
+    /// findings.
+    CheckReport after;
+    std::uint64_t leaks_fixed = 0;        ///< host clusters
+    std::uint64_t corruptions_fixed = 0;  ///< findings of severity `corruption`, `error` and `postponed`
+    std::vector<RepairLoss> losses;
+    std::uint64_t unlisted_losses = 0;  ///< more than RepairOptions::max_findings
+    std::uint64_t copied_clusters = 0;  ///< host clusters that were copied to a place of their own
+    std::uint64_t removed_bitmaps = 0;  ///< because of RepairOptions::remove_inconsistent_bitmaps
+    bool refcounts_rebuilt = false;     ///< the refcount table and its blocks were written anew
+    bool changed = false;               ///< the image was changed; of a dry run: it would be
+};
+
+/// Repairs a qcow2 image in place. The backing file is not opened. An external data file is opened for reading, and its
+/// length is compared with the metadata.
+///
+/// The job plans all changes before it writes any. It then writes them in an order that is safe: the process may die
+/// and the power may fail at any moment, and running the job again completes the repair. While a repair is incomplete,
+/// the image has the corrupt bit (version 3), so that nobody writes to it.
+///
+/// The dirty and corrupt bits are cleared at the end, if no corruption is left.
+///
+/// Errors: Errc::unsupported for formats other than qcow2; Errc::locked if another process uses the image;
+/// Errc::read_only, access_denied; Errc::corrupt if the header cannot be used; Errc::limit_exceeded if
+/// RepairOptions::memory_bytes is too small; Errc::cancelled; Errc::io.
+/// Thread safety: jobs may run at the same time. What one writes, another must not use.
+QCOW_API Result<RepairResult> repair(const ImageSpec& spec, const RepairOptions& options = {});
+
+}  // namespace qcow

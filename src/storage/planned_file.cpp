@@ -1,0 +1,201 @@
+#include "storage/planned_file.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/buffers.h"
+#include "base/going_on.h"
+
+namespace qcow {
+namespace {
+
+constexpr std::size_t piece_bytes = 1 * MiB;
+
+}  // namespace
+
+Result<std::shared_ptr<PlannedFile>> PlannedFile::create(std::shared_ptr<Storage> file, std::size_t budget_bytes) {
+    const auto size = TRY(file->size());
+    return std::shared_ptr<PlannedFile>(new PlannedFile(std::move(file), size, budget_bytes));
+}
+
+PlannedFile::PlannedFile(std::shared_ptr<Storage> file, std::uint64_t size, std::size_t budget_bytes)
+    : PassThrough(std::move(file)), budget_bytes_(budget_bytes), old_size_(size), size_(size), longest_(size) {}
+
+Result<std::size_t> PlannedFile::read(HostOffset at, Buffers to) const {
+    const std::uint64_t there = at.value >= size_ ? 0 : std::min<std::uint64_t>(to.size(), size_ - at.value);
+    TRY(inner().read(at, to));
+    if (now_.empty()) return there;
+    for (std::uint64_t done = 0; done < there;) {
+        const std::uint64_t number = (at.value + done) / page_bytes;
+        const std::uint64_t begin = (at.value + done) % page_bytes;
+        const auto length = std::min<std::uint64_t>(there - done, page_bytes - begin);
+        if (const auto found = now_.find(number); found != now_.end())
+            scatter(std::span(*found->second).subspan(begin, length), to.subspan(done, length));
+        done += length;
+    }
+    fill_zeros(to.subspan(there));
+    return there;
+}
+
+Result<PlannedFile::Page*> PlannedFile::page_to_change(std::uint64_t number) {
+    auto& page = steps_.back().pages[number];
+    if (page) return page.get();
+    constexpr std::size_t page_cost = page_bytes + 128;  // with its places in the two maps
+    if (page_cost > budget_bytes_ - used_bytes_) {
+        steps_.back().pages.erase(number);
+        return fail(
+            Errc::limit_exceeded, name(),
+            fmt::format("the changes need more than the {} KiB of memory that were allowed", budget_bytes_ / KiB));
+    }
+    used_bytes_ += page_cost;
+    page = std::make_unique<Page>();
+    if (const auto found = now_.find(number); found != now_.end()) {
+        *page = *found->second;
+    } else {
+        TRY(inner().read({number * page_bytes}, *page));
+    }
+    now_[number] = page.get();
+    return page.get();
+}
+
+Result<void> PlannedFile::write(HostOffset at, ConstBuffers from) {
+    for (std::size_t done = 0; done < from.size();) {
+        const std::uint64_t begin = (at.value + done) % page_bytes;
+        const auto length = std::min<std::size_t>(from.size() - done, page_bytes - begin);
+        auto* page = TRY(page_to_change((at.value + done) / page_bytes));
+        gather(from.subspan(done, length), std::span(*page).subspan(begin));
+        done += length;
+    }
+    return grow(at.value + from.size());
+}
+
+Result<void> PlannedFile::write_zeroes(HostOffset at, std::uint64_t length) {
+    const std::vector<std::byte> zeros(std::min<std::uint64_t>(length, 64 * KiB));
+    const std::uint64_t end = at.value >= size_ ? at.value : at.value + std::min(length, size_ - at.value);
+    while (at.value < end) {
+        const auto piece = std::min<std::uint64_t>(zeros.size(), end - at.value);
+        TRY_VOID(write(at, std::span(zeros).first(piece)));
+        at += piece;
+    }
+    return {};
+}
+
+Result<void> PlannedFile::allocate(HostOffset at, std::uint64_t length) { return grow(at.value + length); }
+
+Result<void> PlannedFile::resize(std::uint64_t size) {
+    size_ = size;
+    longest_ = std::max(longest_, size);
+    return {};
+}
+
+Result<void> PlannedFile::grow(std::uint64_t end) { return resize(std::max(size_, end)); }
+
+Result<void> PlannedFile::flush() {
+    if (!steps_.back().empty()) steps_.emplace_back();
+    return {};
+}
+
+Result<Storage::Run> PlannedFile::run(HostOffset at, std::uint64_t limit) const {
+    if (now_.empty()) return inner().run(at, limit);
+    const auto changed = [&](std::uint64_t offset) { return now_.contains(offset / page_bytes); };
+    const auto next_page = [&](std::uint64_t offset) { return (offset / page_bytes + 1) * page_bytes; };
+    if (at.value >= size_) return Run{false, limit};
+    if (changed(at.value)) return Run{true, std::min(limit, next_page(at.value) - at.value)};
+    auto run = TRY(inner().run(at, limit));
+    if (run.data) return run;
+    // A hole ends where the first change in it begins.
+    const std::uint64_t end = at.value + run.length;
+    if (run.length / page_bytes > now_.size()) {
+        auto first = end;
+        for (const auto& [number, page] : now_) {
+            if (number * page_bytes > at.value) first = std::min(first, number * page_bytes);
+        }
+        return Run{false, first - at.value};
+    }
+    for (std::uint64_t offset = next_page(at.value); offset < end; offset += page_bytes) {
+        if (changed(offset)) return Run{false, offset - at.value};
+    }
+    return run;
+}
+
+Result<void> PlannedFile::copy(HostOffset from, HostOffset to, std::uint64_t bytes) {
+    steps_.back().copies.push_back({from, to, bytes});
+    return grow(to.value + bytes);
+}
+
+void PlannedFile::punch(HostOffset at, std::uint64_t bytes) {
+    if (!holes_.empty() && holes_.back().first + holes_.back().second == at) {
+        holes_.back().second += bytes;
+    } else {
+        holes_.emplace_back(at, bytes);
+    }
+}
+
+bool PlannedFile::unchanged() const {
+    return steps_.size() == 1 && steps_.front().empty() && holes_.empty() && size_ == old_size_;
+}
+
+Result<void> PlannedFile::carry_out_copy(const Copy& copy) const {
+    std::vector<std::byte> buffer(std::min<std::uint64_t>(copy.bytes, piece_bytes));
+    for (std::uint64_t done = 0; done < copy.bytes; done += buffer.size()) {
+        const auto piece = std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), copy.bytes - done));
+        TRY(inner().read(copy.from + done, piece));
+        TRY_VOID(inner().write(copy.to + done, piece));
+    }
+    return {};
+}
+
+/// Neighbours are written together.
+Result<void> PlannedFile::carry_out_pages(const Step& step, std::uint64_t& done) const {
+    std::vector<std::byte> buffer;
+    for (auto page = step.pages.begin(); page != step.pages.end();) {
+        const HostOffset at{page->first * page_bytes};
+        buffer.clear();
+        for (std::uint64_t number = page->first;
+             page != step.pages.end() && page->first == number && buffer.size() < piece_bytes; ++page, ++number)
+            buffer.insert(buffer.end(), page->second->begin(), page->second->end());
+        // The last sector of the file may be incomplete.
+        const auto length = std::min<std::uint64_t>(buffer.size(), longest_ - std::min(longest_, at.value));
+        TRY_VOID(inner().write(at, std::span(buffer).first(length)));
+        done += buffer.size();
+    }
+    return {};
+}
+
+Result<void> PlannedFile::carry_out(const JobControl& control) {
+    std::uint64_t total = 0;
+    std::uint64_t done = 0;
+    for (const auto& step : steps_) {
+        total += step.pages.size() * page_bytes;
+        for (const auto& copy : step.copies) total += copy.bytes;
+    }
+    const auto report = [&] {
+        if (control.progress && total != 0) control.progress(done, total);
+    };
+    for (const auto& step : steps_) {
+        if (step.empty()) continue;
+        TRY_VOID(verify_goes_on(control));
+        for (const auto& copy : step.copies) {
+            TRY_VOID(carry_out_copy(copy));
+            done += copy.bytes;
+            report();
+        }
+        TRY_VOID(carry_out_pages(step, done));
+        TRY_VOID(inner().flush());
+        report();
+    }
+    for (const auto& [begin, bytes] : holes_) {
+        for (HostOffset at = begin; at < begin + bytes;) {
+            const auto run = TRY(inner().run(at, begin.value + bytes - at.value));
+            if (run.data) TRY_VOID(inner().write_zeroes(at, run.length));
+            at += run.length;
+        }
+    }
+    if (TRY(inner().size()) != size_) TRY_VOID(inner().resize(size_));
+    if (!holes_.empty() || size_ != old_size_) TRY_VOID(inner().flush());
+    return {};
+}
+
+}  // namespace qcow

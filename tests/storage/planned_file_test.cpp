@@ -1,0 +1,72 @@
+#include "storage/planned_file.h"
+
+#include <gtest/gtest.h>
+
+#include "base/bits.h"
+#include "support/bytes.h"
+#include "support/memory_files.h"
+#include "support/recording.h"
+
+namespace qcow::test {
+namespace {
+
+using Kind = StorageEvent::Kind;
+
+TEST(PlannedFile, WritesNothingUntilItIsCarriedOut) {
+    const auto file = memory_storage(repeated(2000, 1));
+    const auto planned = value_of(PlannedFile::create(file, MiB));
+    EXPECT_TRUE(planned->unchanged());
+    ASSERT_TRUE(planned->write({510}, repeated(4, 2)));
+    ASSERT_TRUE(planned->write({3000}, repeated(1, 3)));
+    EXPECT_FALSE(planned->unchanged());
+    EXPECT_EQ(contents_of(*file), repeated(2000, 1));
+    auto expected = with(repeated(2000, 1), 510, repeated(4, 2));
+    expected.resize(3000);
+    expected.push_back(std::byte{3});
+    EXPECT_EQ(contents_of(*planned), expected);
+    ASSERT_TRUE(planned->carry_out({}));
+    EXPECT_EQ(contents_of(*file), expected);
+}
+
+TEST(PlannedFile, AStepIsDurableBeforeTheNextOne) {
+    StorageLog log;
+    const auto file = std::make_shared<RecordingStorage>(memory_storage(repeated(4096, 1)), "file", log);
+    const auto planned = value_of(PlannedFile::create(file, MiB));
+    ASSERT_TRUE(planned->write({0}, repeated(1, 2)));
+    ASSERT_TRUE(planned->flush());
+    ASSERT_TRUE(planned->flush());
+    ASSERT_TRUE(planned->copy({0}, {4096}, 1024));
+    ASSERT_TRUE(planned->write({0}, repeated(1, 3)));
+    planned->punch({512}, 512);
+    ASSERT_TRUE(planned->carry_out({}));
+    std::vector<Kind> kinds;
+    for (const auto& event : log.events()) {
+        if (event.kind != Kind::mark && event.kind != Kind::flush_begin) kinds.push_back(event.kind);
+    }
+    EXPECT_EQ(kinds, (std::vector{Kind::write, Kind::flush_end, Kind::write, Kind::write, Kind::flush_end, Kind::zeroes,
+                                  Kind::flush_end}));
+    auto expected = with(with(repeated(5120, 1), 0, repeated(1, 3)), 512, repeated(512, 0));
+    EXPECT_EQ(contents_of(*file), with(expected, 4096, repeated(1, 2)));
+}
+
+TEST(PlannedFile, KnowsWhereItsHolesEnd) {
+    const auto planned = value_of(PlannedFile::create(memory_storage(), MiB));
+    ASSERT_TRUE(planned->resize(1 * MiB));
+    ASSERT_TRUE(planned->write({64 * KiB}, repeated(1, 1)));
+    const auto hole = value_of(planned->run({100}, 512 * KiB));
+    EXPECT_FALSE(hole.data);
+    EXPECT_EQ(hole.length, 64 * KiB - 100);
+    const auto data = value_of(planned->run({64 * KiB}, 512 * KiB));
+    EXPECT_TRUE(data.data);
+    EXPECT_EQ(data.length, 512);
+}
+
+TEST(PlannedFile, TakesNoMoreMemoryThanItMay) {
+    const auto planned = value_of(PlannedFile::create(memory_storage(), 64 * KiB));
+    const auto written = planned->write({0}, repeated(64 * KiB, 1));
+    ASSERT_FALSE(written);
+    EXPECT_EQ(written.error().code, Errc::limit_exceeded);
+}
+
+}  // namespace
+}  // namespace qcow::test
