@@ -39,7 +39,7 @@ struct Place {
     std::optional<std::uint64_t> index = {};  ///< of the entry; nothing: the structure as a whole
     std::optional<GuestOffset> guest = {};    ///< the first byte that an L2 entry maps
     std::optional<std::string_view> name =
-        {};  ///< of the snapshot, the bitmap, or the header's field (index: its byte)
+        {};              ///< of the snapshot, the bitmap, or the header's field (index: its byte)
     bool active = true;  ///< false: an L2 table that only snapshots lead to
 };
 

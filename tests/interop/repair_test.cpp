@@ -114,7 +114,8 @@ protected:
     /// The peer takes a name to end with its first zero byte.
     static std::shared_ptr<Disk> snapshot_of(Image& image, const std::string& name) {
         for (const auto& snapshot : value_of(image.info()).snapshots) {
-            if (std::string(snapshot.name.c_str()) == name) return image.snapshot(snapshot.id).value_or(nullptr);
+            if (std::string(snapshot.name.c_str()) == name)
+                return image.snapshots().open(snapshot.id).value_or(nullptr);
         }
         return nullptr;
     }
