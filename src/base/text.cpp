@@ -35,8 +35,10 @@ bool is_control(std::string_view sequence) {
 /// Embeddings, overrides and isolates (U+202A to U+202E, U+2066 to U+2069): text behind them is shown in another order
 /// than it has.
 bool changes_direction(std::string_view sequence) {
-    return (sequence >= "\xe2\x80\xaa" && sequence <= "\xe2\x80\xae") ||
-           (sequence >= "\xe2\x81\xa6" && sequence <= "\xe2\x81\xa9");
+    if (sequence.size() != 3 || static_cast<std::uint8_t>(sequence[0]) != 0xe2) return false;
+    const auto second = static_cast<std::uint8_t>(sequence[1]);
+    const auto third = static_cast<std::uint8_t>(sequence[2]);
+    return (second == 0x80 && third >= 0xaa && third <= 0xae) || (second == 0x81 && third >= 0xa6 && third <= 0xa9);
 }
 
 /// One character, or a byte that is none; `length` as of utf8_length.
