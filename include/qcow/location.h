@@ -42,7 +42,8 @@ struct Location {
 QCOW_API Result<Location> parse_location(std::string_view name, std::string_view image = {});
 
 /// Returns the name that an image must record, for a name that a person gives. Programs then find the same file: a path
-/// whose colon looks like the end of a scheme gets "./" in front. For a data file, pass Location::path, since QEMU
+/// whose colon looks like the end of a scheme gets "./" in front; a relative path behind "file:" is recorded without
+/// it, because QEMU would not start at the image's directory. For a data file, pass Location::path, since QEMU
 /// parses no scheme in that name.
 /// Thread safety: may be called from any number of threads.
 QCOW_API Result<std::string> recorded_name(std::string_view name);

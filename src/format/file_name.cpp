@@ -333,6 +333,9 @@ Result<Location> parse_location(std::string_view name, std::string_view image) {
 
 Result<std::string> recorded_name(std::string_view name) {
     return within_memory([&]() -> Result<std::string> {
+        // QEMU takes a relative path behind "file:" from its working directory, but a plain one from the image's.
+        constexpr std::string_view file = "file:";
+        if (name.starts_with(file) && !name.substr(file.size()).starts_with('/')) name.remove_prefix(file.size());
         const bool colon_in_path = !format::scheme_of(name).empty() && format::is_path(name);
         return (colon_in_path ? "./" : "") + std::string(name);
     });

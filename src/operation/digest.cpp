@@ -54,6 +54,8 @@ public:
             return fail(Errc::invalid_argument, printable(name),
                         "its digests have no fixed length; choose another one");
         }
+        if (found.size() == 0)
+            return fail(Errc::invalid_argument, printable(name), "its digests are empty; choose another one");
         return found;
     }
 

@@ -121,7 +121,8 @@ Result<ImageSpec> backing_of(const NewImage& image) {
         return fail(Errc::invalid_argument, "backing file",
                     "its format is to be recorded; say it with -F (raw, qcow or qcow2)");
     }
-    ImageSpec spec{.location = {.path = TRY(parse_location(image.options.backing_name, image.path)).path}};
+    const auto location = TRY(parse_location(image.options.backing_name, image.path));
+    ImageSpec spec{.location = {.path = location.path, .alone = location.alone}};
     spec.location.format = format_from_name(image.options.backing_format);
     spec.untrusted = image.untrusted;
     return spec;

@@ -171,9 +171,15 @@ Result<RebaseResult> run(const RebaseJob& job, const JobControl& control) {
         TRY_VOID(in_use.add_unopened(read, backing_spec, "its new backing file"));
         if (!job.unsafe) {
             auto opened = open_image(backing_spec, warnings.to());
+            // One that the image could not be read through, such as an encrypted one, shows before anything changes.
+            if (opened) {
+                if (auto readable = (*opened)->read({0}, std::span<std::byte>()); !readable)
+                    opened = std::unexpected(std::move(readable).error());
+            }
             if (!opened) {
-                return std::unexpected(
-                    std::move(opened).error().in("new backing file (-u records it without looking at it)"));
+                auto error = std::move(opened).error().in("new backing file");
+                if (error.code == Errc::not_found) error.what += "; -u records a name without looking for the file";
+                return std::unexpected(std::move(error));
             }
             TRY_VOID(in_use.add(read, **opened, "its new backing file"));
             new_backing = *std::move(opened);

@@ -106,7 +106,9 @@ TEST(GivenName, HasAPrefixOrADescription) {
     const auto described = must(parse_location("json:{'driver':'qcow2','file.filename':'x'}", "images/top"));
     EXPECT_EQ(described.path, "images/x");
     EXPECT_EQ(described.format, Format::qcow2);
-    for (const std::string_view name : {"file:a", "json:{'filename':'a'}", "base.qcow2", "nbd://host/export"})
+    EXPECT_EQ(must(recorded_name("file:a")), "a");
+    EXPECT_EQ(must(recorded_name("file:vm:a")), "./vm:a");
+    for (const std::string_view name : {"file:/a", "json:{'filename':'a'}", "base.qcow2", "nbd://host/export"})
         EXPECT_EQ(must(recorded_name(name)), name);
     EXPECT_EQ(must(parse_location("base", "images/top")).path, "images/base");
     EXPECT_EQ(must(parse_location("/base", "images/top")).path, "/base");

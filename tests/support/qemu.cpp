@@ -12,6 +12,18 @@ Finished must_qemu_img(Arguments arguments, const std::filesystem::path& directo
     return must_run(arguments, directory);
 }
 
+void make_encrypted_image(const std::string& name, const std::string& size, const std::filesystem::path& directory) {
+    constexpr int most = 50;
+    const Arguments create = {
+        "create", "-q",    "--object", "secret,id=s,data=x",
+        "-f",     "qcow2", "-o",       "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+        name,     size};
+    for (int i = 0; i < most; ++i) {
+        if (qemu_img(create, directory).status == 0) return;
+    }
+    must_qemu_img(create, directory);
+}
+
 nlohmann::json qemu_img_json(const Arguments& arguments, const std::filesystem::path& directory) {
     return nlohmann::json::parse(must_qemu_img(arguments, directory).out);
 }

@@ -17,6 +17,11 @@ Finished qemu_img(Arguments arguments, const std::filesystem::path& directory = 
 /// Runs qemu-img; failure is an exception.
 Finished must_qemu_img(Arguments arguments, const std::filesystem::path& directory = {});
 
+/// Makes an image that is encrypted with LUKS, with the secret "x". Tries again where QEMU cannot measure how long its
+/// key derivation takes, which on a busy machine is often.
+void make_encrypted_image(const std::string& name, const std::string& size,
+                          const std::filesystem::path& directory = {});
+
 nlohmann::json qemu_img_json(const Arguments& arguments, const std::filesystem::path& directory = {});
 
 /// One session of commands on an image. A command that fails is an exception.

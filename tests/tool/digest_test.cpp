@@ -178,6 +178,7 @@ TEST_F(DigestTool, Errors) {
     expect_refusal({"digest", "--check", "absent"}, HasSubstr("cannot be opened"));
     expect_refusal({"digest", "--check", "ours", "disk.raw"}, HasSubstr("leave out IMAGE"));
     expect_refusal({"digest", "--algorithm", "sha-none", "disk.raw"}, HasSubstr("sha-none"));
+    expect_refusal({"digest", "--algorithm", "null", "disk.raw"}, HasSubstr("empty"));
     // The others are not left out.
     const auto partial = tool({"digest", "absent", "-f", "raw", "disk.raw"});
     EXPECT_EQ(partial.status, 1);

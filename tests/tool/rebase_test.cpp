@@ -158,6 +158,32 @@ TEST_F(RebaseTest, RefusesWhatWouldLoseData) {
     expect_refusal({"rebase", "-b", "new.raw", "-F", "raw", "raw-data.qcow2"}, HasSubstr("raw external data file"));
 }
 
+/// The new backing file is read as the recorded name says: without a backing file of its own, and by QEMU as well.
+TEST_F(RebaseTest, TheNewNameIsReadAsItIsRecorded) {
+    const auto before = contents("disk.qcow2");
+    qemu_img({"create", "-q", "-f", "qcow2", "-b", "new.raw", "-F", "raw", "middle.qcow2"});
+    qemu_io("middle.qcow2", "qcow2", {"write -q -P 7 2M 64k"});
+    const auto rebased = tool({"rebase", "-F", "qcow2", "-b",
+                               R"(json:{"driver":"qcow2","file":{"driver":"file","filename":")" +
+                                   directory_.file("middle.qcow2") + R"("},"backing":null})",
+                               "disk.qcow2"});
+    EXPECT_EQ(rebased.status, 0);
+    EXPECT_THAT(rebased.err, HasSubstr("is left out"));
+    EXPECT_TRUE(contents("disk.qcow2") == before);
+    must_tool({"rebase", "-b", "file:new.raw", "-F", "raw", "disk.qcow2"});
+    EXPECT_EQ(info("disk.qcow2")["backing-filename"], "new.raw");
+    EXPECT_TRUE(contents("disk.qcow2") == before);
+}
+
+TEST_F(RebaseTest, AnEncryptedBackingFileIsRefused) {
+    make_encrypted_image("locked.qcow2", "4M", directory_.path());
+    qemu_img({"create", "-q", "-f", "qcow2", "full.qcow2", "1M"});
+    qemu_io("full.qcow2", "qcow2", {"write -q -P 1 0 1M"});
+    const auto before = bytes_of("full.qcow2");
+    expect_refusal({"rebase", "-b", "locked.qcow2", "-F", "qcow2", "full.qcow2"}, HasSubstr("encrypted"));
+    EXPECT_TRUE(bytes_of("full.qcow2") == before);
+}
+
 TEST_F(RebaseTest, WarnsOfSnapshots) {
     qemu_img({"snapshot", "-c", "before", "disk.qcow2"});
     const auto done = tool({"rebase", "-b", "new.raw", "-F", "raw", "disk.qcow2"});

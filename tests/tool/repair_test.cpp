@@ -93,9 +93,7 @@ TEST_F(RepairToolTest, InconsistentBitmapsAreRemovedWhenAskedTo) {
 }
 
 TEST_F(RepairToolTest, EncryptedData) {
-    must_qemu_img({"create", "-q", "--object", "secret,id=s,data=x", "-f", "qcow2", "-o",
-                   "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", "disk.qcow2", "1M"},
-                  directory_.path());
+    make_encrypted_image("disk.qcow2", "1M", directory_.path());
     const auto clusters = bytes_of("disk.qcow2").size() / 65536 + 1;
     poke(refcount_block() + 2 * clusters, 1, 2);
     poke(number(40), std::uint64_t{1} << 40);
