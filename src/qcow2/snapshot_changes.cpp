@@ -6,6 +6,7 @@
 #include <charconv>
 #include <chrono>
 #include <optional>
+#include <thread>
 
 #include "base/try.h"
 #include "qcow/text.h"
@@ -99,6 +100,7 @@ Result<void> SnapshotChanges::close_gate() {
     const auto deadline = std::chrono::steady_clock::now() + max_wait;
     do {
         if (gate_.close(max_hold)) return {};
+        std::this_thread::sleep_for(max_hold);
     } while (std::chrono::steady_clock::now() < deadline);
     return fail(
         Errc::io, metadata_.metadata().file().name(),
@@ -262,15 +264,16 @@ Result<void> SnapshotChanges::apply(std::string_view id_or_name) {
     TRY_VOID(metadata_.flush());
     const std::uint64_t old_size = metadata.state().size;
     const std::uint64_t size = entry.info.virtual_size;
+    // Whether all of it succeeds or not: the bitmaps must not miss what changes.
+    TRY_VOID(bitmaps_.record({0}, old_size));
     if (size != old_size) TRY_VOID(bitmaps_.begin_resize(size));
     auto applied = switch_to(entry);
-    if (size != old_size) {
-        auto bitmaps = metadata.state().size == size ? bitmaps_.finish_resize(size) : bitmaps_.cancel_resize();
-        metadata.publish_size();
-        if (applied) applied = bitmaps;
-    }
-    if (applied) applied = bitmaps_.record({0}, size);
-    return applied;
+    if (size == old_size) return applied;
+    const bool switched = metadata.state().size == size;
+    auto recorded = switched ? bitmaps_.finish_resize(size) : bitmaps_.cancel_resize();
+    metadata.publish_size();
+    if (recorded && switched) recorded = bitmaps_.record({0}, size);
+    return applied ? recorded : applied;
 }
 
 /// Makes a snapshot's mapping the active one. No request that changes the image is in flight.

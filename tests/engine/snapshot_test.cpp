@@ -8,10 +8,12 @@
 
 #include "base/bits.h"
 #include "base/endian.h"
+#include "engine/bitmapped_image.h"
 #include "engine/works.h"
 #include "support/bytes.h"
 #include "support/disks.h"
 #include "support/effort.h"
+#include "support/faulty.h"
 
 namespace qcow::test {
 namespace {
@@ -188,6 +190,31 @@ TEST(SnapshotSizeTest, ApplyingMakesTheDiskAsLarge) {
     value_of(image->read({39 * MiB}, bytes));
     EXPECT_EQ(bytes, Bytes(1 * MiB, std::byte{2}));
     expect_clean(*image);
+}
+
+/// Whatever the disk becomes, an enabled bitmap covers the change; so it does where applying fails half-way.
+TEST(SnapshotBitmapTest, ApplyingMarksTheWholeDisk) {
+    for (const bool fails : {false, true}) {
+        Random random(run_seed());
+        auto files = prepare(small("v3_4k"), random).files;
+        const BitmapSpec spec{"all", 4096};
+        with_files(files, [&](const auto& directory) { add_bitmap(spec, directory); });
+        const auto faults = std::make_shared<Faults>();
+        Files faulty;
+        for (const auto& [name, storage] : files) faulty[name] = std::make_shared<FaultyStorage>(storage, faults);
+        const auto image = value_of(open_kind(small("v3_4k"), faulty, true));
+        value_of(image->snapshots().create("small"));
+        value_of(image->resize(2 * image->size()));
+        value_of(image->snapshots().create("large"));
+        value_of(image->snapshots().apply("small"));
+        for (const bool dirty : bits_of(*image, spec)) ASSERT_TRUE(dirty);
+        // The first read after the header has changed is of what is to be freed.
+        if (fails) faults->arm({.operation = Faults::Operation::read, .after = 1});
+        const auto applied = image->snapshots().apply("large");
+        faults->disarm();
+        EXPECT_TRUE(fails || applied);
+        for (const bool dirty : bits_of(*image, spec)) ASSERT_TRUE(dirty);
+    }
 }
 
 }  // namespace
