@@ -287,7 +287,7 @@ Result<void> SnapshotChanges::switch_to(const format::SnapshotEntry& snapshot) {
     const auto attempt = [&]() -> Result<void> {
         TRY_VOID(add_references(metadata_, l1));
         // Requests that read may still reach to the end of the old size.
-        const std::uint64_t entries = std::max<std::uint64_t>({1, l1.size(), old_l1.size()});
+        const std::uint64_t entries = std::max({std::size_t{1}, l1.size(), old_l1.size()});
         const std::uint64_t clusters = divide_up(entries * 8, metadata.cluster_size());
         Change change(metadata_);
         const auto commit = [&]() -> Result<void> {
