@@ -7,7 +7,7 @@ FUZZ_SECONDS ?= 60
 TORTURE_SECONDS ?= 3600
 SOAK_SECONDS ?= 3600
 
-.PHONY: all demo test test-asan test-tsan torture soak bench lint lint-changed format fuzz install clean
+.PHONY: all demo test test-asan test-tsan torture soak soak-guest bench lint lint-changed format fuzz minimal install clean
 
 all: ## Build the tool: build/release/qcow
 	@cmake --preset release >/dev/null
@@ -42,13 +42,21 @@ soak: ## Eight threads on every kind of image under the thread sanitizer, for SO
 	@cmake --build --preset tsan -j $(JOBS) --target engine_test
 	@scripts/soak build/tsan $(SOAK_SECONDS)
 
-bench: ## Measure against qemu-img, qemu-nbd, nbdkit, pread and pwrite
+soak-guest: ## Sixteen jobs on a disk of a virtual machine, with snapshots meanwhile, for SOAK_SECONDS (3600)
+	@scripts/install-dependencies build test
+	@cmake --preset release-tests >/dev/null
+	@cmake --build --preset release-tests -j $(JOBS) --target qcow server_test
+	@QCOW_SEED=$${QCOW_SEED:-random} QCOW_EFFORT=$$(($(SOAK_SECONDS) / 6)) build/release/server_test --gtest_filter='*.MixtureOnAnOverlayWithSnapshots'
+
+bench: ## Measure against qemu-img, qemu-nbd, nbdkit, qemu-storage-daemon, pread and pwrite
 	@scripts/install-dependencies build test bench
 	@cmake --preset bench >/dev/null
-	@cmake --build --preset bench -j $(JOBS) --target qcow engine_bench
+	@cmake --build --preset bench -j $(JOBS) --target qcow engine_bench vhost_load
 	@bench/run --qcow build/release/qcow --keep
-	@build/release/bench/engine_bench --benchmark_repetitions=5 --benchmark_report_aggregates_only
+	@build/release/engine_bench --benchmark_repetitions=5 --benchmark_report_aggregates_only
 	@bench/serve --qcow build/release/qcow
+	@bench/guest --qcow build/release/qcow
+	@bench/mount --qcow build/release/qcow
 
 lint: ## clang-format and clang-tidy
 	@scripts/install-dependencies build lint
@@ -67,6 +75,11 @@ fuzz: ## Run every fuzzer for FUZZ_SECONDS (60), from another seed each time
 	@cmake --preset asan >/dev/null
 	@cmake --build --preset asan -j $(JOBS) --target fuzzers
 	@scripts/fuzz build/asan $(FUZZ_SECONDS)
+
+minimal: ## Build the tool without any library that is optional, to see that it can be done
+	@scripts/install-dependencies build
+	@cmake -S . -B build/minimal -G Ninja $(foreach part,TLS FUSE DIGEST ARCHIVE TOML EXT SLEUTH SQUASH,-DQCOW_$(part)=OFF) >/dev/null
+	@cmake --build build/minimal -j $(JOBS) --target qcow
 
 install: all ## Install below PREFIX (/usr/local)
 	@cmake --install build/release --prefix $(PREFIX)

@@ -18,6 +18,20 @@ def sh(*command):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+def make_random_images(directory, size_mib):
+    """Makes data.raw, which is all random data, and data.qcow2 with the same contents. Keeps a data.raw of this size.
+    Returns whether it made them."""
+    raw, qcow2 = (os.path.join(directory, "data." + suffix) for suffix in ("raw", "qcow2"))
+    if os.path.exists(raw) and os.path.getsize(raw) == size_mib << 20:
+        return False
+    print("making data.raw ...", file=sys.stderr)
+    with open("/dev/urandom", "rb") as random, open(raw, "wb") as file:
+        for _ in range(size_mib):
+            file.write(random.read(1 << 20))
+    sh("qemu-img", "convert", "-O", "qcow2", raw, qcow2)
+    return True
+
+
 def make_images(directory, names, size_mib=SIZE_MIB, content_mib=CONTENT_MIB):
     """Makes an ext4 file system with real files, as disk.raw and as each of `names`. Keeps files that exist. Returns a
     function that returns the path of a file in `directory`."""

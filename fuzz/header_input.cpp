@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <iterator>
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -146,6 +148,24 @@ void qcow1(std::span<const std::byte> in, std::uint64_t file_size) {
                  lies_within(header->l1_table.value, header->l1_entries() * 8, format::max_host_offset));
 }
 
+/// Key materials of a header that is accepted lie behind it, in the file, apart from each other.
+void luks_header(std::span<const std::byte> in, std::uint64_t area_bytes) {
+    const auto parsed = format::parse_luks1_header(in);
+    if (!succeeded(parsed) || !succeeded(format::verify_luks1(*parsed, area_bytes))) return;
+    std::map<std::uint64_t, std::uint64_t> places;
+    for (const auto& slot : parsed->slots) {
+        const std::uint64_t begin = std::uint64_t{slot.material_sector} * format::luks_sector_bytes;
+        const std::uint64_t end = begin + parsed->material_bytes();
+        QCOW_REQUIRE(begin >= format::luks1_header_bytes && end <= area_bytes);
+        places[begin] = end;
+    }
+    QCOW_REQUIRE(places.size() == parsed->slots.size());
+    for (auto place = places.begin(); std::next(place) != places.end(); ++place)
+        QCOW_REQUIRE(place->second <= std::next(place)->first);
+    const auto again = format::parse_luks1_header(format::encode_luks1_header(*parsed));
+    QCOW_REQUIRE(again && again->key_bytes == parsed->key_bytes && again->salt == parsed->salt);
+}
+
 }  // namespace
 
 void run_header_input(std::span<const std::byte> input) {
@@ -161,7 +181,7 @@ void run_header_input(std::span<const std::byte> input) {
         case 3: file_name((selector & 8) != 0 ? "file:" + std::string(text(in)) : std::string(text(in))); break;
         case 4: file_name("json:" + std::string(text(in))); break;
         case 5: qcow1(in, file_size); break;
-        default: succeeded(format::parse_luks1(in));
+        default: luks_header(in, file_size);
     }
 }
 

@@ -1,11 +1,13 @@
 #include <algorithm>
 #include <bit>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "base/bits.h"
 #include "base/try.h"
 #include "fuzz/inputs.h"
+#include "fuzz/metadata_walk.h"
 #include "fuzz/require.h"
 #include "fuzz/sparse_files.h"
 #include "fuzz/writable_storage.h"
@@ -168,14 +170,80 @@ void exercise(Image& image) {
     QCOW_REQUIRE(!alone || mapped || !report->clean());
 }
 
-/// Repairs a copy. A second repair finds nothing more to do.
+/// Bytes of a disk or a snapshot that could be read.
+struct Sample {
+    std::string snapshot;  // its id; empty: of the disk
+    GuestOffset at;
+    std::vector<std::byte> bytes;
+};
+
+/// The first bytes of extents. Data that lie in metadata change with these.
+void take_samples(Disk& disk, const std::string& snapshot, const Metadata& metadata, std::vector<Sample>& samples) {
+    constexpr std::size_t most = 48;  // of a disk
+    constexpr std::size_t bytes = 64;
+    const std::uint64_t size = disk.size();
+    std::size_t taken = 0;
+    for (GuestOffset at; at.value < size && taken < most; ++taken) {
+        std::vector<std::byte> data(std::min<std::uint64_t>(bytes, size - at.value));
+        const auto extent = disk.extent(at, size - at.value);
+        const bool in_metadata = succeeded(extent) && extent->host && metadata.find(extent->host->value) != nullptr;
+        if (!in_metadata && succeeded(disk.read(at, data))) samples.push_back({snapshot, at, std::move(data)});
+        at = at + (succeeded(extent) ? extent->length : disk.block_size() - at.value % disk.block_size());
+    }
+}
+
+Result<std::shared_ptr<Image>> open_alone(const std::shared_ptr<WritableStorage>& file) {
+    OpenOptions options;
+    options.format = Format::qcow2;
+    options.follow = false;
+    options.cache_bytes = 64 * KiB;
+    return open_image(file, options);
+}
+
+std::vector<Sample> samples_of(const std::shared_ptr<WritableStorage>& file) {
+    std::vector<Sample> samples;
+    const auto image = open_alone(file);
+    if (!succeeded(image)) return samples;
+    const auto metadata = metadata_of(*file);
+    take_samples(**image, "", metadata, samples);
+    const auto snapshots = (*image)->snapshots().list();
+    if (!succeeded(snapshots)) return samples;
+    for (std::size_t i = 0; i < std::min(snapshots->size(), max_snapshots); ++i) {
+        const auto& id = (*snapshots)[i].id;
+        const bool is_clear = std::ranges::count(*snapshots, id, &SnapshotInfo::id) == 1;
+        const auto disk = (*image)->snapshots().open(id);
+        if (is_clear && succeeded(disk)) take_samples(**disk, id, metadata, samples);
+    }
+    return samples;
+}
+
+void require_readable(const std::shared_ptr<WritableStorage>& file, const std::vector<Sample>& samples) {
+    if (samples.empty()) return;
+    const auto image = open_alone(file);
+    QCOW_REQUIRE(succeeded(image));
+    for (const auto& sample : samples) {
+        std::shared_ptr<Disk> disk = *image;
+        if (!sample.snapshot.empty()) {
+            const auto snapshot = (*image)->snapshots().open(sample.snapshot);
+            QCOW_REQUIRE(succeeded(snapshot));
+            disk = *snapshot;
+        }
+        std::vector<std::byte> bytes(sample.bytes.size());
+        QCOW_REQUIRE(succeeded(disk->read(sample.at, bytes)));
+        QCOW_REQUIRE(bytes == sample.bytes);
+    }
+}
+
+/// Repairs a copy. What could be read before can be read afterwards. A second repair finds nothing more to do.
 void exercise_repair(const SparseFile& file) {
     const auto storage = std::make_shared<WritableStorage>(file, "dir/file0");
+    const auto samples = samples_of(storage);
     RepairOptions options;
     options.workers = 1;
     options.max_findings = 8;
     options.memory_bytes = MiB;
     const auto repaired = qcow2::repair_image(storage, nullptr, options);
+    require_readable(storage, samples);
     if (!succeeded(repaired)) return;
     const auto again = qcow2::repair_image(storage, nullptr, options);
     if (!succeeded(again)) return;

@@ -21,4 +21,10 @@ void run_codec_input(std::span<const std::byte> input);
 /// What a client says to the NBD server; the first byte selects how far the handshake is, and how the bytes arrive.
 void run_nbd_input(std::span<const std::byte> input);
 
+/// Commands for an image that is in use, a line each.
+void run_control_input(std::span<const std::byte> input);
+
+/// The memory of a virtual machine with a ring of requests, or messages of its front end; the first byte selects one.
+void run_guest_input(std::span<const std::byte> input);
+
 }  // namespace qcow::fuzz

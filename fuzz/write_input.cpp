@@ -1,6 +1,7 @@
 // Images that mean harm, or are sound, and are written to.
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,7 +16,11 @@
 #include "fuzz/require.h"
 #include "fuzz/writable_storage.h"
 #include "fuzz/write_program.h"
+#include "qcow/bitmaps.h"
 #include "qcow/image.h"
+#include "qcow2/amend.h"
+#include "qcow2/compaction.h"
+#include "qcow2/repair.h"
 
 namespace qcow::fuzz {
 namespace {
@@ -32,6 +37,8 @@ constexpr std::uint64_t max_inspected = 16 * KiB;    // bytes of a run, at each 
 constexpr unsigned max_power_losses = 4;
 constexpr std::size_t max_snapshots = 4;
 constexpr std::size_t max_runs = 24;  // that are inspected in the end
+constexpr std::uint64_t max_compacted_clusters = 1 << 16;
+constexpr std::size_t job_memory = 16 * MiB;
 
 /// The image and the files that it names, which are handed out one after the other, whatever they are called.
 class Shelf {
@@ -48,6 +55,7 @@ public:
     }
 
     [[nodiscard]] WritableStorage& image() const { return *storages_.front(); }
+    [[nodiscard]] const std::shared_ptr<WritableStorage>& file() const { return storages_.front(); }
 
     [[nodiscard]] bool refused() const {
         return std::ranges::any_of(storages_, [](const auto& storage) { return storage->refused(); });
@@ -90,10 +98,20 @@ public:
     Guard& operator=(const Guard&) = delete;
     ~Guard() { file_.watch({}); }
 
-    /// Learns what has become metadata. Snapshots never change.
+    /// Learns what has become metadata. Snapshots change only in `changing_snapshots`.
     void refresh() {
         metadata_ = metadata_of(file_);
-        QCOW_REQUIRE(metadata_.snapshots == snapshots_);
+        QCOW_REQUIRE(snapshots_change_ || metadata_.snapshots == snapshots_);
+    }
+
+    /// For the time of `change`, snapshots and their tables may change.
+    template <class Change>
+    void changing_snapshots(const Change& change) {
+        snapshots_change_ = true;
+        change();
+        refresh();
+        snapshots_change_ = false;
+        snapshots_ = metadata_.snapshots;
     }
 
 private:
@@ -126,6 +144,7 @@ private:
     const Guest& guest_;
     Metadata metadata_;
     std::vector<std::byte> snapshots_;
+    bool snapshots_change_ = false;
 };
 
 CheckReport check(Image& image) {
@@ -244,6 +263,12 @@ private:
                 close();
                 if (!files_.refused()) open();
                 return;
+            case Verb::snapshot: return guard_->changing_snapshots([&] { change_snapshots(operation); });
+            case Verb::bitmap: return change_bitmaps(operation);
+            case Verb::empty: return make_empty();
+            case Verb::repair:
+            case Verb::compact:
+            case Verb::amend: return change_closed_file(operation);
         }
     }
 
@@ -335,6 +360,117 @@ private:
         if (sound_) inspect(*image_, std::min({old, size, size - std::min(size, block)}), size);
     }
 
+    /// A snapshot that the guest had made.
+    struct Snapshot {
+        std::string id;
+        GuestModel model;
+        std::uint64_t size = 0;
+    };
+
+    void change_snapshots(const Operation& operation) {
+        auto snapshots = image_->snapshots();
+        if (made_.empty() || operation.length % 4 < 2) {
+            const auto made = snapshots.create("s");
+            if (made) made_.push_back({made->id, model_, image_->size()});
+            return require_done(made);
+        }
+        const auto chosen = made_.begin() + operation.place % made_.size();
+        if (operation.length % 4 == 2) {
+            const auto applied = snapshots.apply(chosen->id);
+            if (applied) {
+                model_ = chosen->model;
+                QCOW_REQUIRE(image_->size() == chosen->size);
+                smallest_size_ = std::min(smallest_size_, image_->size());
+            } else {
+                model_.assign(0, ~std::uint64_t{0}, {Kind::unknown});
+            }
+            return require_done(applied);
+        }
+        const auto removed = snapshots.remove(chosen->id);
+        made_.erase(chosen);
+        require_done(removed);
+    }
+
+    void change_bitmaps(const Operation& operation) {
+        BitmapAction action;
+        action.kind = static_cast<BitmapAction::Kind>(operation.length % 6);
+        action.bitmap = "fuzzed " + std::to_string(operation.place % 3);
+        action.source = "fuzzed " + std::to_string(operation.place / 3 % 3);
+        action.granularity = bit(9 + (operation.place >> 8) % 23);
+        if (action.kind == BitmapAction::Kind::add && image_->size() / action.granularity > bit(24)) return;
+        const auto changed = image_->change_bitmaps(std::array{action});
+        if (!changed && changed.error().code == Errc::not_found) return;
+        require_done(changed);
+    }
+
+    void make_empty() {
+        const auto emptied = image_->make_empty();
+        model_.assign(0, ~std::uint64_t{0}, {Kind::unknown});
+        require_done(emptied);
+    }
+
+    /// What a sound image refuses only for want of room, or because the format cannot do it.
+    template <class T>
+    void require_done(const Result<T>& result) const {
+        if (result || !trusted()) return;
+        const auto code = result.error().code;
+        if (code == Errc::invalid_argument || code == Errc::unsupported || code == Errc::limit_exceeded) return;
+        std::fprintf(stderr, "%s\n", result.error().message().c_str());
+        QCOW_REQUIRE(false);
+    }
+
+    void change_closed_file(const Operation& operation) {
+        close();
+        if (files_.refused()) return;
+        guard_->changing_snapshots([&] {
+            if (operation.verb == Verb::repair) require_done(repair());
+            if (operation.verb == Verb::compact) require_done(compact(operation));
+            if (operation.verb == Verb::amend) require_done(amend(operation));
+        });
+        if (!files_.refused()) open();
+    }
+
+    Result<void> repair() {
+        RepairOptions options;
+        options.workers = 1;
+        options.max_findings = 4;
+        options.memory_bytes = job_memory;
+        const auto repaired = qcow2::repair_image(files_.file(), nullptr, options);
+        if (!repaired) return std::unexpected(repaired.error());
+        QCOW_REQUIRE(repaired->losses.empty() || !trusted());
+        return {};
+    }
+
+    Result<void> compact(const Operation& operation) {
+        const auto& file = files_.image();
+        const auto header = metadata_of(file);
+        if (header.cluster_bits == 0 || file.size().value() >> header.cluster_bits > max_compacted_clusters) return {};
+        CompactJob job;
+        job.zeroes = operation.place % 2 != 0;
+        job.compress = operation.place % 3 == 0;
+        job.workers = 1;
+        job.memory_bytes = job_memory;
+        const auto compacted = qcow2::compact_image(files_.file(), nullptr, job, {}, 64 * KiB);
+        if (!compacted) return std::unexpected(compacted.error());
+        const std::uint64_t cluster = bit(header.cluster_bits);
+        QCOW_REQUIRE(compacted->size_after <= divide_up(compacted->size_before, cluster) * cluster);
+        QCOW_REQUIRE(compacted->size_after == file.size().value());
+        return {};
+    }
+
+    Result<void> amend(const Operation& operation) {
+        std::array<std::byte, 8> start = {};
+        QCOW_REQUIRE(succeeded(files_.image().read({0}, start)));
+        // Snapshots get what version 3 requires before this, and version 2 has only one width of refcounts.
+        if (load_be<std::uint32_t>(start, 4) < 3 && !metadata_of(files_.image()).snapshots.empty()) return {};
+        AmendOptions options;
+        options.refcount_bits = 1U << operation.place % 7;
+        options.version = 3;
+        options.lazy_refcounts = operation.length % 2 != 0;
+        const auto fits = qcow2::verify_refcounts_fit(files_.file(), *options.refcount_bits, {});
+        return fits ? qcow2::amend_header(files_.file(), options, {}) : fits;
+    }
+
     // --- what must come of it
 
     void settle(const Result<void>& result, std::uint64_t at, std::uint64_t length, Contents contents) {
@@ -379,7 +515,11 @@ private:
     }
 
     void inspect_part(Disk& disk, std::uint64_t begin, std::uint64_t end) const {
-        model_.each(begin, end, [&](std::uint64_t first, std::uint64_t last, Contents contents) {
+        inspect_part(disk, begin, end, model_);
+    }
+
+    void inspect_part(Disk& disk, std::uint64_t begin, std::uint64_t end, const GuestModel& model) const {
+        model.each(begin, end, [&](std::uint64_t first, std::uint64_t last, Contents contents) {
             if (contents.kind == Kind::unknown) return;
             std::vector<std::byte> expected(last - first);
             if (contents.kind != Kind::original) {
@@ -422,6 +562,11 @@ private:
             std::vector<std::byte> found(expected.size());
             if (!(*then)->read({0}, expected)) continue;
             QCOW_REQUIRE(succeeded((*now)->read({0}, found)) && found == expected);
+        }
+        for (const auto& snapshot : made_) {
+            const auto now = image.snapshots().open(snapshot.id);
+            QCOW_REQUIRE(succeeded(now) && (*now)->size() == snapshot.size);
+            inspect_part(**now, 0, std::min(snapshot.size, 4 * max_inspected), snapshot.model);
         }
     }
 
@@ -477,6 +622,7 @@ private:
     std::optional<Guard> guard_;
     std::shared_ptr<Image> image_;
     GuestModel model_;
+    std::vector<Snapshot> made_;
     std::uint64_t smallest_size_ = ~std::uint64_t{0};  // that the disk ever had: bitmaps forget what lies behind
     bool sound_ = false;                               // a check found nothing wrong with it at first
     std::uint8_t number_ = 0;

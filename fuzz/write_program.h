@@ -31,8 +31,14 @@ struct Operation {
         resize,
         check,
         reopen,
+        snapshot,  ///< makes, applies or removes one
+        bitmap,    ///< adds, removes or changes one
+        empty,
+        repair,  ///< of the closed file, like what follows
+        compact,
+        amend,
     };
-    static constexpr unsigned verbs = 12;
+    static constexpr unsigned verbs = 18;
 
     Verb verb = Verb::write;
     std::uint8_t units = 0;  ///< low half: of the place, high half: of the length

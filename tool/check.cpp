@@ -14,6 +14,7 @@ namespace {
 
 constexpr int corrupt = 2;
 constexpr int harmless = 3;
+constexpr int no_check = 63;  // as in qemu-img
 
 struct Options {
     Source source;
@@ -84,21 +85,29 @@ Json finding_json(const qcow::CheckFinding& finding) {
     return json;
 }
 
+/// The counts and marks of a report.
+Json counts_json(const qcow::CheckReport& report) {
+    return {{"check-errors", report.errors},
+            {"corruptions", report.corruptions},
+            {"leaks", report.leaks},
+            {"dirty", report.dirty},
+            {"marked-corrupt", report.marked_corrupt},
+            {"postponed", report.postponed},
+            {"counted-past-end", report.counted_past_end},
+            {"missing-bytes", report.missing_bytes}};
+}
+
 Json report_json(const qcow::CheckReport& report, const std::string& path, qcow::Format format) {
-    Json json = {{"filename", path},
-                 {"format", qcow::format_name(format)},
-                 {"check-errors", report.errors},
-                 {"corruptions", report.corruptions},
-                 {"leaks", report.leaks},
-                 {"dirty", report.dirty},
-                 {"marked-corrupt", report.marked_corrupt},
-                 {"postponed", report.postponed},
-                 {"image-end-offset", report.image_end},
-                 {"total-clusters", report.total_clusters},
-                 {"allocated-clusters", report.allocated_clusters},
-                 {"compressed-clusters", report.compressed_clusters},
-                 {"fragmented-clusters", report.fragmented_clusters},
-                 {"findings", Json::array()}};
+    Json json = {{"filename", path}, {"format", qcow::format_name(format)}};
+    json.update(counts_json(report));
+    json.update(Json{{"inconsistent-bitmaps", report.inconsistent_bitmaps},
+                     {"image-end-offset", report.image_end},
+                     {"compact-bytes", report.compact_bytes},
+                     {"total-clusters", report.total_clusters},
+                     {"allocated-clusters", report.allocated_clusters},
+                     {"compressed-clusters", report.compressed_clusters},
+                     {"fragmented-clusters", report.fragmented_clusters},
+                     {"findings", Json::array()}});
     for (const auto& finding : report.findings) json["findings"].push_back(finding_json(finding));
     return json;
 }
@@ -129,6 +138,12 @@ double percent(std::uint64_t part, std::uint64_t whole) {
     return whole == 0 ? 0 : 100.0 * static_cast<double>(part) / static_cast<double>(whole);
 }
 
+std::string names_text(const std::vector<std::string>& names) {
+    std::string text;
+    for (const auto& name : names) text += fmt::format("{}\"{}\"", text.empty() ? "" : ", ", qcow::printable(name));
+    return text;
+}
+
 /// Prints what the user can do about the findings.
 void print_advice(const qcow::CheckReport& report, const std::string& path) {
     if (report.dirty) {
@@ -146,6 +161,18 @@ void print_advice(const qcow::CheckReport& report, const std::string& path) {
             "The image is marked as corrupt, so it cannot be written, but no damage was found. This clears the mark: "
             "qcow check -r all {}\n",
             qcow::printable(path));
+    }
+    if (report.missing_bytes > 0) {
+        fmt::print(
+            "The file ends {} bytes before its last table does: it was cut. This adds zeros in their place: "
+            "qcow check -r all {}\n",
+            report.missing_bytes, qcow::printable(path));
+    }
+    if (!report.inconsistent_bitmaps.empty()) {
+        fmt::print(
+            "Bitmaps marked as inconsistent (in use, or not closed): {}. This removes them: qcow check -r all "
+            "--remove-inconsistent-bitmaps {}\n",
+            names_text(report.inconsistent_bitmaps), qcow::printable(path));
     }
     if (report.corruptions > 0) {
         fmt::print(
@@ -175,6 +202,8 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
                percent(report.compressed_clusters, report.allocated_clusters),
                percent(report.fragmented_clusters, report.allocated_clusters));
     fmt::print("the last cluster in use ends at host offset {:#x} ({})\n", report.image_end, human(report.image_end));
+    if (report.compact_bytes > 0)
+        fmt::print("qcow compact would make the file {} shorter\n", human(report.compact_bytes));
     if (report.clean()) {
         fmt::print("{}: {}\n", qcow::printable(path), paint("clean", Colour::green));
     } else {
@@ -184,6 +213,8 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
         fmt::print("{}: {}\n", qcow::printable(path),
                    paint(sums, report.corruptions + report.errors > 0 ? Colour::red : Colour::yellow));
     }
+    if (report.counted_past_end > 0)
+        fmt::print("{} clusters past the end of the file have a refcount, but no reference\n", report.counted_past_end);
     print_advice(report, path);
 }
 
@@ -213,12 +244,17 @@ void print_repair(const qcow::RepairResult& result, bool dry_run) {
         return;
     }
     const auto* were = dry_run ? "would be" : "were";
+    const auto* was = dry_run ? "would be" : "was";
     fmt::print("{} leaked clusters and {} corruptions {} repaired\n", result.leaks_fixed, result.corruptions_fixed,
                were);
+    if (result.postponed_fixed > 0) fmt::print("{} postponed refcounts {} corrected\n", result.postponed_fixed, were);
+    if (result.cleared_dirty()) fmt::print("the mark \"dirty\" {} cleared\n", was);
+    if (result.cleared_corrupt()) fmt::print("the mark \"corrupt\" {} cleared\n", was);
     if (result.refcounts_rebuilt) fmt::print("the refcounts {} counted anew\n", were);
     if (result.copied_clusters > 0)
         fmt::print("{} clusters {} copied to places of their own\n", result.copied_clusters, were);
-    if (result.removed_bitmaps > 0) fmt::print("{} inconsistent bitmaps {} removed\n", result.removed_bitmaps, were);
+    if (!result.removed_bitmaps.empty())
+        fmt::print("inconsistent bitmaps {} removed: {}\n", were, names_text(result.removed_bitmaps));
     fmt::print("the check after {} repair:\n", dry_run ? "such a" : "the");
 }
 
@@ -240,7 +276,12 @@ qcow::Result<int> run_repair(const Options& options, const qcow::JobControl& con
         json["corruptions-fixed"] = result.corruptions_fixed;
         json["copied-clusters"] = result.copied_clusters;
         json["refcounts-rebuilt"] = result.refcounts_rebuilt;
-        json["removed-bitmaps"] = result.removed_bitmaps;
+        json["postponed-fixed"] = result.postponed_fixed;
+        json["dirty-cleared"] = result.cleared_dirty();
+        json["corrupt-cleared"] = result.cleared_corrupt();
+        json["removed-bitmaps"] = result.removed_bitmaps.size();
+        json["removed-bitmap-names"] = result.removed_bitmaps;
+        json["before"] = counts_json(result.before);
         json["dry-run"] = options.dry_run;
         json["losses"] = Json::array();
         for (const auto& loss : result.losses) json["losses"].push_back(loss_json(loss));
@@ -252,14 +293,32 @@ qcow::Result<int> run_repair(const Options& options, const qcow::JobControl& con
     return status_of(result.after);
 }
 
-qcow::Result<int> run(const Options& options) {
-    QCOW_TRY_VOID(verify_is_not_stdin(options.source.path));
+qcow::Result<int> run_job(const Options& options) {
     const bool repairs = !options.repair.empty();
+    // A check that only reads ends at once.
+    const auto signals = repairs ? std::make_unique<StopOnSignals>() : nullptr;
     Progress progress(repairs ? "repairing" : "checking", options.progress);
     qcow::JobControl control;
     control.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); };
     control.warn = warn_on_stderr();
+    if (signals) control.stop = signals->token();
     return repairs ? run_repair(options, control) : run_check(options, control);
+}
+
+/// Whether an image can be opened, but has a format that cannot be checked or repaired.
+qcow::Result<bool> lacks_check(const Source& source) {
+    auto spec = QCOW_TRY(spec_of(source));
+    spec.follow = false;
+    const auto image = qcow::open_image(spec);
+    return image && (*image)->format() != qcow::Format::qcow2;
+}
+
+qcow::Result<int> run(const Options& options) {
+    QCOW_TRY_VOID(verify_is_not_stdin(options.source.path));
+    const auto done = run_job(options);
+    if (done || done.error().code != qcow::Errc::unsupported || !QCOW_TRY(lacks_check(options.source))) return done;
+    complain(done.error().message());
+    return no_check;
 }
 
 }  // namespace
@@ -277,13 +336,14 @@ void declare_check(CLI::App& root, int& status) {
         "unknown, and snapshots and bitmaps that cannot be read. A repair may be interrupted at any moment, and run\n"
         "again. It needs nobody else to use the image.\n"
         "Exit status: 0 clean; 1 the check failed or could not verify everything; 2 corrupt; 3 only leaked clusters\n"
-        "or postponed refcounts. With -r, it is about the repaired image.\n"
+        "or postponed refcounts; 63 the format has no metadata to check. With -r, it is about the repaired image.\n"
         "Examples:\n"
         "  qcow check --json disk.qcow2 | jq .corruptions\n"
         "  qcow check -r all --dry-run disk.qcow2    what a repair would do\n"
         "  qcow check -r leaks disk.qcow2            give leaked clusters back",
         [options] { return run(*options); });
     add_source_options(app, options->source);
+    options->source.examines = true;
     app.add_flag("--json", options->json, "Print JSON");
     app.add_flag("-p,--progress", options->progress, "Show progress even if standard error is not a terminal");
     auto* repair =

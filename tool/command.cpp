@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "create_options.h"
+#include "keys.h"
 #include "qcow/text.h"
 #include "usage.h"
 
@@ -21,14 +23,26 @@ const CLI::Validator path_of_new_file(
 
 void complain(const std::string& message) {
     std::fflush(stdout);
-    fmt::print(stderr, "qcow: {}\n", message);
+    // Not fmt::print: it throws if standard error cannot be written.
+    std::fputs(fmt::format("qcow: {}\n", message).c_str(), stderr);
 }
 
 void print_json(const Json& json) { fmt::print("{}\n", json.dump(2, ' ', true, Json::error_handler_t::replace)); }
 
+namespace {
+
+/// What goes to standard output is discarded from now on.
+void silence_output() {
+    std::fflush(stdout);
+    if (std::freopen("/dev/null", "w", stdout) == nullptr) complain("/dev/null: cannot be opened");
+}
+
+}  // namespace
+
 std::unique_ptr<CLI::App> make_app(int& status) {
     auto made = std::make_unique<CLI::App>(
-        "qcow inspects, checks, converts, changes and serves disk images: qcow2 (versions 2 and 3), qcow and raw.",
+        "qcow inspects, checks, converts, changes and serves disk images: qcow2 (versions 2 and 3), qcow, luks and "
+        "raw.",
         "qcow");
     auto& app = *made;
     app.formatter(std::make_shared<Help>());
@@ -46,13 +60,22 @@ std::unique_ptr<CLI::App> make_app(int& status) {
         "  qcow convert disk.qcow2 disk.raw    copy its contents into a raw file");
 
     for (const Declare declare_command :
-         {declare_info, declare_map, declare_check, declare_compare, declare_digest, declare_create, declare_convert,
-          declare_read, declare_write, declare_zero, declare_discard, declare_resize, declare_rebase, declare_snapshot,
-          declare_serve}) {
+         {declare_info,     declare_map,    declare_check,   declare_compare, declare_digest,  declare_create,
+          declare_convert,  declare_build,  declare_measure, declare_read,    declare_write,   declare_zero,
+          declare_discard,  declare_resize, declare_rebase,  declare_commit,  declare_amend,   declare_compact,
+          declare_snapshot, declare_bitmap, declare_serve,   declare_mount,   declare_control, declare_partitions,
+          declare_df,       declare_ls,     declare_tree,    declare_find,    declare_cat,     declare_get,
+          declare_put,      declare_rm,     declare_mkdir}) {
         declare_command(app, status);
+    }
+    for (const auto* name :
+         {"amend", "bitmap", "check", "commit", "compact", "convert", "rebase", "resize", "snapshot"}) {
+        auto* quiet = app.get_subcommand(name)->add_flag_callback("-q,--quiet", silence_output);
+        quiet->description("Print only warnings and errors");
     }
     for (auto* command : app.get_subcommands({})) {
         command->get_option("--help")->description("Show this help");
+        unmark_positionals(*command);
         // The last value of a repeated option counts: scripts append the options of their user to their own.
         for (auto* option : command->get_options())
             if (option->nonpositional() && option->get_items_expected_max() == 1) option->take_last();
@@ -75,7 +98,7 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
 int failure_of(std::string_view command) { return command == "compare" ? 2 : failed; }
 
 void add_format_option(CLI::App& app, std::string& format, const std::string& name, const std::string& description) {
-    one_of(app.add_option(name, format, description), {"raw", "qcow", "qcow2"});
+    one_of(app.add_option(name, format, description), {"raw", "qcow", "qcow2", "luks"});
 }
 
 void add_force_share_option(CLI::App& app, bool& force_share) {
@@ -105,18 +128,19 @@ qcow::Result<void> name_source(Source& source, const std::string& name) {
     return {};
 }
 
-void add_source_options(CLI::App& app, Source& source) {
-    app.add_option("IMAGE", source.path, "Image file or block device")
-        ->required()
-        ->check(name_text)
-        ->transform(CLI::Validator(
-            [&source](std::string& name) -> std::string {
-                if (auto named = name_source(source, name); !named) return named.error().message();
-                name = source.path;
-                return {};
-            },
-            ""));
+CLI::Option* add_source_options(CLI::App& app, Source& source) {
+    auto* image = app.add_option("IMAGE", source.path, "Image file or block device")
+                      ->required()
+                      ->check(name_text)
+                      ->transform(CLI::Validator(
+                          [&source](std::string& name) -> std::string {
+                              if (auto named = name_source(source, name); !named) return named.error().message();
+                              name = source.path;
+                              return {};
+                          },
+                          ""));
     add_open_options(app, source);
+    return image;
 }
 
 void add_open_options(CLI::App& app, Source& source) {
@@ -132,6 +156,23 @@ void add_open_options(CLI::App& app, Source& source) {
                  "Ignore the backing file: what the image does not store itself reads as zeros")
         ->excludes(backing);
     add_untrusted_option(app, source.untrusted);
+    app.add_flag("--image-opts", source.image_opts,
+                 "IMAGE is a list of options: driver=FORMAT,file.filename=FILE,encrypt.key-secret=ID, and backing.NAME "
+                 "for the backing file");
+    add_encryption_options(app, source.max_kdf_seconds);
+}
+
+void add_encryption_options(CLI::App& app, std::string& max_kdf_seconds) {
+    add_key_options(app);
+    app.add_option("--max-kdf-seconds", max_kdf_seconds,
+                   "Refuse an encrypted image whose key takes longer to derive (default: 60)")
+        ->type_name("NUMBER")
+        ->check(whole_number(1, 1'000'000));
+}
+
+void set_keys(qcow::ImageSpec& spec, const std::string& max_kdf_seconds, std::vector<std::string> secrets) {
+    spec.keys = key_source(std::move(secrets));
+    if (!max_kdf_seconds.empty()) spec.max_kdf_seconds = static_cast<double>(parse_size(max_kdf_seconds));
 }
 
 void add_untrusted_option(CLI::App& app, bool& untrusted) {
@@ -141,17 +182,9 @@ void add_untrusted_option(CLI::App& app, bool& untrusted) {
         "regular files in or below its directory");
 }
 
-CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::string& description) {
-    const CLI::Validator no_parameters(
-        [](std::string& text) {
-            const bool of_qemu = text.starts_with("snapshot.id=") || text.starts_with("snapshot.name=");
-            return of_qemu ? "give only the id or name: " + text.substr(text.find('=') + 1) : std::string();
-        },
-        "");
-    return app.add_option("-l,--snapshot", source.snapshot, description)
-        ->type_name("NAME")
-        ->check(name_text)
-        ->check(no_parameters);
+CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::string& description,
+                                 const std::string& name) {
+    return app.add_option(name, source.snapshot, description)->type_name("NAME")->check(name_text);
 }
 
 void add_workers_option(CLI::App& app, unsigned& workers) {
@@ -160,14 +193,75 @@ void add_workers_option(CLI::App& app, unsigned& workers) {
         ->check(whole_number(1, 1024));
 }
 
+namespace {
+
+/// What --image-opts says of an image and the layers below it.
+struct ImageOptions {
+    std::vector<qcow::Location> layers;
+    std::vector<std::string> secrets;  // ids, by layer
+};
+
+/// Whether an option of QEMU's says what holds without it: there is only one kind of file, and an image says itself how
+/// it is encrypted.
+bool says_nothing_new(std::string_view name, std::string_view value) {
+    return (name == "file.driver" && value == "file") ||
+           (name == "encrypt.format" && (value == "luks" || value == "aes"));
+}
+
+qcow::Result<ImageOptions> parse_image_options(const std::string& text) {
+    ImageOptions result;
+    for (const auto& part : parts_of(text)) {
+        const auto refuse = [&](std::string what) {
+            return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "--image-opts " + part, std::move(what)});
+        };
+        const auto equals = std::min(part.find('='), part.size());
+        std::string_view name = std::string_view(part).substr(0, equals);
+        const auto value = part.substr(std::min(equals + 1, part.size()));
+        std::size_t depth = 0;
+        for (; name.starts_with("backing."); name.remove_prefix(8)) ++depth;
+        if (depth >= 100) return refuse("the chain is too long");
+        if (result.layers.size() <= depth) result.layers.resize(depth + 1);
+        if (result.secrets.size() <= depth) result.secrets.resize(depth + 1);
+        auto& layer = result.layers[depth];
+        if (name == "driver") {
+            layer.format = qcow::format_from_name(value);
+            if (!layer.format) return refuse(not_one_of(value, {"raw", "qcow", "qcow2", "luks"}));
+        } else if (name == "file.filename" || name == "filename") {
+            layer.path = value;
+        } else if (name == "encrypt.key-secret" || name == "key-secret") {
+            result.secrets[depth] = value;
+        } else if (!says_nothing_new(name, value)) {
+            return refuse(
+                "it is none of driver, file.filename and encrypt.key-secret, each with backing. in front for the "
+                "backing file");
+        }
+    }
+    if (result.layers.front().path.empty()) {
+        return std::unexpected(
+            qcow::Error{qcow::Errc::invalid_argument, "--image-opts " + text, "file.filename=FILE is missing"});
+    }
+    return result;
+}
+
+}  // namespace
+
 qcow::Result<qcow::ImageSpec> spec_of(const Source& source) {
     qcow::ImageSpec spec{.location = source.location};
+    std::vector<std::string> secrets;
+    if (source.image_opts) {
+        auto options = QCOW_TRY(parse_image_options(source.path));
+        spec.location = options.layers.front();
+        if (options.layers.size() > 1 && !options.layers[1].path.empty()) spec.backing = options.layers[1];
+        if (options.layers.size() > 1) spec.backing_format = options.layers[1].format;
+        secrets = std::move(options.secrets);
+    }
     if (!source.format.empty()) spec.location.format = qcow::format_from_name(source.format);
     spec.location.alone |= source.no_backing;
     if (!source.backing.empty()) spec.backing = QCOW_TRY(qcow::parse_location(source.backing));
-    spec.backing_format = qcow::format_from_name(source.backing_format);
+    if (!source.backing_format.empty()) spec.backing_format = qcow::format_from_name(source.backing_format);
     spec.force_share = source.force_share;
     spec.untrusted = source.untrusted;
+    if (!source.examines) set_keys(spec, source.max_kdf_seconds, std::move(secrets));
     return spec;
 }
 
@@ -189,6 +283,7 @@ qcow::Result<std::shared_ptr<qcow::Image>> open(const qcow::ImageSpec& spec) {
 qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, bool follow) {
     auto spec = QCOW_TRY(spec_of(source));
     spec.follow = follow;
+    if (!follow) spec.keys = {};
     return open(spec);
 }
 
@@ -197,28 +292,34 @@ qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Im
     return image->snapshots().open(source.snapshot);
 }
 
-void add_target_options(CLI::App& app, Target& target) {
-    app.add_option("IMAGE", target.path, "Image file or block device")
-        ->required()
-        ->check(name_text)
-        ->transform(CLI::Validator(
-            [&target](std::string& name) -> std::string {
-                auto parsed = qcow::parse_location(name);
-                if (!parsed) return parsed.error().message();
-                if (parsed->alone) return "an image without its backing file can be only read";
-                name = parsed->path;
-                target.location = *std::move(parsed);
-                return {};
-            },
-            ""));
+CLI::Option* add_target_options(CLI::App& app, Target& target) {
+    auto* image = app.add_option("IMAGE", target.path, "Image file or block device")
+                      ->required()
+                      ->check(name_text)
+                      ->transform(CLI::Validator(
+                          [&target](std::string& name) -> std::string {
+                              auto parsed = qcow::parse_location(name);
+                              if (!parsed) return parsed.error().message();
+                              if (parsed->alone) return "an image without its backing file can be only read";
+                              name = parsed->path;
+                              target.location = *std::move(parsed);
+                              return {};
+                          },
+                          ""));
+    add_change_options(app, target);
+    return image;
+}
+
+void add_change_options(CLI::App& app, Target& target) {
     add_image_format_option(app, target.format);
     add_cache_option(app, target.cache);
     add_untrusted_option(app, target.untrusted);
+    add_encryption_options(app, target.max_kdf_seconds);
 }
 
-CLI::Option* add_cache_option(CLI::App& app, std::string& cache) {
+CLI::Option* add_cache_option(CLI::App& app, std::string& cache, const std::string& names) {
     return one_of(app.add_option(
-                      "--cache", cache,
+                      names, cache,
                       "When writes become durable. writeback: at the end; writethrough: each one at once; none: "
                       "at the end, without the page cache (direct I/O); unsafe: not before the system writes them"),
                   {"writeback", "writethrough", "none", "unsafe"})
@@ -230,6 +331,7 @@ qcow::ImageSpec spec_of(const Target& target) {
     if (!target.format.empty()) spec.location.format = qcow::format_from_name(target.format);
     spec.untrusted = target.untrusted;
     set_cache(spec, target.cache);
+    set_keys(spec, target.max_kdf_seconds);
     return spec;
 }
 
@@ -247,9 +349,10 @@ qcow::Result<void> verify_names_a_file(const std::string& path) {
                                        "this name is \"./-\""});
 }
 
-qcow::Result<int> change(const Target& target, const std::function<qcow::Result<void>(qcow::Image&)>& work) {
+qcow::Result<int> change(const Target& target, const Change& work) {
+    const StopOnSignals signals;
     const auto image = QCOW_TRY(open(spec_of(target)));
-    QCOW_TRY_VOID(work(*image));
+    QCOW_TRY_VOID(work(*image, signals.token()));
     QCOW_TRY_VOID(image->close());
     return ok;
 }

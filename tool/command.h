@@ -14,6 +14,7 @@
 #include "qcow/files_in_use.h"
 #include "qcow/image_spec.h"
 #include "qcow/try.h"
+#include "signals.h"
 
 namespace tool {
 
@@ -29,13 +30,19 @@ using Json = nlohmann::ordered_json;
 /// Declares a command of `root`. Its callback stores the exit status in `status`.
 using Declare = void (*)(CLI::App& root, int& status);
 
+void declare_bitmap(CLI::App& root, int& status);
+void declare_control(CLI::App& root, int& status);
+void declare_build(CLI::App& root, int& status);
 void declare_info(CLI::App& root, int& status);
 void declare_map(CLI::App& root, int& status);
 void declare_check(CLI::App& root, int& status);
+void declare_compact(CLI::App& root, int& status);
 void declare_compare(CLI::App& root, int& status);
 void declare_convert(CLI::App& root, int& status);
 void declare_create(CLI::App& root, int& status);
 void declare_digest(CLI::App& root, int& status);
+void declare_measure(CLI::App& root, int& status);
+void declare_mount(CLI::App& root, int& status);
 void declare_read(CLI::App& root, int& status);
 void declare_serve(CLI::App& root, int& status);
 void declare_snapshot(CLI::App& root, int& status);
@@ -44,6 +51,18 @@ void declare_zero(CLI::App& root, int& status);
 void declare_discard(CLI::App& root, int& status);
 void declare_resize(CLI::App& root, int& status);
 void declare_rebase(CLI::App& root, int& status);
+void declare_commit(CLI::App& root, int& status);
+void declare_amend(CLI::App& root, int& status);
+void declare_partitions(CLI::App& root, int& status);
+void declare_df(CLI::App& root, int& status);
+void declare_ls(CLI::App& root, int& status);
+void declare_tree(CLI::App& root, int& status);
+void declare_find(CLI::App& root, int& status);
+void declare_cat(CLI::App& root, int& status);
+void declare_get(CLI::App& root, int& status);
+void declare_put(CLI::App& root, int& status);
+void declare_rm(CLI::App& root, int& status);
+void declare_mkdir(CLI::App& root, int& status);
 
 /// Returns the parser of the whole command line. Running a command stores the exit status in `status`.
 std::unique_ptr<CLI::App> make_app(int& status);
@@ -63,6 +82,9 @@ struct Source {
     std::string backing_format;
     bool no_backing = false;
     bool untrusted = false;
+    bool image_opts = false;  // `path` is a list of options
+    bool examines = false;    // only metadata: no key is needed
+    std::string max_kdf_seconds;
 };
 
 /// Parses `name`, and sets the path and location of `source`.
@@ -71,14 +93,15 @@ qcow::Result<void> name_source(Source& source, const std::string& name);
 /// Turns the name of a new file into its path.
 extern const CLI::Validator path_of_new_file;
 
-/// Adds the argument IMAGE and the options of add_open_options.
-void add_source_options(CLI::App& app, Source& source);
+/// Adds the argument IMAGE and the options of add_open_options. Returns the argument.
+CLI::Option* add_source_options(CLI::App& app, Source& source);
 
 /// Adds the options of all commands that read: those for Source, except its path and snapshot.
 void add_open_options(CLI::App& app, Source& source);
 
 /// Adds the option that selects an internal snapshot.
-CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::string& description);
+CLI::Option* add_snapshot_option(CLI::App& app, Source& source, const std::string& description,
+                                 const std::string& name = "-l,--snapshot");
 
 /// Returns the library's description of the source.
 qcow::Result<qcow::ImageSpec> spec_of(const Source& source);
@@ -105,6 +128,7 @@ struct Target {
     std::string format;       // empty: guessed
     std::string cache = "writeback";
     bool untrusted = false;
+    std::string max_kdf_seconds = {};
 };
 
 /// Returns the library's description of the target.
@@ -119,20 +143,31 @@ void add_format_option(CLI::App& app, std::string& format, const std::string& na
 /// Adds --force-share, an option of all commands that only read.
 void add_force_share_option(CLI::App& app, bool& force_share);
 
+/// Adds the options for the keys of encrypted images, options of all commands that open an image.
+void add_encryption_options(CLI::App& app, std::string& max_kdf_seconds);
+
+/// Sets up an image to be read or written if it is encrypted, with this value of --max-kdf-seconds.
+void set_keys(qcow::ImageSpec& spec, const std::string& max_kdf_seconds, std::vector<std::string> secrets = {});
+
 /// Adds --untrusted, an option of all commands that open an image.
 void add_untrusted_option(CLI::App& app, bool& untrusted);
 
-/// Adds the argument IMAGE and the options of all commands that write.
-void add_target_options(CLI::App& app, Target& target);
+/// Adds the argument IMAGE and the options of all commands that write. Returns the argument.
+CLI::Option* add_target_options(CLI::App& app, Target& target);
+
+/// Adds the options of add_target_options without IMAGE.
+void add_change_options(CLI::App& app, Target& target);
 
 /// Adds -m, the number of threads.
 void add_workers_option(CLI::App& app, unsigned& workers);
 
-/// Adds --cache.
-CLI::Option* add_cache_option(CLI::App& app, std::string& cache);
+/// Adds the option for the cache mode.
+CLI::Option* add_cache_option(CLI::App& app, std::string& cache, const std::string& names = "-t,--cache");
 
-/// Opens the image for writing, calls `work`, and closes it. Returns the exit status.
-qcow::Result<int> change(const Target& target, const std::function<qcow::Result<void>(qcow::Image&)>& work);
+/// Opens the image for writing, calls `work`, and closes it, also after a signal, which requests a stop. Returns the
+/// exit status.
+using Change = std::function<qcow::Result<void>(qcow::Image&, const std::stop_token&)>;
+qcow::Result<int> change(const Target& target, const Change& work);
 
 /// Refuses a range that exceeds the disk. `path` names the disk in the message.
 qcow::Result<void> verify_range(const qcow::Disk& disk, const std::string& path, std::uint64_t at,

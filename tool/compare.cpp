@@ -99,6 +99,8 @@ qcow::Result<int> run(Options& options) {
         QCOW_TRY_VOID(verify_is_not_stdin(source->path));
         source->force_share = options.a.force_share;
         source->untrusted = options.a.untrusted;
+        source->image_opts = options.a.image_opts;
+        source->max_kdf_seconds = options.a.max_kdf_seconds;
     }
     Progress progress("comparing", options.progress);
     auto failed_in = qcow::CompareStep::opening;
@@ -160,6 +162,9 @@ void declare_compare(CLI::App& root, int& status) {
                  "List all runs that differ, and count the bytes, instead of only the first difference");
     add_force_share_option(app, options->a.force_share);
     add_untrusted_option(app, options->a.untrusted);
+    app.add_flag("--image-opts", options->a.image_opts,
+                 "A and B are lists of options: driver=FORMAT,file.filename=FILE,encrypt.key-secret=ID");
+    add_encryption_options(app, options->a.max_kdf_seconds);
     app.add_flag("--json", options->json, "Print JSON");
     app.add_flag("-q,--quiet", options->quiet, "Print only errors; the exit status is the result");
     app.add_flag("-p,--progress", options->progress, "Show progress even if standard error is not a terminal");

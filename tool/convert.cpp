@@ -6,6 +6,7 @@
 
 #include "command.h"
 #include "create_options.h"
+#include "keys.h"
 #include "progress.h"
 #include "qcow/convert.h"
 #include "qcow/stream.h"
@@ -34,6 +35,8 @@ struct Options {
     unsigned workers = 0;
     bool compress = false;
     bool salvage = false;
+    bool bitmaps = false;
+    bool skip_broken_bitmaps = false;
     bool json = false;
     bool progress = false;
 };
@@ -48,9 +51,10 @@ qcow::Result<qcow::NewImage> new_target(const Options& options) {
         return refuse("--cache " + options.cache, "works only with -n; a new file is flushed once, at the end");
     qcow::NewImage target;
     target.path = options.target;
-    target.format = options.target_format == "qcow2" ? qcow::Format::qcow2 : qcow::Format::raw;
-    target.options = QCOW_TRY(parse_create_options(options.image));
+    target.format = qcow::format_from_name(options.target_format).value_or(qcow::Format::raw);
+    target.options = QCOW_TRY(parse_create_options(options.image, options.target, target.format));
     target.untrusted = options.source.untrusted;
+    target.keys = key_source();
     if (options.cache == "unsafe") target.contents = qcow::NewFile::Contents::as_they_are;
     return target;
 }
@@ -63,8 +67,12 @@ qcow::Result<qcow::ConvertJob::ExistingTarget> existing_target(const Options& op
     if (backing.empty() && !backing_format.empty())
         return refuse("backing file format", "-F works only with -B, the backing file that has this format");
     qcow::ConvertJob::ExistingTarget target;
-    target.image = spec_of(Target{
-        options.target, {.path = options.target}, options.target_format, options.cache, options.source.untrusted});
+    target.image = spec_of(Target{options.target,
+                                  {.path = options.target},
+                                  options.target_format,
+                                  options.cache,
+                                  options.source.untrusted,
+                                  options.source.max_kdf_seconds});
     target.reads_as_zeros = options.target_is_zero;
     if (!backing.empty()) {
         target.backing = QCOW_TRY(qcow::parse_location(backing, options.target));
@@ -75,8 +83,8 @@ qcow::Result<qcow::ConvertJob::ExistingTarget> existing_target(const Options& op
 
 /// A target that can be written only from front to back.
 qcow::Result<qcow::ConvertJob::StreamTarget> stream_target(const Options& options) {
-    if (options.existing || options.target_format == "qcow2" || !options.image.options.empty() ||
-        !options.image.backing.empty()) {
+    if (options.existing || (!options.target_format.empty() && options.target_format != "raw") ||
+        !options.image.options.empty() || !options.image.backing.empty()) {
         return refuse(options.target,
                       "takes raw data only, because qcow2 images are not written from front to back; convert into a "
                       "file, then use cat FILE");
@@ -115,6 +123,8 @@ qcow::Result<qcow::ConvertJob> job_of(const Options& options) {
     job.compress = options.compress;
     job.level = options.level;
     job.salvage = options.salvage;
+    using enum qcow::ConvertJob::Bitmaps;
+    if (options.bitmaps) job.bitmaps = options.skip_broken_bitmaps ? all_but_broken : all;
     return job;
 }
 
@@ -206,7 +216,7 @@ void declare_convert(CLI::App& root, int& status) {
     add_open_options(app, options->source);
     one_of(app.add_option("-O,--target-format", options->target_format,
                           "Format of the target (default: raw; with -n, guessed from its contents)"),
-           {"raw", "qcow2"});
+           {"raw", "qcow2", "luks"});
     add_snapshot_option(app, options->source, "Convert this internal snapshot (id or name)");
     auto* compress = app.add_flag("-c,--compress", options->compress, "Compress the target");
     app.add_option("--level", options->level,
@@ -234,6 +244,10 @@ void declare_convert(CLI::App& root, int& status) {
         ->needs(existing);
     app.add_flag("--salvage", options->salvage,
                  "Continue if data cannot be read: write zeros in their place, and list them at the end");
+    auto* bitmaps = app.add_flag("--bitmaps", options->bitmaps, "Copy the persistent bitmaps of the source, too");
+    app.add_flag("--skip-broken-bitmaps", options->skip_broken_bitmaps,
+                 "With --bitmaps: leave out bitmaps that are damaged or in use")
+        ->needs(bitmaps);
     app.add_flag("--json", options->json, "At the end, print the lost data as JSON");
     add_cache_option(app, options->cache);
     add_workers_option(app, options->workers);

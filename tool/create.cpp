@@ -4,6 +4,7 @@
 
 #include "command.h"
 #include "create_options.h"
+#include "keys.h"
 #include "qcow/text.h"
 #include "signals.h"
 #include "text.h"
@@ -22,8 +23,8 @@ struct Options {
 };
 
 qcow::Result<int> run(const Options& options) {
-    auto made = QCOW_TRY(parse_create_options(options.image));
-    if (!options.size.empty() && made.has_size) {
+    auto made = QCOW_TRY(parse_create_options(options.image, options.path, *qcow::format_from_name(options.format)));
+    if (!options.size.empty() && made.has("size")) {
         return std::unexpected(
             qcow::Error{qcow::Errc::invalid_argument, "size", "is given twice, as SIZE and as -o size"});
     }
@@ -33,7 +34,7 @@ qcow::Result<int> run(const Options& options) {
                                         .format = *qcow::format_from_name(options.format),
                                         .options = made,
                                         .untrusted = options.untrusted},
-                              .size_of_backing = !made.has_size && options.size.empty(),
+                              .size_of_backing = !made.has("size") && options.size.empty(),
                               .unchecked = options.unchecked};
     const CleanUpOnSignals clean_up;
     const auto created = QCOW_TRY(qcow::create(job, {.warn = warn_on_stderr("-f")}));
@@ -61,7 +62,7 @@ void declare_create(CLI::App& root, int& status) {
                    "Size of the disk, rounded up to a multiple of 512 (default: the size\n"
                    "of the backing file)")
         ->check(size_text);
-    one_of(app.add_option("-f,--format", options->format, "Format of the image"), {"qcow2", "raw"})
+    one_of(app.add_option("-f,--format", options->format, "Format of the image"), {"qcow2", "raw", "luks"})
         ->capture_default_str();
     app.add_option("-b,--backing", options->image.backing,
                    "Backing file. A relative path starts at the directory of IMAGE")
@@ -74,6 +75,7 @@ void declare_create(CLI::App& root, int& status) {
     app.add_flag("--untrusted", options->untrusted,
                  "Do not trust the backing file: open the files that it names only if they are regular files in or "
                  "below its directory");
+    add_key_options(app);
     app.add_flag("-q,--quiet", options->quiet, "Print nothing");
 }
 

@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "keys.h"
 #include "qemu_words.h"
 #include "text.h"
 
@@ -104,28 +105,78 @@ const std::vector<Setter>& setters() {
         {"backing_fmt",
          [](O& o, const Name& name, const Value& value) {
              return set_word<std::string>(o.backing_format, name, value,
-                                          {{"raw", "raw"}, {"qcow", "qcow"}, {"qcow2", "qcow2"}});
+                                          {{"raw", "raw"}, {"qcow", "qcow"}, {"qcow2", "qcow2"}, {"luks", "luks"}});
          }},
-        {"size",
+        {"size", [](O& o, const Name& name, const Value& value) { return set_size(o.size, name, value); }},
+        {"encrypt.format",
+         [](O&, const Name& name, const Value& value) -> Set {
+             if (value == "aes") return refuse(name, "new images do not get the weak encryption \"aes\"; use luks");
+             return value == "luks" ? Set() : refuse(name, not_one_of(value, {"luks"}));
+         }},
+        {"encrypt.key-secret",
+         [](O& o, const Name& name, const Value& value) { return set_name(o.encrypt.key_secret, name, value); }},
+        {"encrypt.cipher-alg",
+         [](O& o, const Name& name, const Value& value) { return set_name(o.encrypt.options.cipher, name, value); }},
+        {"encrypt.cipher-mode",
          [](O& o, const Name& name, const Value& value) {
-             o.has_size = true;
-             return set_size(o.size, name, value);
+             return set_word<std::string>(o.encrypt.options.cipher_mode, name, value,
+                                          {{"xts", "xts"}, {"cbc", "cbc"}, {"ecb", "ecb"}});
+         }},
+        {"encrypt.ivgen-alg",
+         [](O& o, const Name& name, const Value& value) {
+             return set_word<std::string>(o.encrypt.options.ivgen, name, value,
+                                          {{"plain", "plain"}, {"plain64", "plain64"}, {"essiv", "essiv"}});
+         }},
+        {"encrypt.ivgen-hash-alg",
+         [](O& o, const Name& name, const Value& value) {
+             return set_name(o.encrypt.options.ivgen_hash, name, value);
+         }},
+        {"encrypt.hash-alg",
+         [](O& o, const Name& name, const Value& value) { return set_name(o.encrypt.options.hash, name, value); }},
+        {"encrypt.iter-time",
+         [](O& o, const Name& name, const Value& value) -> Set {
+             if (auto wrong = whole_number(1, 1'000'000)(value); !wrong.empty()) return refuse(name, std::move(wrong));
+             o.encrypt.options.iter_time_ms = static_cast<std::uint32_t>(parse_size(value));
+             return {};
+         }},
+        {"encrypt.state",
+         [](O& o, const Name& name, const Value& value) {
+             return set_word<bool>(o.encrypt.active, name, value, {{"active", true}, {"inactive", false}});
+         }},
+        {"encrypt.new-secret",
+         [](O& o, const Name& name, const Value& value) { return set_name(o.encrypt.new_secret, name, value); }},
+        {"encrypt.old-secret",
+         [](O& o, const Name& name, const Value& value) { return set_name(o.encrypt.old_secret, name, value); }},
+        {"encrypt.keyslot",
+         [](O& o, const Name& name, const Value& value) -> Set {
+             if (auto wrong = whole_number(0, 7)(value); !wrong.empty()) return refuse(name, std::move(wrong));
+             o.encrypt.key_slot = static_cast<unsigned>(parse_size(value));
+             return {};
          }},
     };
     return all;
 }
 
-qcow::Result<void> set_option(NewImageOptions& options, const Name& name, const Value& value) {
+qcow::Result<void> set_option(NewImageOptions& options, const Name& given, const Value& value) {
+    // QEMU calls the options of luks by these names without "encrypt.".
+    const auto is_known = [](const Name& name) {
+        return std::ranges::find(setters(), name, &Setter::name) != setters().end();
+    };
+    const auto name = !is_known(given) && is_known("encrypt." + given) ? "encrypt." + given : given;
     const auto setter = std::ranges::find(setters(), name, &Setter::name);
-    if (setter != setters().end()) return setter->set(options, name, value);
+    if (setter != setters().end()) {
+        options.given.push_back(name);
+        return setter->set(options, name, value);
+    }
     if (const auto instead = qemu_option("-o", name))
         return refuse(name, fmt::format("it is an option of QEMU that qcow does not have; {}", *instead));
     std::vector<std::string> known;
     for (const auto& other : setters()) known.push_back(other.name);
-    return refuse(name, fmt::format("there is no option with this name{} (see -o help)", did_you_mean(name, known)));
+    return refuse(name, fmt::format("there is no option with this name{} (see --help)", did_you_mean(name, known)));
 }
 
-/// Splits `text` at commas. Two commas stand for one comma in a part.
+}  // namespace
+
 std::vector<std::string> parts_of(std::string_view text) {
     std::vector<std::string> parts(1);
     for (std::size_t i = 0; i < text.size(); ++i) {
@@ -141,8 +192,6 @@ std::vector<std::string> parts_of(std::string_view text) {
     return parts;
 }
 
-}  // namespace
-
 const char* const new_image_help =
     "Options for -o, as name=value, separated by commas (,, stands for a comma in a value), with their defaults:\n"
     "  compat=1.1              1.1 makes version 3, 0.10 version 2\n"
@@ -154,10 +203,19 @@ const char* const new_image_help =
     "  preallocation=off       off, metadata, falloc (reserves space) or full (writes zeros)\n"
     "  data_file=NAME          store the data in this file: a new or empty one, or a block device\n"
     "  data_file_raw=off       on makes the data file a valid raw image\n"
-    "  backing_file=NAME, backing_fmt=FORMAT, size=SIZE";
+    "  backing_file=NAME, backing_fmt=FORMAT, size=SIZE\n"
+    "  encrypt.format=luks     encrypt the data; for -O luks, leave out \"encrypt.\" in these options:\n"
+    "  encrypt.key-secret=ID   the key, a secret of --object (default: --key, or ask on the terminal)\n"
+    "  encrypt.cipher-alg=aes-256, encrypt.cipher-mode=xts, encrypt.ivgen-alg=plain64, encrypt.ivgen-hash-alg=sha256,\n"
+    "  encrypt.hash-alg=sha256, encrypt.iter-time=2000 (milliseconds that deriving the key takes)";
 
 void add_new_image_options(CLI::App& app, NewImageArguments& arguments) {
-    app.add_option("-o,--options", arguments.options, "Options of the new image: name=value,... (see below)")
+    add_options_option(app, arguments.options, "Options of the new image: name=value,... (see below)");
+}
+
+CLI::Option* add_options_option(CLI::App& app, std::vector<std::string>& options, const std::string& description,
+                                const std::string& name) {
+    return app.add_option(name, options, description)
         ->type_name("NAME=VALUE")
         ->allow_extra_args(false)
         ->each([](const std::string& text) {
@@ -169,12 +227,12 @@ void add_new_image_options(CLI::App& app, NewImageArguments& arguments) {
 
 void add_backing_format_option(CLI::App& app, const std::string& name, NewImageArguments& arguments) {
     one_of(app.add_option(name, arguments.backing_format, "Format of the new image's backing file"),
-           {"raw", "qcow", "qcow2"});
+           {"raw", "qcow", "qcow2", "luks"});
 }
 
-qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments) {
+qcow::Result<NewImageOptions> parse_options(const std::vector<std::string>& texts) {
     NewImageOptions options;
-    for (const auto& text : arguments.options) {
+    for (const auto& text : texts) {
         for (const auto& part : parts_of(text)) {
             if (part.empty()) {
                 return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "-o " + text,
@@ -183,10 +241,39 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
             // A name without a value means "on", as with QEMU.
             const auto equals = std::min(part.find('='), part.size());
             const auto value = equals == part.size() ? "on" : part.substr(equals + 1);
-            if (auto set = set_option(options, part.substr(0, equals), value); !set)
-                return std::unexpected(std::move(set).error());
+            if (auto set = set_option(options, part.substr(0, equals), value); !set) {
+                auto error = std::move(set).error();
+                if (equals == part.size()) error.what += "; give a value: " + part + "=VALUE";
+                return std::unexpected(std::move(error));
+            }
         }
     }
+    return options;
+}
+
+namespace {
+
+/// Sets how the new image is encrypted, if it is.
+qcow::Result<void> set_encryption(NewImageOptions& options, const std::string& path, qcow::Format format) {
+    const auto is_about_it = [](const std::string& name) { return name.starts_with("encrypt."); };
+    const bool any = std::ranges::any_of(options.given, is_about_it);
+    for (const auto* name : {"encrypt.state", "encrypt.new-secret", "encrypt.old-secret", "encrypt.keyslot"})
+        if (options.has(name)) return refuse(name, "only qcow amend has it: it changes the key slots of an image");
+    if (format != qcow::Format::luks && !any) return {};
+    if (format == qcow::Format::qcow2 && !options.has("encrypt.format"))
+        return refuse("encrypt.format", "the image is not encrypted without it; add encrypt.format=luks");
+    if (format == qcow::Format::raw) return refuse("encrypt.format", "a raw image is not encrypted; use qcow2 or luks");
+    const auto& encrypt = options.encrypt;
+    options.encryption = encrypt.options;
+    options.encryption->key = QCOW_TRY(encrypt.key_secret.empty() ? new_key(path) : secret_of(encrypt.key_secret));
+    return {};
+}
+
+}  // namespace
+
+qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments, const std::string& path,
+                                                   qcow::Format format) {
+    auto options = QCOW_TRY(parse_options(arguments.options));
     if (!arguments.backing.empty()) options.backing_name = arguments.backing;
     if (!arguments.backing_format.empty()) options.backing_format = arguments.backing_format;
     for (const auto& name : {options.backing_name, options.data_file_name}) QCOW_TRY_VOID(verify_names_a_file(name));
@@ -194,6 +281,7 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
         return std::unexpected(
             qcow::Error{qcow::Errc::invalid_argument, "backing file", "its format is given, but its name is missing"});
     }
+    QCOW_TRY_VOID(set_encryption(options, path, format));
     return options;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <ctime>
 
+#include "inside.h"
 #include "qcow/text.h"
 #include "text.h"
 
@@ -105,6 +106,16 @@ Json info_json(const qcow::ImageInfo& info) {
                  {"virtual-size", info.virtual_size},
                  {"actual-size", info.disk_size},
                  {"file-size", info.file_size}};
+    json["encrypted"] = info.encryption.has_value();
+    if (info.encryption) {
+        const auto& e = *info.encryption;
+        json["encrypt"] = {{"format", e.method}, {"cipher", e.cipher}, {"key-bits", e.key_bits}};
+        if (!e.hash.empty()) json["encrypt"]["hash"] = e.hash;
+        if (e.slots != 0) {
+            json["encrypt"]["slots"] = e.slots;
+            json["encrypt"]["used-slots"] = e.used_slots;
+        }
+    }
     if (info.version == 0) return json;
     json["version"] = info.version;
     json["cluster-size"] = info.cluster_size;
@@ -131,16 +142,6 @@ Json info_json(const qcow::ImageInfo& info) {
         json["full-data-file"] = info.data_file->path;
         json["data-file-raw"] = info.data_file_raw;
     }
-    json["encrypted"] = info.encryption.has_value();
-    if (info.encryption) {
-        const auto& e = *info.encryption;
-        json["encrypt"] = {{"format", e.method}, {"cipher", e.cipher}, {"key-bits", e.key_bits}};
-        if (!e.hash.empty()) json["encrypt"]["hash"] = e.hash;
-        if (e.slots != 0) {
-            json["encrypt"]["slots"] = e.slots;
-            json["encrypt"]["used-slots"] = e.used_slots;
-        }
-    }
     json["snapshots"] = snapshots_json(info);
     json["bitmaps"] = Json::array();
     for (const auto& b : info.bitmaps) {
@@ -162,6 +163,7 @@ void print_info(const qcow::ImageInfo& info) {
                                     info.version > 1 ? fmt::format(", version {}", info.version) : ""));
     lines.add("virtual size", human_exact(info.virtual_size));
     lines.add("disk size", fmt::format("{}, file length {}", human_exact(info.disk_size), human(info.file_size)));
+    if (info.encryption) lines.add("encryption", encryption_text(*info.encryption));
     if (info.version == 0) return;
     lines.add("cluster size", human(info.cluster_size));
     lines.add("compression", info.compression);
@@ -179,7 +181,6 @@ void print_info(const qcow::ImageInfo& info) {
         lines.add("data file", fmt::format("{}{}", reference_text(*info.data_file),
                                            info.data_file_raw ? " (a valid raw image)" : ""));
     }
-    if (info.encryption) lines.add("encryption", encryption_text(*info.encryption));
     if (info.dirty) {
         lines.add("dirty", "yes: not closed; refcounts may be old, and opening the image for writing rebuilds them",
                   Colour::yellow);
@@ -200,6 +201,17 @@ void print_info(const qcow::ImageInfo& info) {
         lines.add("bitmaps", "out of date: a program that does not know bitmaps has written the image", Colour::yellow);
     for (const auto& e : info.unknown_extensions)
         lines.add("extension", fmt::format("unknown, type {:#010x}, {} bytes", e.type, e.length));
+}
+
+void print_contents(const qcow::PartitionTable& table) {
+    Lines lines;
+    if (!table.content.type.empty()) lines.add("contents", content_text(table.content));
+    for (const auto& p : table.partitions) {
+        auto text = fmt::format("{}, {}", p.type_name.empty() ? p.type : p.type_name, human(p.bytes));
+        if (!p.name.empty()) text += fmt::format(", \"{}\"", printable(p.name));
+        if (!p.extended) text += fmt::format(": {}", content_text(p.content));
+        lines.add(fmt::format("partition {}", p.number), text);
+    }
 }
 
 void print_snapshots(const qcow::ImageInfo& info) {

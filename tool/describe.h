@@ -3,6 +3,7 @@
 
 #include "command.h"
 #include "qcow/copy.h"
+#include "qcow/filesystem.h"
 
 namespace tool {
 
@@ -14,6 +15,8 @@ Json snapshots_json(const qcow::ImageInfo& info);
 Json usage_json(const qcow::Usage& usage, std::uint64_t cluster_size);
 
 void print_info(const qcow::ImageInfo& info);
+/// A line for each partition.
+void print_contents(const qcow::PartitionTable& table);
 void print_snapshots(const qcow::ImageInfo& info);
 void print_usage(const qcow::Usage& usage, std::uint64_t cluster_size);
 

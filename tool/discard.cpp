@@ -30,7 +30,10 @@ void declare_discard(CLI::App& root, int& status) {
         "backing file has data for them.\n"
         "Example:\n"
         "  qcow discard disk.qcow2 1G 4G",
-        [options] { return change(options->target, [&](qcow::Image& image) { return discard(image, *options); }); });
+        [options] {
+            return change(options->target,
+                          [&](qcow::Image& image, const std::stop_token&) { return discard(image, *options); });
+        });
     add_target_options(app, options->target);
     app.add_option("OFFSET", options->offset, "First byte, as an offset in the virtual disk")
         ->required()

@@ -94,6 +94,7 @@ void declare_map(CLI::App& root, int& status) {
                         "  qcow map --json disk.qcow2 | jq '[.[] | select(.data) | .length] | add'",
                         [options] { return run(*options); });
     add_source_options(app, options->source);
+    options->source.examines = true;
     add_snapshot_option(app, options->source, "Map this internal snapshot (id or name)");
     app.add_flag("--json", options->json, "Print a JSON array with one line per extent, in the format of qemu-img map");
 }

@@ -7,17 +7,10 @@ namespace tool {
 namespace {
 
 constexpr auto commands = std::to_array<QemuWord>({
-    {"", "amend",
-     "qemu-img amend -f qcow2 -o OPTIONS IMAGE changes the image, "
-     "and qcow convert -O qcow2 -o OPTIONS IMAGE NEW makes a new one"},
     {"", "bench", "qemu-img bench does that"},
-    {"", "bitmap", "qemu-img bitmap does that, and qcow info IMAGE lists the bitmaps"},
-    {"", "commit",
-     "qemu-img commit -f qcow2 OVERLAY does that, and qcow convert -O qcow2 OVERLAY NEW makes one image of the chain"},
     {"", "dd",
      "qcow read IMAGE OFFSET LENGTH > FILE and qcow write IMAGE OFFSET < FILE copy a part, "
      "and qcow convert copies all"},
-    {"", "measure", "qemu-img measure -O qcow2 IMAGE does that, and qcow info --usage IMAGE shows what is stored now"},
     {"", "io aio_read readv", "qcow read IMAGE OFFSET LENGTH reads, and qcow write IMAGE OFFSET < FILE writes"},
     {"", "aio_write writev", "qcow write IMAGE OFFSET < FILE does that"},
     {"", "alloc", "qcow map IMAGE shows what is allocated"},
@@ -28,8 +21,7 @@ constexpr auto commands = std::to_array<QemuWord>({
 });
 
 constexpr auto options = std::to_array<QemuWord>({
-    {"", "--object", "it passes secrets for encrypted images and connections, which only QEMU's tools open"},
-    {"", "--image-opts --target-image-opts", "name the file, and give its format with -f"},
+    {"", "--target-image-opts", "name the file, and give its format"},
     {"", "-T --trace", "leave it out"},
     {"", "-q --quiet", "leave it out, or add > /dev/null: errors still show"},
     {"", "--output", "use --json instead of --output=json; without it, the output is text"},
@@ -37,10 +29,8 @@ constexpr auto options = std::to_array<QemuWord>({
     {"convert", "-C", "leave it out: the file system shares or copies the data if it can"},
     {"convert", "-W", "leave it out: a copy uses all processors, and -m sets another number"},
     {"convert", "-r", "leave it out, or use qemu-img convert -r RATE"},
-    {"convert", "-t", "with -n, use --cache MODE (a new file is flushed once, at the end)"},
     {"convert", "-T", "leave it out: sources are read through the page cache"},
-    {"convert", "--bitmaps --skip-broken-bitmaps", "qemu-img convert --bitmaps copies the bitmaps, too"},
-    {"create", "-e", "qemu-img create -o encrypt.format=luks,... makes encrypted images"},
+    {"create", "-e", "use -o encrypt.format=luks"},
     {"map", "-s --start-offset --max-length", "leave it out: qcow map shows the whole disk"},
     {"resize", "--preallocation", "qemu-img resize --preallocation=MODE IMAGE SIZE does that"},
     {"read", "-P", "compare with a file: qcow read IMAGE OFFSET LENGTH | cmp - FILE"},
@@ -48,12 +38,9 @@ constexpr auto options = std::to_array<QemuWord>({
     {"write", "-P -s", "the bytes come from standard input: qcow write IMAGE OFFSET < FILE"},
     {"write", "-z", "qcow zero IMAGE OFFSET LENGTH does that"},
     {"write", "-c", "qcow convert -c compresses a whole image"},
-    {"resize", "-t", "use --cache MODE"},
-    {"rebase", "-t", "use --cache MODE"},
+    {"amend", "-p", "leave it out: changing options takes no longer than qcow check"},
+    {"commit", "-r", "leave it out, or use qemu-img commit -r RATE"},
     {"rebase", "-T", "leave it out: qcow reads backing files through the cache of the system"},
-    {"write", "-t", "use --cache MODE"},
-    {"zero", "-t", "use --cache MODE"},
-    {"discard", "-t", "use --cache MODE"},
     {"write", "-n --nocache", "use --cache none"},
     {"serve", "-n --nocache", "use --cache none"},
     {"", "-i --aio", "leave it out"},
@@ -73,14 +60,14 @@ constexpr auto options = std::to_array<QemuWord>({
     {"serve", "--selinux-label", "label the directory of the socket"},
     {"serve", "--tls-creds", "use --tls-certificates DIRECTORY or --tls-psk FILE"},
     {"serve", "--tls-authz --tls-hostname", "--tls-verify-peer accepts only clients with a certificate of the same CA"},
-    {"-o", "encryption encrypt.format encrypt.key-secret", "qemu-img create makes encrypted images"},
+    {"-o", "encryption", "use encrypt.format=luks"},
     {"-o", "nolazy_refcounts noextended_l2 nodata_file_raw", "use NAME=off"},
     {"-o", "nocow", "chattr +C on the directory does that"},
     {"-o", "extent_size_hint", "xfs_io -c 'extsize SIZE' on the directory does that"},
 });
 
 constexpr auto values = std::to_array<QemuWord>({
-    {"", "bochs cloop dmg luks parallels qcow qed vdi vhdx vmdk vpc", "qemu-img convert supports that format"},
+    {"", "bochs cloop dmg parallels qcow qed vdi vhdx vmdk vpc", "qemu-img convert supports that format"},
     {"", "directsync", "use writethrough, which is as durable, or none, which bypasses the page cache"},
 });
 

@@ -20,6 +20,7 @@ struct Options {
 
 qcow::Result<int> run(const Options& options) {
     QCOW_TRY_VOID(verify_is_not_stdin(options.target.path));
+    const StopOnSignals signals;
     Progress progress("rebasing", options.progress);
     const qcow::RebaseJob job{
         .image = spec_of(options.target),
@@ -31,7 +32,8 @@ qcow::Result<int> run(const Options& options) {
     };
     QCOW_TRY(
         qcow::rebase(job, {.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); },
-                           .warn = warn_on_stderr()}));
+                           .warn = warn_on_stderr(),
+                           .stop = signals.token()}));
     return ok;
 }
 

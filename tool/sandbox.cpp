@@ -14,6 +14,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -164,6 +165,11 @@ constexpr std::array served_by = {
     SCMP_SYS(clock_gettime), SCMP_SYS(clock_getres), SCMP_SYS(clock_nanosleep), SCMP_SYS(nanosleep),
     SCMP_SYS(gettimeofday), SCMP_SYS(getrandom)};
 
+/// What a process needs in addition, to share memory and events with others.
+constexpr std::array sharing = {SCMP_SYS(recvmsg),     SCMP_SYS(epoll_create1), SCMP_SYS(epoll_ctl),
+                                SCMP_SYS(epoll_wait),  SCMP_SYS(epoll_pwait),   SCMP_SYS(eventfd2),
+                                SCMP_SYS(memfd_create)};
+
 /// The options that are set on a client's socket. Others are dangerous: with one of them, root replaces the packet
 /// filter.
 constexpr std::array<std::pair<int, int>, 8> socket_options = {{{SOL_SOCKET, SO_SNDBUF},
@@ -187,7 +193,7 @@ constexpr std::array deadly = {
     SCMP_SYS(creat), SCMP_SYS(openat2), SCMP_SYS(open_by_handle_at), SCMP_SYS(truncate), SCMP_SYS(rename),
     SCMP_SYS(renameat), SCMP_SYS(renameat2), SCMP_SYS(link), SCMP_SYS(linkat), SCMP_SYS(symlink), SCMP_SYS(symlinkat),
     SCMP_SYS(mkdir), SCMP_SYS(mkdirat), SCMP_SYS(mknod), SCMP_SYS(mknodat), SCMP_SYS(chmod), SCMP_SYS(fchmod),
-    SCMP_SYS(fchmodat), SCMP_SYS(chown), SCMP_SYS(lchown), SCMP_SYS(fchown), SCMP_SYS(fchownat), SCMP_SYS(memfd_create),
+    SCMP_SYS(fchmodat), SCMP_SYS(chown), SCMP_SYS(lchown), SCMP_SYS(fchown), SCMP_SYS(fchownat),
     // the system
     SCMP_SYS(mount), SCMP_SYS(umount2), SCMP_SYS(pivot_root), SCMP_SYS(chroot), SCMP_SYS(bpf),
     SCMP_SYS(perf_event_open), SCMP_SYS(userfaultfd), SCMP_SYS(io_uring_setup), SCMP_SYS(init_module),
@@ -248,10 +254,17 @@ constexpr scmp_arg_cmp has_bits(unsigned index, std::uint64_t mask, std::uint64_
     return argument(index, SCMP_CMP_MASKED_EQ, mask, bits);
 }
 
-Obstacle enter_seccomp(bool removes) {
+Obstacle enter_seccomp(bool removes, bool shares_memory) {
     Filter filter;
     for (const int call : served_by) filter.allow(call);
     for (const int call : deadly) filter.kill(call);
+    if (shares_memory) {
+        for (const int call : sharing) filter.allow(call);
+        filter.allow(SCMP_SYS(sendmsg), has_bits(2, MSG_FASTOPEN, 0));
+        filter.kill(SCMP_SYS(sendmsg), has_bits(2, MSG_FASTOPEN, MSG_FASTOPEN));
+    } else {
+        filter.kill(SCMP_SYS(memfd_create));
+    }
 
     // Sending to an address, and opening a connection with the first data, are ways to connect.
     filter.allow(SCMP_SYS(sendto), has_bits(3, MSG_FASTOPEN, 0), argument(4, SCMP_CMP_EQ, 0));
@@ -290,9 +303,20 @@ Obstacle enter_seccomp(bool removes) {
 
 #else
 
-Obstacle enter_seccomp(bool) { return "qcow was built without libseccomp"; }
+Obstacle enter_seccomp(bool, bool) { return "qcow was built without libseccomp"; }
 
 #endif
+
+void set_limits(const ProcessLimits& limits) {
+    const auto set = [](auto resource, rlim_t soft, rlim_t hard) {
+        const rlimit limit{soft, hard};
+        setrlimit(resource, &limit);
+    };
+    set(RLIMIT_DATA, limits.memory_bytes, limits.memory_bytes);
+    set(RLIMIT_CPU, limits.processor_seconds, RLIM_INFINITY);
+    set(RLIMIT_CORE, 0, 0);
+    if (!limits.writes_files) set(RLIMIT_FSIZE, 0, 0);
+}
 
 }  // namespace
 
@@ -305,6 +329,7 @@ qcow::Result<std::string> enter_sandbox(const Sandbox& sandbox) {
     if (wanted && sanitized)
         return failure(qcow::Errc::unsupported, "option --sandbox", "a build with sanitizers cannot be confined");
 
+    if (sandbox.limits && !sanitized) set_limits(*sandbox.limits);
     const Landlock landlock(sandbox.removed);
     if (account != nullptr) {
         for (const auto& path : sandbox.given)
@@ -320,7 +345,7 @@ qcow::Result<std::string> enter_sandbox(const Sandbox& sandbox) {
             if (!obstacle.empty()) missing.push_back(fmt::format("no {}: {}", name, obstacle));
         };
         note("Landlock", landlock.enter());
-        note("seccomp", enter_seccomp(!sandbox.removed.empty()));
+        note("seccomp", enter_seccomp(!sandbox.removed.empty(), sandbox.shares_memory));
         if (!automatic && !missing.empty()) {
             return failure(qcow::Errc::unsupported, "option --sandbox=on",
                            fmt::format("{}; --sandbox=auto starts without it", fmt::join(missing, "; ")));

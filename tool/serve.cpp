@@ -1,22 +1,24 @@
-// qcow serve: serves images over NBD.
+// qcow serve: serves images over NBD and vhost-user.
 
 #include <fmt/format.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <csignal>
+#include <atomic>
+#include <charconv>
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
+#include <optional>
+#include <thread>
 
 #include "command.h"
+#include "qcow/control.h"
 #include "qcow/serve.h"
 #include "qcow/text.h"
+#include "qcow/vhost_user.h"
 #include "sandbox.h"
+#include "service.h"
 
 namespace tool {
 namespace {
@@ -30,9 +32,13 @@ struct Options {
     std::string socket;
     std::string bind;
     std::uint16_t port = 10809;
+    std::string control;
     std::string pid_file;
     std::string cache = "writeback";
     std::string discard = "unmap";
+    std::vector<std::string> guests;  // vhost-user sockets, one an image
+    std::vector<std::string> serials;
+    qcow::VhostUserOptions guest;
     qcow::NbdTls tls;
     unsigned connections = qcow::NbdLimits().connections;
     Sandbox sandbox;
@@ -41,10 +47,6 @@ struct Options {
     bool persistent = false;
     bool allocation_depth = false;
 };
-
-std::unexpected<qcow::Error> system_failure(const std::string& place, const std::string& what) {
-    return std::unexpected(qcow::Error{qcow::Errc::io, place, fmt::format("{}: {}", what, std::strerror(errno))});
-}
 
 /// Returns the number of sockets that a service manager passes, from file descriptor 3 on.
 int inherited_sockets() {
@@ -55,77 +57,53 @@ int inherited_sockets() {
     return number("LISTEN_PID") == getpid() ? std::max(0, number("LISTEN_FDS")) : 0;
 }
 
-/// The service manager, if there is one that wants to be notified.
-class ServiceManager {
+/// The servers of this process: at most one for NBD, and one for each virtual machine.
+class Servers {
 public:
-    ServiceManager() {
-        const char* path = std::getenv("NOTIFY_SOCKET");
-        sockaddr_un address = {};
-        address.sun_family = AF_UNIX;
-        if (path == nullptr || std::strlen(path) >= sizeof address.sun_path) return;
-        std::memcpy(address.sun_path, path, std::strlen(path) + 1);
-        if (address.sun_path[0] == '@') address.sun_path[0] = '\0';  // the abstract name space
-        fd_ = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-        const auto length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + std::strlen(path));
-        connected_ = connect(fd_, reinterpret_cast<const sockaddr*>(&address), length) == 0;
-    }
-    ServiceManager(const ServiceManager&) = delete;
-    ServiceManager& operator=(const ServiceManager&) = delete;
-    ~ServiceManager() {
-        if (fd_ >= 0) close(fd_);
+    void set_nbd(std::unique_ptr<qcow::NbdServer> server) { nbd_ = std::move(server); }
+    void add_guest(std::unique_ptr<qcow::VhostUserServer> server) { guests_.push_back(std::move(server)); }
+
+    /// Runs them until stop() is called, or until the last client has left. If there are virtual machines, NBD clients
+    /// do not count. Returns the first error.
+    qcow::Result<void> run() {
+        complete_ = true;
+        if (stopping_) stop();
+        std::vector<qcow::Result<void>> results(guests_.size());
+        std::atomic<std::size_t> left = guests_.size();
+        std::vector<std::thread> threads;
+        threads.reserve(guests_.size());
+        for (std::size_t i = 0; i < guests_.size(); ++i) {
+            threads.emplace_back([&, i] {
+                results[i] = guests_[i]->run();
+                if (--left == 0 && nbd_) nbd_->stop();
+            });
+        }
+        qcow::Result<void> result;
+        if (nbd_) result = nbd_->run();
+        if (!result) stop();
+        for (auto& thread : threads) thread.join();
+        for (auto& guest : results)
+            if (result) result = std::move(guest);
+        return result;
     }
 
-    void tell(const std::string& state) const {
-        if (connected_) send(fd_, state.data(), state.size(), MSG_NOSIGNAL);
+    /// Makes run() return, also a later call of it. Async-signal-safe.
+    void stop() noexcept {
+        stopping_ = true;
+        if (!complete_) return;
+        if (nbd_) nbd_->stop();
+        for (const auto& guest : guests_) guest->stop();
+    }
+
+    void announce_sizes() const noexcept {
+        for (const auto& guest : guests_) guest->announce_size();
     }
 
 private:
-    int fd_ = -1;
-    bool connected_ = false;
-};
-
-/// A file with the ID of this process. The destructor removes it.
-class PidFile {
-public:
-    PidFile() = default;
-    PidFile(const PidFile&) = delete;
-    PidFile& operator=(const PidFile&) = delete;
-    ~PidFile() {
-        if (!path_.empty()) unlink(path_.c_str());
-    }
-
-    qcow::Result<void> write(const std::string& path) {
-        auto* file = std::fopen(path.c_str(), "w");
-        if (file == nullptr) return system_failure(path, "cannot write");
-        path_ = path;
-        fmt::print(file, "{}\n", getpid());
-        if (std::fclose(file) != 0) return system_failure(path, "cannot write");
-        return {};
-    }
-
-private:
-    std::string path_;
-};
-
-qcow::NbdServer* serving = nullptr;
-
-/// While this lives, SIGTERM and SIGINT stop the server.
-class StopOnSignals {
-public:
-    explicit StopOnSignals(qcow::NbdServer& server) {
-        serving = &server;
-        set([](int) { serving->stop(); });
-    }
-    StopOnSignals(const StopOnSignals&) = delete;
-    StopOnSignals& operator=(const StopOnSignals&) = delete;
-    ~StopOnSignals() { set(SIG_DFL); }
-
-private:
-    static void set(void (*handler)(int)) {
-        struct sigaction action = {};
-        action.sa_handler = handler;
-        for (const int signal : {SIGTERM, SIGINT}) sigaction(signal, &action, nullptr);
-    }
+    std::unique_ptr<qcow::NbdServer> nbd_;
+    std::vector<std::unique_ptr<qcow::VhostUserServer>> guests_;
+    std::atomic<bool> complete_ = false;  // whether the list of servers does not change any more
+    std::atomic<bool> stopping_ = false;
 };
 
 bool only_reads(const Options& options) { return options.read_only || !options.source.snapshot.empty(); }
@@ -179,13 +157,39 @@ void warn_of_open_secrets(const qcow::NbdTls& tls) {
     }
 }
 
+/// The number of a socket that is given as "fd:NUMBER".
+std::optional<int> descriptor_of(const std::string& socket) {
+    constexpr std::string_view prefix = "fd:";
+    int number = 0;
+    const auto* const end = socket.data() + socket.size();
+    if (!socket.starts_with(prefix)) return std::nullopt;
+    const auto [last, error] = std::from_chars(socket.data() + prefix.size(), end, number);
+    return error == std::errc() && last == end ? std::optional(number) : std::nullopt;
+}
+
+/// The sockets that a service manager passes and no virtual machine has, by their descriptors.
+std::vector<int> sockets_for_nbd(const Options& options) {
+    std::vector<int> sockets;
+    for (int fd = 3; fd < 3 + inherited_sockets(); ++fd) {
+        const auto is_it = [&](const std::string& guest) { return descriptor_of(guest) == fd; };
+        if (std::ranges::none_of(options.guests, is_it)) sockets.push_back(fd);
+    }
+    return sockets;
+}
+
+/// Whether NBD clients are served, too.
+bool with_nbd(const Options& options) {
+    return options.guests.empty() || !options.socket.empty() || !options.bind.empty() || options.port_given ||
+           !sockets_for_nbd(options).empty();
+}
+
 qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
-    const int inherited = inherited_sockets();
-    for (int i = 0; i < inherited; ++i)
-        if (auto done = server.listen_inherited(3 + i); !done) return done;
+    const auto inherited = sockets_for_nbd(options);
+    for (const int fd : inherited)
+        if (auto done = server.listen_inherited(fd); !done) return done;
     if (!options.socket.empty())
         if (auto done = server.listen_unix(options.socket); !done) return done;
-    const bool tcp = !options.bind.empty() || options.port_given || (inherited == 0 && options.socket.empty());
+    const bool tcp = !options.bind.empty() || options.port_given || (inherited.empty() && options.socket.empty());
     if (!tcp) return {};
     const auto host = options.bind.empty() ? "localhost" : options.bind;
     const auto port = server.listen_tcp(host, options.port);
@@ -204,70 +208,159 @@ qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
     return {};
 }
 
+/// The images under the names of their exports. The empty name of a single export is that of its file.
+std::vector<qcow::ControlledImage> controlled(const Options& options,
+                                              const std::vector<std::shared_ptr<qcow::Image>>& images) {
+    std::vector<qcow::ControlledImage> result;
+    for (std::size_t i = 0; i < images.size(); ++i) {
+        auto name = export_name(options, i);
+        if (name.empty()) name = std::filesystem::path(options.images[i]).filename().string();
+        result.push_back({std::move(name), images[i], only_reads(options)});
+    }
+    return result;
+}
+
+/// Serves commands in a thread of its own, until the end of its life.
+class ControlThread {
+public:
+    explicit ControlThread(qcow::ControlServer* server) : server_(server) {
+        if (server != nullptr) thread_ = std::thread([this] { result_ = server_->run(); });
+    }
+    ControlThread(const ControlThread&) = delete;
+    ControlThread& operator=(const ControlThread&) = delete;
+    ~ControlThread() { static_cast<void>(end()); }
+
+    qcow::Result<void> end() {
+        if (!thread_.joinable()) return {};
+        server_->stop();
+        thread_.join();
+        return result_;
+    }
+
+private:
+    qcow::ControlServer* server_;
+    qcow::Result<void> result_;
+    std::thread thread_;
+};
+
+/// Returns a server for the virtual machine of an image, which listens.
+qcow::Result<std::unique_ptr<qcow::VhostUserServer>> guest_server(const Options& options, std::size_t index,
+                                                                  std::shared_ptr<qcow::Disk> disk) {
+    auto guest = options.guest;
+    guest.read_only = only_reads(options);
+    guest.persistent = options.persistent;
+    if (index < options.serials.size()) guest.serial = options.serials[index];
+    const auto& socket = options.guests[index];
+    guest.complain = [socket](const std::string& text) {
+        complain(fmt::format("{}: {}", qcow::printable(socket), text));
+    };
+    auto server = QCOW_TRY(qcow::VhostUserServer::make(std::move(disk), guest));
+    const auto fd = descriptor_of(socket);
+    QCOW_TRY_VOID(fd ? server->listen_inherited(*fd) : server->listen_unix(socket));
+    return server;
+}
+
+/// The files that the server makes, and removes at its end.
+std::vector<std::string> made_sockets(const Options& options) {
+    std::vector<std::string> sockets;
+    for (const auto& path : {options.socket, options.control})
+        if (!path.empty()) sockets.push_back(path);
+    for (const auto& guest : options.guests)
+        if (!descriptor_of(guest)) sockets.push_back(guest);
+    return sockets;
+}
+
 /// Confines the process, when everything is open.
 qcow::Result<void> confine(const Options& options) {
     auto sandbox = options.sandbox;
-    if (!options.socket.empty()) sandbox.given = {options.socket};
-    for (const auto& path : {options.socket, options.pid_file})
-        if (!path.empty()) sandbox.removed.push_back(path);
+    sandbox.given = made_sockets(options);
+    sandbox.removed = made_sockets(options);
+    if (!options.pid_file.empty()) sandbox.removed.push_back(options.pid_file);
+    sandbox.shares_memory = !options.guests.empty();
     auto state = enter_sandbox(sandbox);
     if (!state) return std::unexpected(std::move(state).error());
     complain("sandbox: " + *state);
     return {};
 }
 
-qcow::Result<int> run(const Options& options) {
-    if (options.names.size() > options.images.size() || options.descriptions.size() > options.images.size()) {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "",
-                                           "--export-name or --description is given more often than there are images"});
-    }
-    if (options.source.force_share && !only_reads(options)) {
-        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "option --force-share",
-                                           "two writers destroy an image; add --read-only or --snapshot"});
-    }
-    qcow::FilesInUse in_use;
-    for (const auto& path : {options.socket, options.pid_file}) {
-        auto verified = path.empty() ? qcow::Result<void>() : verify_names_a_file(path);
-        if (!verified) return std::unexpected(std::move(verified).error());
-    }
-    if (!options.pid_file.empty()) {
-        auto added = in_use.add(qcow::FilesInUse::Use::written, options.pid_file, "the PID file");
-        if (!added) return std::unexpected(std::move(added).error());
-    }
+/// Refuses options that do not go together.
+qcow::Result<void> verify(const Options& options) {
+    const auto refuse = [](std::string option, std::string why) {
+        return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(option), std::move(why)});
+    };
+    if (options.names.size() > options.images.size() || options.descriptions.size() > options.images.size())
+        return refuse("", "--export-name or --description is given more often than there are images");
+    if (options.source.force_share && !only_reads(options))
+        return refuse("option --force-share", "two writers destroy an image; add --read-only or --snapshot");
+    if (!options.guests.empty() && options.guests.size() != options.images.size())
+        return refuse("option --vhost-user", "each image needs a socket of its own; repeat the option");
+    if (options.serials.size() > options.guests.size())
+        return refuse("option --serial", "it needs --vhost-user, and is given once for each image");
+    for (const auto& path : made_sockets(options)) QCOW_TRY_VOID(verify_names_a_file(path));
+    if (!options.pid_file.empty()) QCOW_TRY_VOID(verify_names_a_file(options.pid_file));
+    return {};
+}
+
+/// The images, and what is served of them.
+struct Served {
     std::vector<std::shared_ptr<qcow::Image>> images;
     std::vector<qcow::NbdExport> exports;
+};
+
+qcow::Result<Served> open_images(const Options& options) {
+    qcow::FilesInUse in_use;
+    if (!options.pid_file.empty())
+        QCOW_TRY_VOID(in_use.add(qcow::FilesInUse::Use::written, options.pid_file, "the PID file"));
+    Served served;
     for (std::size_t i = 0; i < options.images.size(); ++i) {
         const auto spec = QCOW_TRY(served_spec(options, options.images[i]));
-        auto image = open(spec);
-        if (!image) return std::unexpected(std::move(image).error());
-        QCOW_TRY_VOID(in_use.add(qcow::FilesInUse::Use::read, **image, spec, "the image"));
-        auto disk = disk_of(*image, options.source);
-        if (!disk) return std::unexpected(std::move(disk).error());
+        auto image = QCOW_TRY(open(spec));
+        QCOW_TRY_VOID(in_use.add(qcow::FilesInUse::Use::read, *image, spec, "the image"));
+        auto disk = QCOW_TRY(disk_of(image, options.source));
         // Here, and not with each request of a client: an encrypted image cannot be read at all.
-        if (auto readable = (*disk)->read({0}, {}); !readable) return std::unexpected(std::move(readable).error());
-        images.push_back(*image);
-        exports.push_back({export_name(options, i),
-                           i < options.descriptions.size() ? options.descriptions[i] : std::string(), *disk,
-                           only_reads(options), options.allocation_depth});
+        QCOW_TRY_VOID(disk->read({0}, {}));
+        served.images.push_back(std::move(image));
+        served.exports.push_back({export_name(options, i),
+                                  i < options.descriptions.size() ? options.descriptions[i] : std::string(),
+                                  std::move(disk), only_reads(options), options.allocation_depth});
     }
-    for (const auto& bitmap : options.bitmaps)
-        if (auto done = offer_bitmap(bitmap, images, exports); !done) return std::unexpected(std::move(done).error());
-    qcow::NbdOptions server_options = {.limits = {.connections = options.connections},
-                                       .persistent = options.persistent};
-    if (with_tls(options)) server_options.tls = options.tls;
-    auto server = qcow::NbdServer::make(std::move(exports), server_options);
-    if (!server) return std::unexpected(std::move(server).error());
-    if (with_tls(options)) warn_of_open_secrets(options.tls);
-    const StopOnSignals signals(**server);
-    if (auto done = listen(**server, options); !done) return std::unexpected(std::move(done).error());
+    for (const auto& bitmap : options.bitmaps) QCOW_TRY_VOID(offer_bitmap(bitmap, served.images, served.exports));
+    return served;
+}
 
+/// Makes the servers, which then listen.
+qcow::Result<void> add_servers(Servers& servers, const Options& options, std::vector<qcow::NbdExport> exports) {
+    for (std::size_t i = 0; i < options.guests.size(); ++i)
+        servers.add_guest(QCOW_TRY(guest_server(options, i, exports[i].disk)));
+    if (!with_nbd(options)) return {};
+    qcow::NbdOptions nbd = {.limits = {.connections = options.connections},
+                            .persistent = options.persistent || !options.guests.empty()};
+    if (with_tls(options)) nbd.tls = options.tls;
+    auto server = QCOW_TRY(qcow::NbdServer::make(std::move(exports), nbd));
+    if (with_tls(options)) warn_of_open_secrets(options.tls);
+    QCOW_TRY_VOID(listen(*server, options));
+    servers.set_nbd(std::move(server));
+    return {};
+}
+
+qcow::Result<int> run(const Options& options) {
+    QCOW_TRY_VOID(verify(options));
+    auto [images, exports] = QCOW_TRY(open_images(options));
+    Servers servers;
+    const StopServiceOnSignals signals([&] { servers.stop(); });
+    QCOW_TRY_VOID(add_servers(servers, options, std::move(exports)));
+    qcow::Control control(controlled(options, images), [&] { servers.stop(); }, [&] { servers.announce_sizes(); });
+    std::unique_ptr<qcow::ControlServer> control_server;
+    if (!options.control.empty()) control_server = QCOW_TRY(qcow::ControlServer::listen_unix(options.control, control));
     PidFile pid_file;
-    if (!options.pid_file.empty())
-        if (auto done = pid_file.write(options.pid_file); !done) return std::unexpected(std::move(done).error());
+    if (!options.pid_file.empty()) QCOW_TRY_VOID(pid_file.write(options.pid_file));
     const ServiceManager manager;
-    if (auto done = confine(options); !done) return std::unexpected(std::move(done).error());
+    QCOW_TRY_VOID(confine(options));
     manager.tell("READY=1");
-    auto result = (*server)->run();
+    ControlThread control_thread(control_server.get());
+    auto result = servers.run();
+    auto controlled_well = control_thread.end();
+    if (result) result = std::move(controlled_well);
     manager.tell("STOPPING=1");
     for (const auto& image : images) {
         auto closed = image->close();
@@ -282,13 +375,17 @@ qcow::Result<int> run(const Options& options) {
 void declare_serve(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
-        root, status, "serve", "Serve images over NBD: to virtual machines, backup tools, nbdcopy, ...",
+        root, status, "serve", "Serve images: over NBD to any client, over vhost-user to virtual machines",
         "The server listens on TCP port 10809 of localhost. --socket, --bind, or a socket from a service manager or\n"
         "nbdcopy replaces this address. The server ends when its last client leaves, or at SIGTERM or SIGINT. It then\n"
         "completes the requests that have arrived, and flushes everything.\n"
         "\n"
         "Each image is an export. A client that names no export gets the first one. The name of a single export is\n"
         "empty. Several exports are named after their files, unless --export-name is given for each image.\n"
+        "\n"
+        "With --vhost-user, the server is the disk of a virtual machine, by shared memory. Each image needs a socket.\n"
+        "NBD clients are then served only if an address for them is given, too. The server ends when the last virtual\n"
+        "machine leaves. With --persistent it stays, and a virtual machine that connects again goes on.\n"
         "\n"
         "Any client that can connect can use the disk. Put a Unix socket into a directory that only trusted users can\n"
         "enter, and use TLS on a network. The server then refuses clients without TLS. Certificates alone identify\n"
@@ -305,6 +402,10 @@ void declare_serve(CLI::App& root, int& status) {
         "  qcow serve --socket /run/vm/disk.sock --persistent disk.qcow2\n"
         "  qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/vm/disk.sock,format=raw ...\n"
         "  qcow serve --bind 0.0.0.0 --tls-certificates /etc/pki/qcow --tls-verify-peer --persistent disk.qcow2\n"
+        "  qcow serve --vhost-user /run/vm/disk.sock --persistent disk.qcow2\n"
+        "  qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=memory,size=1G,share=on \\\n"
+        "      -machine memory-backend=memory -chardev socket,id=disk,path=/run/vm/disk.sock,reconnect=1 \\\n"
+        "      -device vhost-user-blk-pci,chardev=disk ...\n"
         "  nbdcopy -- [ qcow serve --read-only disk.qcow2 ] disk.raw\n"
         "  nbdinfo --map -- [ qcow serve --read-only --snapshot monday disk.qcow2 ]",
         [options] { return run(*options); });
@@ -324,6 +425,35 @@ void declare_serve(CLI::App& root, int& status) {
         ->check(whole_number(0, 65535))
         ->capture_default_str()
         ->each([options](const std::string&) { options->port_given = true; });
+    app.add_option("--vhost-user", options->guests,
+                   "Serve a virtual machine on a Unix socket at this path; once for each image, in their order. fd:N:\n"
+                   "on the listening socket that was passed as file descriptor N")
+        ->type_name("PATH")
+        ->check(name_text)
+        ->allow_extra_args(false);
+    app.add_option("--queues", options->guest.queues,
+                   "Queues of a virtual machine's disk (default: one for each processor, at most 16)")
+        ->type_name("NUMBER")
+        ->check(whole_number(1, 256));
+    app.add_option("--queue-size", options->guest.queue_size,
+                   "Descriptors of a queue in the virtual machine. A request has at most two buffers less")
+        ->type_name("NUMBER")
+        ->check(whole_number(4, 1024))
+        ->capture_default_str();
+    app.add_option("--block-size", options->guest.block_size, "Logical block of a virtual machine's disk in bytes")
+        ->check(CLI::IsMember({512U, 4096U}))
+        ->type_name("{512,4096}")
+        ->capture_default_str();
+    app.add_option("--serial", options->serials,
+                   "Serial number of a virtual machine's disk; once for each image, in their order")
+        ->type_name("TEXT")
+        ->allow_extra_args(false);
+    app.add_option("--poll-us", options->guest.poll_microseconds,
+                   "Look at an empty queue for so many microseconds before sleeping. It costs a processor, and saves\n"
+                   "system calls")
+        ->type_name("NUMBER")
+        ->check(whole_number(0, 1000000))
+        ->capture_default_str();
     app.add_option("-x,--export-name", options->names, "Name of an export; once for each image, in their order")
         ->type_name("NAME")
         ->allow_extra_args(false);
@@ -345,6 +475,12 @@ void declare_serve(CLI::App& root, int& status) {
                    "Require TLS, and accept only clients with a key of this file (lines NAME:KEY)")
         ->type_name("FILE")
         ->check(name_text);
+    app.add_option(
+           "--control", options->control,
+           "Listen for commands on a Unix socket at this path, which only the owner of the server can use: see\n"
+           "qcow control --help")
+        ->type_name("PATH")
+        ->check(name_text);
     app.add_option("--pid-file", options->pid_file, "Write the process ID to this file when clients can connect")
         ->type_name("FILE")
         ->check(name_text);
@@ -357,7 +493,7 @@ void declare_serve(CLI::App& root, int& status) {
     app.add_option("--user", options->sandbox.user, "Switch to this user when everything is open; only root can")
         ->type_name("NAME")
         ->check(name_text);
-    add_cache_option(app, options->cache)
+    add_cache_option(app, options->cache, "--cache")
         ->description(
             "When writes become durable. writeback: at a client's flush; writethrough: each one at once; none: at a "
             "flush, without the page cache (direct I/O); unsafe: not before the system writes them");

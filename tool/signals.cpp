@@ -1,7 +1,9 @@
 #include "signals.h"
 
+#include <termios.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "qcow/storage.h"
@@ -10,6 +12,8 @@ namespace tool {
 namespace {
 
 constexpr std::array ending_signals = {SIGINT, SIGTERM, SIGHUP};
+/// Sent to the thread that waits for those. Nobody else sends it, and it is ignored where it is not waited for.
+constexpr int end_of_waiting = SIGURG;
 
 // Called in a signal handler: system calls only.
 
@@ -23,6 +27,18 @@ void say_incomplete(const char* path, qcow::Incomplete what) {
                                   ? "was written in place and is incomplete; its earlier contents are gone"
                                   : "holds only a part of the source";
     for (const char* text : {"qcow: ", path, ": ", consequence, "\n"}) say(text);
+}
+
+constexpr int none = -1;
+std::atomic<int> silent_terminal = none;
+termios shown_terminal = {};  // written before silent_terminal is
+
+void show_terminal() { tcsetattr(silent_terminal, TCSAFLUSH, &shown_terminal); }
+
+void show_and_end(int signal) {
+    show_terminal();
+    std::signal(signal, SIG_DFL);
+    raise(signal);
 }
 
 void clean_up_and_end(int signal) {
@@ -45,6 +61,72 @@ CleanUpOnSignals::CleanUpOnSignals() {
 
 CleanUpOnSignals::~CleanUpOnSignals() {
     for (std::size_t i = 0; i < ending_signals.size(); ++i) sigaction(ending_signals[i], &before_[i], nullptr);
+}
+
+StopOnSignals::StopOnSignals() {
+    sigemptyset(&signals_);
+    sigaddset(&signals_, end_of_waiting);
+    for (const int signal : ending_signals) {
+        struct sigaction action = {};
+        sigaction(signal, nullptr, &action);
+        if (action.sa_handler == SIG_DFL) sigaddset(&signals_, signal);
+    }
+    pthread_sigmask(SIG_BLOCK, &signals_, &before_);
+    waiting_ = std::thread([this] { wait(); });
+}
+
+void StopOnSignals::wait() {
+    for (int signal = 0; sigwait(&signals_, &signal) == 0 && signal != end_of_waiting;) {
+        // While somebody is asked, the signal may come here as well as to the thread that asks.
+        if (silent_terminal != none) {
+            show_terminal();
+        } else if (stop_.request_stop()) {
+            caught_ = signal;
+            say("qcow: stopping, so that the image is closed in order\n");
+            continue;
+        }
+        std::signal(signal, SIG_DFL);
+        pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+        raise(signal);
+    }
+}
+
+StopOnSignals::~StopOnSignals() {
+    pthread_kill(waiting_.native_handle(), end_of_waiting);
+    waiting_.join();
+    pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+    if (caught_ != 0) {
+        std::signal(caught_, SIG_DFL);
+        raise(caught_);
+    }
+}
+
+SilentTerminal::SilentTerminal(int terminal) {
+    if (tcgetattr(terminal, &shown_terminal) != 0) return;
+    works_ = true;
+    silent_terminal = terminal;
+    struct sigaction action = {};
+    action.sa_handler = show_and_end;
+    sigset_t ending;
+    sigemptyset(&ending);
+    for (std::size_t i = 0; i < ending_signals.size(); ++i) {
+        sigaction(ending_signals[i], nullptr, &before_[i]);
+        if (before_[i].sa_handler == SIG_IGN) continue;
+        sigaction(ending_signals[i], &action, nullptr);
+        sigaddset(&ending, ending_signals[i]);
+    }
+    pthread_sigmask(SIG_UNBLOCK, &ending, &mask_);
+    termios silent = shown_terminal;
+    silent.c_lflag &= ~static_cast<tcflag_t>(ECHO);
+    tcsetattr(terminal, TCSAFLUSH, &silent);
+}
+
+SilentTerminal::~SilentTerminal() {
+    if (!works_) return;
+    show_terminal();
+    silent_terminal = none;
+    for (std::size_t i = 0; i < ending_signals.size(); ++i) sigaction(ending_signals[i], &before_[i], nullptr);
+    pthread_sigmask(SIG_SETMASK, &mask_, nullptr);
 }
 
 }  // namespace tool

@@ -6,6 +6,8 @@
 #include <string_view>
 #include <vector>
 
+#include "qcow/text.h"
+
 namespace tool {
 
 /// "64 KiB", "1.5 GiB": at most three significant digits.
@@ -14,9 +16,7 @@ std::string human(std::uint64_t bytes);
 /// "1.5 GiB (1610612736 bytes)"; below 1000 bytes, without the brackets.
 std::string human_exact(std::uint64_t bytes);
 
-/// Returns `; did you mean "WORD"?` with the word that is nearest to `text`: at most a third of the letters differ, or
-/// `text` is the start of the word (three letters or more). Returns an empty string if no word is near enough.
-std::string did_you_mean(std::string_view text, const std::vector<std::string>& words);
+using qcow::did_you_mean;
 
 enum class Colour { none, bold, dim, red, green, yellow };
 /// Returns the text in a colour if standard output is a terminal and NO_COLOR is not set.

@@ -73,7 +73,35 @@ std::string unknown_option(const CLI::App& app, const std::string& argument) {
                        did_you_mean(one_dash ? "-" + word : option, known), full_name(app));
 }
 
+/// Stands in front of an argument that follows "--".
+constexpr std::string_view positional_mark = "\x01positional\x01";
+
+std::string without_mark(std::string text) {
+    if (text.starts_with(positional_mark)) text.erase(0, positional_mark.size());
+    return text;
+}
+
 }  // namespace
+
+void mark_positionals(std::vector<std::string>& arguments) {
+    if (arguments.empty()) return;
+    const auto mark = std::find(arguments.begin() + 1, arguments.end(), "--");  // the first one is the command
+    if (mark == arguments.end()) return;
+    for (auto argument = arguments.erase(mark); argument != arguments.end(); ++argument)
+        if (argument->starts_with('-')) argument->insert(0, positional_mark);
+}
+
+void unmark_positionals(CLI::App& app) {
+    for (auto* option : app.get_options()) {
+        if (!option->get_positional()) continue;
+        option->transform(CLI::Validator(
+            [](std::string& text) {
+                text = without_mark(text);
+                return std::string();
+            },
+            ""));
+    }
+}
 
 Help::Help() {
     column_width(name_column);
@@ -124,8 +152,12 @@ std::string explain(const CLI::App& root, const CLI::ParseError& error) {
         if (option != extra.end()) return unknown_option(*parsed, *option);
     }
     const std::string what = error.what();
-    if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr)
-        return fmt::format("\"{}\" is one argument too many; usage: {}", app.remaining().front(), usage_of(app));
+    if (dynamic_cast<const CLI::ExtrasError*>(&error) != nullptr) {
+        auto extra = app.remaining();
+        if (extra.empty()) extra = root.remaining();
+        if (extra.empty()) extra.emplace_back();
+        return fmt::format("\"{}\" is one argument too many; usage: {}", without_mark(extra.front()), usage_of(app));
+    }
     if (dynamic_cast<const CLI::RequiredError*>(&error) != nullptr) {
         if (selected.empty()) return "the command is missing (see qcow --help)";
         const auto name = what.substr(0, what.find(' '));
@@ -136,8 +168,10 @@ std::string explain(const CLI::App& root, const CLI::ParseError& error) {
         if (const auto* option = app.get_option_no_throw(name); option != nullptr && option->get_expected_max() > 0)
             return fmt::format("{} needs a value: {} (see {} --help)", name, option->get_type_name(), full_name(app));
     }
-    if (dynamic_cast<const CLI::ConversionError*>(&error) != nullptr)
-        return fmt::format("invalid value: {} (see {} --help)", what.substr(what.find("--")), full_name(app));
+    if (dynamic_cast<const CLI::ConversionError*>(&error) != nullptr) {
+        const auto value = std::min(what.find("--"), what.size());
+        return fmt::format("invalid value: {} (see {} --help)", what.substr(value), full_name(app));
+    }
     return fmt::format("{} (see {} --help)", what, full_name(app));
 }
 

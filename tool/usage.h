@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <string>
+#include <vector>
 
 namespace tool {
 
@@ -16,6 +17,13 @@ public:
 
 /// "qcow read [OPTIONS] IMAGE OFFSET LENGTH"
 std::string usage_of(const CLI::App& app);
+
+/// Removes "--" behind the command, and marks the arguments after it, so that CLI11 takes none of them for an option.
+/// CLI11 itself ends a command at "--" if the command requires no further argument.
+void mark_positionals(std::vector<std::string>& arguments);
+
+/// Lets the positional arguments of a command lose that mark. Called when the command has all of its options.
+void unmark_positionals(CLI::App& app);
 
 /// Returns the message for an unknown command, with what may have been meant.
 std::string unknown_command(const CLI::App& root, const std::string& name);

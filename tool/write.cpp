@@ -1,6 +1,7 @@
 // qcow write: copies standard input into the virtual disk.
 
 #include <fmt/format.h>
+#include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -19,9 +20,13 @@ struct Options {
     std::string offset;
 };
 
-qcow::Result<std::size_t> read_input(std::span<std::byte> to) {
+/// Returns fewer bytes at the end of standard input, and after a request to stop.
+qcow::Result<std::size_t> read_input(std::span<std::byte> to, const std::stop_token& stop) {
+    constexpr int interval = 50;  // milliseconds
     std::size_t done = 0;
-    while (done < to.size()) {
+    while (done < to.size() && !stop.stop_requested()) {
+        pollfd input = {.fd = STDIN_FILENO, .events = POLLIN, .revents = 0};
+        if (poll(&input, 1, interval) == 0) continue;
         const auto n = ::read(STDIN_FILENO, to.data() + done, to.size() - done);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) return std::unexpected(qcow::Error{qcow::Errc::io, "standard input", std::strerror(errno)});
@@ -40,12 +45,12 @@ std::optional<std::uint64_t> input_length() {
     return static_cast<std::uint64_t>(std::max<off_t>(0, status.st_size - at));
 }
 
-qcow::Result<void> write_input(qcow::Image& image, const Options& options) {
+qcow::Result<void> write_input(qcow::Image& image, const Options& options, const std::stop_token& stop) {
     const std::uint64_t begin = parse_size(options.offset);
     if (auto fits = verify_range(image, options.target.path, begin, input_length().value_or(0)); !fits) return fits;
     std::vector<std::byte> buffer(std::size_t{1} << 20);
     for (qcow::GuestOffset at{begin};;) {
-        const auto length = read_input(buffer);
+        const auto length = read_input(buffer, stop);
         if (!length) return std::unexpected(length.error());
         if (*length > image.size() - at.value) {
             return std::unexpected(qcow::Error{
@@ -76,7 +81,9 @@ void declare_write(CLI::App& root, int& status) {
             if (added)
                 added = in_use.add_unopened(qcow::FilesInUse::Use::written, spec_of(options->target), "the image");
             if (!added) return std::unexpected(std::move(added).error());
-            return change(options->target, [&](qcow::Image& image) { return write_input(image, *options); });
+            return change(options->target, [&](qcow::Image& image, const std::stop_token& stop) {
+                return write_input(image, *options, stop);
+            });
         });
     add_target_options(app, options->target);
     app.add_option("OFFSET", options->offset, "First byte, as an offset in the virtual disk")

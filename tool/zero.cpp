@@ -31,7 +31,10 @@ void declare_zero(CLI::App& root, int& status) {
         "Examples:\n"
         "  qcow zero disk.qcow2 0 1M         wipe the partition table and what follows\n"
         "  qcow zero --keep disk.qcow2 1G 4G",
-        [options] { return change(options->target, [&](qcow::Image& image) { return zero(image, *options); }); });
+        [options] {
+            return change(options->target,
+                          [&](qcow::Image& image, const std::stop_token&) { return zero(image, *options); });
+        });
     add_target_options(app, options->target);
     app.add_option("OFFSET", options->offset, "First byte, as an offset in the virtual disk")
         ->required()

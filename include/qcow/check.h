@@ -71,6 +71,12 @@ struct CheckReport {
     /// Host clusters past the end of the file with a refcount but no reference. They take no space until the file
     /// grows.
     std::uint64_t counted_past_end = 0;
+    /// Bytes that the file lacks for its last table to be complete: the file was cut. If the table maps guest bytes,
+    /// that is a corruption, too.
+    std::uint64_t missing_bytes = 0;
+    /// Names of the bitmaps that are marked as inconsistent ("in use"), at most CheckOptions::max_findings. A repair
+    /// removes them on request: see RepairOptions::remove_inconsistent_bitmaps.
+    std::vector<std::string> inconsistent_bitmaps;
     std::vector<CheckFinding> findings;  ///< by host offset; see CheckOptions::max_findings
 
     std::uint64_t total_clusters = 0;       ///< of the virtual disk
@@ -78,6 +84,9 @@ struct CheckReport {
     std::uint64_t compressed_clusters = 0;  ///< of allocated_clusters
     std::uint64_t fragmented_clusters = 0;  ///< of allocated_clusters: compressed, or not behind their predecessor
     std::uint64_t image_end = 0;            ///< the host offset behind the last cluster in use
+    /// The bytes by which compact() makes the file shorter, without CompactJob::zeroes. It may differ a little if there
+    /// are compressed clusters. 0 if the image is damaged or dirty: compact() refuses it.
+    std::uint64_t compact_bytes = 0;
 
     [[nodiscard]] bool clean() const { return leaks == 0 && corruptions == 0 && errors == 0 && postponed == 0; }
 

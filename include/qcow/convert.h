@@ -39,7 +39,15 @@ struct ConvertJob {
     std::uint64_t sparse_bytes = 4096;  ///< see CopyOptions::sparse_bytes; an existing target raises it to a block
     bool compress = false;              ///< only for a qcow2 target
     std::optional<int> level = {};      ///< see ConvertOptions::level
-    bool salvage = false;               ///< continue past unreadable bytes: see CopyOptions::salvage
+    /// The persistent bitmaps of the source that the target gets, with their bits. All but `none` need a single source,
+    /// not a snapshot, and a qcow2 target of version 3 whose disk has the source's size.
+    enum class Bitmaps : std::uint8_t {
+        none,
+        all,             ///< one that is damaged or in_use is an error
+        all_but_broken,  ///< leaves such a bitmap out, with a warning
+    };
+    Bitmaps bitmaps = Bitmaps::none;
+    bool salvage = false;  ///< continue past unreadable bytes: see CopyOptions::salvage
 };
 
 struct ConvertResult {

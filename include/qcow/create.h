@@ -20,6 +20,20 @@ enum class Preallocation : std::uint8_t {
     full,      ///< the mapping, and data clusters filled with zeros
 };
 
+/// How a new image is encrypted: with LUKS1. The defaults are QEMU's.
+struct EncryptionOptions {
+    /// The passphrase of the first key slot. Required.
+    std::shared_ptr<const Secret> key = {};
+    std::string cipher = "aes-256";     ///< aes-128, aes-192, aes-256, serpent-..., twofish-..., cast5-128
+    std::string cipher_mode = "xts";    ///< xts, cbc or ecb
+    std::string ivgen = "plain64";      ///< plain, plain64 or essiv
+    std::string ivgen_hash = {};        ///< for essiv; empty: sha256
+    std::string hash = "sha256";        ///< of the key derivation: sha1, sha256, sha512, ripemd160
+    std::uint32_t iter_time_ms = 2000;  ///< how long deriving the key takes on this processor, in milliseconds
+
+    friend bool operator==(const EncryptionOptions&, const EncryptionOptions&) = default;
+};
+
 /// The properties of a new image. The defaults are QEMU's.
 struct CreateOptions {
     std::uint64_t size = 0;                                ///< virtual size in bytes; rounded up by rounded_size()
@@ -35,6 +49,8 @@ struct CreateOptions {
     std::string data_file_name = {};  ///< as recorded in the header; empty: no data file
     /// The data file is a raw image by itself. The whole disk is mapped to it, so image and data file always agree.
     bool data_file_raw = false;
+    /// Excludes compression and raw data files. For Format::luks, it is required.
+    std::optional<EncryptionOptions> encryption = {};
 
     friend bool operator==(const CreateOptions&, const CreateOptions&) = default;
 };
@@ -54,15 +70,20 @@ QCOW_API Result<void> create_image(const NewImageFiles& files, const CreateOptio
 /// Preallocation::metadata. Errors: Errc::invalid_argument for others; Errc::io, no_space.
 QCOW_API Result<void> create_raw_image(const std::shared_ptr<Storage>& file, const CreateOptions& options);
 
+/// Makes an encrypted disk of zeros in `file`: see NewImageFiles. The options are `size`, `encryption` and
+/// `preallocation`, except Preallocation::metadata. Errors: as for create_raw_image.
+QCOW_API Result<void> create_luks_image(const std::shared_ptr<Storage>& file, const CreateOptions& options);
+
 /// Describes a new image and its name. Plain data.
 struct NewImage {
     std::string path = {};          ///< the file to make or replace, or the block device to overwrite
-    Format format = Format::qcow2;  ///< raw or qcow2
+    Format format = Format::qcow2;  ///< raw, qcow2 or luks
     /// The names of the backing file and the data file are parsed by parse_location, relative to the directory of
     /// `path`, and recorded as recorded_name() returns them. The format of the backing file is required, in
     /// `backing_format` or in its name. The data file must be absent, empty or a block device.
     CreateOptions options = {};
     bool untrusted = false;  ///< the backing file is not trusted: see ImageSpec::untrusted
+    KeySource keys = {};     ///< of the layers of the backing file: see OpenOptions::keys
     NewFile::Contents contents = NewFile::Contents::durable;
 };
 
@@ -110,5 +131,9 @@ QCOW_API Result<void> convert_image(Disk& source, const NewImageFiles& files, co
 /// CopyOptions::target_is_zero if `file` is empty or reads as zeros.
 QCOW_API Result<void> convert_raw_image(Disk& source, const std::shared_ptr<Storage>& file,
                                         const CreateOptions& options, const CopyOptions& copy = {});
+
+/// Makes an encrypted disk with the contents of `source`: see create_luks_image and convert_image.
+QCOW_API Result<void> convert_luks_image(Disk& source, const std::shared_ptr<Storage>& file,
+                                         const CreateOptions& options, const CopyOptions& copy = {});
 
 }  // namespace qcow

@@ -24,7 +24,7 @@ enum class Errc {
     io,                 ///< the operating system failed a read, write or flush
     corrupt,            ///< the image violates its format
     unsupported,        ///< valid, but this library does not support it
-    encrypted,          ///< the data are encrypted
+    encrypted,          ///< the data are encrypted, and there is no key or a wrong one
     refused_by_policy,  ///< the image names a file that the caller's policy does not allow
     limit_exceeded,     ///< a limit of the caller or the library on memory, depth or size
     no_memory,          ///< out of memory; an image that was being changed refuses further writes

@@ -9,9 +9,10 @@
 
 namespace qcow {
 
-enum class Format : std::uint8_t { raw, qcow, qcow2 };
+/// luks: an encrypted disk by itself, version 1 or 2.
+enum class Format : std::uint8_t { raw, qcow, qcow2, luks };
 
-/// Returns "raw", "qcow" (version 1) or "qcow2" (versions 2 and 3): the names that headers and QEMU use.
+/// Returns "raw", "qcow" (version 1), "qcow2" (versions 2 and 3) or "luks": the names that headers and QEMU use.
 QCOW_API std::string_view format_name(Format format);
 
 /// Returns the format with this name, or nothing.

@@ -12,11 +12,14 @@
 #include "qcow/check.h"
 #include "qcow/disk.h"
 #include "qcow/format.h"
+#include "qcow/key.h"
 #include "qcow/location.h"
 #include "qcow/snapshots.h"
 #include "qcow/storage.h"
 
 namespace qcow {
+
+struct BitmapAction;
 
 /// The compression of clusters: raw deflate ("zlib") or zstd.
 enum class Compression : std::uint8_t { zlib = 0, zstd = 1 };
@@ -102,12 +105,18 @@ struct OpenOptions {
     std::optional<Format> backing_format = {};
     /// Opens backing files and external data files. No other file is opened.
     Gate gate = no_files();
-    /// If false, only this image is opened. Its metadata can be read. Reading bytes that lie in other files fails.
+    /// If false, only this image is opened, and for writing its data file, too. Its metadata can be read. Reading bytes
+    /// that lie in other files fails.
     bool follow = true;
     /// Memory for cached metadata, in bytes, divided equally among the layers of the chain; each gets 32 KiB or more.
     /// The bits of enabled bitmaps that are written take up to a quarter of the topmost layer's share in addition, or
     /// up to 4 MiB if that is more.
     std::size_t cache_bytes = std::size_t{32} << 20;
+    /// Returns the keys of encrypted layers. If unset, an encrypted layer can only be examined: reading its bytes and
+    /// opening it for writing give Errc::encrypted. A wrong key gives Errc::encrypted, too, except for the legacy
+    /// encryption ("aes"), which cannot tell: its data are then garbage.
+    KeySource keys = {};
+    double max_kdf_seconds = default_kdf_seconds;  ///< see default_kdf_seconds; for each layer
     /// Receives warnings about what is odd but not wrong, one sentence each.
     std::function<void(const std::string&)> warn = {};
 };
@@ -146,9 +155,9 @@ struct DirtyRun {
 };
 
 struct EncryptionInfo {
-    std::string method;  ///< "aes" or "luks"
+    std::string method;  ///< "aes", "luks" or "luks2"
     std::string cipher;  ///< "aes-cbc-plain64", "aes-xts-plain64", ...
-    std::string hash;    ///< LUKS: the hash of the key derivation; else empty
+    std::string hash;    ///< LUKS: the hash of the key derivation, or its name (LUKS2: "argon2id"); else empty
     unsigned key_bits = 0;
     unsigned slots = 0;  ///< LUKS: number of key slots; else 0
     std::vector<unsigned> used_slots;
@@ -241,8 +250,9 @@ public:
     /// Writes whole clusters, compressed. `at` is a multiple of block_size(). The end of the range is a multiple of it,
     /// too, or the end of the disk. A cluster that does not become smaller is stored uncompressed. `level`: see
     /// ConvertOptions.
-    /// Errors: Errc::unsupported for a format without compression, and for an image with an external data file;
-    /// Errc::invalid_argument for another range or level; those of Disk::write.
+    /// Errors: Errc::unsupported for a format without compression, for an image with an external data file, and for an
+    /// encrypted one, since the format does not encrypt compressed clusters; Errc::invalid_argument for another range
+    /// or level; those of Disk::write.
     Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from,
                                   std::optional<int> level = std::nullopt);
 
@@ -264,6 +274,21 @@ public:
     /// Errors: Errc::invalid_argument: the name is longer than 1023 bytes, or the image has a raw data file;
     /// Errc::limit_exceeded: the header does not fit in a cluster; Errc::unsupported: the format has no backing files.
     Result<void> change_backing(const std::string& name, std::optional<Format> format);
+
+    /// Changes the persistent bitmaps. The actions follow each other, and take effect together: after an error, none of
+    /// them has. Durable when it returns. A crash leaves the old bitmaps or the new ones. Requests that change the disk
+    /// are held meanwhile; those that returned before the call are in the bitmaps that a merge reads.
+    /// Errors: Errc::unsupported: version 2, or a format without bitmaps; those of BitmapAction::Kind; Errc::no_space,
+    /// io. Thread safety: as all functions; no source image may be waiting for this image.
+    Result<void> change_bitmaps(std::span<const BitmapAction> actions);
+
+    /// Gives up all that this image stores of its disk: every byte then comes from the backing file, and reads as zero
+    /// where that has none. Snapshots stay. Bitmaps record no change, since the caller has seen to it that the backing
+    /// file holds the same contents. close() cuts unused clusters off the file. An error or a crash leaves a part of
+    /// the image emptied. Requests that change the disk must not be in flight.
+    /// Errors: Errc::unsupported: the format has no backing files, or the image has a raw data file; those of
+    /// Disk::write.
+    Result<void> make_empty();
 
     /// Ends writing: flushes, saves the bitmaps, and gives back reserved space. Afterwards the image is read-only. No
     /// other request may be in flight. The destructor closes the image, too, but cannot report errors.
@@ -287,6 +312,8 @@ protected:
     /// `size` is rounded, and differs from the disk's.
     virtual Result<void> do_resize(std::uint64_t size);
     virtual Result<void> do_change_backing(const std::string& name, std::optional<Format> format);
+    virtual Result<void> do_change_bitmaps(std::span<const BitmapAction> actions);
+    virtual Result<void> do_make_empty();
     virtual Result<void> do_close();
 };
 

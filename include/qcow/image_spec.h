@@ -24,6 +24,8 @@ struct ImageSpec {
     bool direct = false;       ///< see FileOptions::direct; only for files that are written
     /// The image is not trusted: files_beneath() opens the files that it names, in place of local_files().
     bool untrusted = false;
+    KeySource keys = {};                           ///< see OpenOptions::keys
+    double max_kdf_seconds = default_kdf_seconds;  ///< see OpenOptions::max_kdf_seconds
     /// How the image is written. If unset, it is opened for reading only.
     std::optional<WriteOptions> write = {};
 };

@@ -41,7 +41,7 @@ struct RepairOptions {
     What what = What::all;
     bool dry_run = false;  ///< find out what a repair would do, and write nothing
     /// Remove the bitmaps that are marked as inconsistent ("in use") after the repair. Otherwise they stay, so that
-    /// their names and granularities are known.
+    /// their names and granularities are known. Only for What::all.
     bool remove_inconsistent_bitmaps = false;
     unsigned workers = 0;  ///< threads; 0: one per processor
     /// Each report lists at most so many findings, and the result lists at most so many losses.
@@ -60,13 +60,19 @@ struct RepairResult {
     /// findings.
     CheckReport after;
     std::uint64_t leaks_fixed = 0;        ///< host clusters
-    std::uint64_t corruptions_fixed = 0;  ///< findings of severity `corruption`, `error` and `postponed`
+    std::uint64_t corruptions_fixed = 0;  ///< findings of severity `corruption` and `error`
+    std::uint64_t postponed_fixed = 0;    ///< host clusters with a postponed refcount
     std::vector<RepairLoss> losses;
     std::uint64_t unlisted_losses = 0;  ///< more than RepairOptions::max_findings
     std::uint64_t copied_clusters = 0;  ///< host clusters that were copied to a place of their own
-    std::uint64_t removed_bitmaps = 0;  ///< because of RepairOptions::remove_inconsistent_bitmaps
-    bool refcounts_rebuilt = false;     ///< the refcount table and its blocks were written anew
-    bool changed = false;               ///< the image was changed; of a dry run: it would be
+    /// Names of the bitmaps that were removed because of RepairOptions::remove_inconsistent_bitmaps.
+    std::vector<std::string> removed_bitmaps;
+    bool refcounts_rebuilt = false;  ///< the refcount table and its blocks were written anew
+    bool changed = false;            ///< the image was changed; of a dry run: it would be
+
+    // Marks of the header that the repair cleared, because the repaired image has no damage.
+    [[nodiscard]] bool cleared_dirty() const { return before.dirty && !after.dirty; }
+    [[nodiscard]] bool cleared_corrupt() const { return before.marked_corrupt && !after.marked_corrupt; }
 };
 
 /// Repairs a qcow2 image in place. The backing file is not opened. An external data file is opened for reading, and its
@@ -74,11 +80,17 @@ struct RepairResult {
 ///
 /// The job plans all changes before it writes any. It then writes them in an order that is safe: the process may die
 /// and the power may fail at any moment, and running the job again completes the repair. While a repair is incomplete,
-/// the image has the corrupt bit (version 3), so that nobody writes to it.
+/// the image has the corrupt bit (version 3), so that nobody writes to it. The job reserves all space that it needs
+/// before its first write. A job that fails clears the corrupt bit that it has set.
 ///
-/// The dirty and corrupt bits are cleared at the end, if no corruption is left.
+/// The dirty and corrupt bits are cleared at the end, if no corruption is left, whatever RepairOptions::what is.
 ///
-/// Errors: Errc::unsupported for formats other than qcow2; Errc::locked if another process uses the image;
+/// New clusters lie in free clusters of the file where the check knows these, and else at the end of the file. Once
+/// data are lost, all lie at the end, if the file can grow: what was lost may then still be found in the file.
+///
+/// Errors: Errc::invalid_argument for remove_inconsistent_bitmaps with What::leaks; Errc::no_space, with the image as
+/// it was, if there is no room for what the repair adds (a dry run knows only of the room on a block device);
+/// Errc::unsupported for formats other than qcow2; Errc::locked if another process uses the image;
 /// Errc::read_only, access_denied; Errc::corrupt if the header cannot be used; Errc::limit_exceeded if
 /// RepairOptions::memory_bytes is too small; Errc::cancelled; Errc::io.
 /// Thread safety: jobs may run at the same time. What one writes, another must not use.

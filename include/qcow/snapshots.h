@@ -16,8 +16,9 @@ struct SnapshotInfo;
 
 /// The internal snapshots of an open image. A handle: it must not outlive the image.
 ///
-/// A snapshot is found by its id, else by its name. apply(), remove() and rename() refuse a name that two snapshots
-/// have, or that is the id of one and the name of another: Errc::invalid_argument.
+/// A snapshot is found by its id, else by its name. apply(), remove() and rename() refuse an id or a name that two
+/// snapshots have: Errc::invalid_argument. An id that is another snapshot's name means the one with the id.
+/// "snapshot.id=ID" and "snapshot.name=NAME" say which one is meant.
 ///
 /// Changes need an image that is open for writing. They are durable when they return. A crash leaves the image as it
 /// was before or as it is after the change, with its dirty mark if clusters must be counted anew: the next writer does

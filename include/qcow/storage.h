@@ -85,9 +85,10 @@ struct FileOptions {
     bool direct = false;
 };
 
-/// Opens a regular file or block device. Takes open-file-description locks in the layout that QEMU uses (permission
-/// p at byte 100 + p, "nobody else may" p at byte 200 + p), so that both respect each other: a reader excludes
-/// writers, a writer excludes everybody but readers that force it. Errc::locked names the remedy.
+/// Opens a regular file or block device. A block device that is to be written is opened exclusively: Errc::locked if it
+/// is mounted, or used by another program in that way. Takes open-file-description locks in the layout that QEMU uses
+/// (permission p at byte 100 + p, "nobody else may" p at byte 200 + p), so that both respect each other: a reader
+/// excludes writers, a writer excludes everybody but readers that force it. Errc::locked names the remedy.
 QCOW_API Result<std::shared_ptr<Storage>> open_file(const std::string& path, const FileOptions& options = {});
 
 class FilesInUse;

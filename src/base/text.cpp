@@ -1,5 +1,9 @@
 #include "qcow/text.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cctype>
 #include <cstdint>
 
 namespace qcow {
@@ -53,6 +57,29 @@ std::string shown(std::string_view sequence, std::size_t length) {
     return escaped;
 }
 
+std::string lower(std::string_view text) {
+    std::string result(text);
+    for (auto& c : result) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    return result;
+}
+
+/// Returns the number of letters that are inserted, left out, replaced or swapped with their neighbour.
+std::size_t edit_distance(std::string_view a, std::string_view b) {
+    std::vector<std::vector<std::size_t>> d(a.size() + 1, std::vector<std::size_t>(b.size() + 1));
+    for (std::size_t i = 0; i <= a.size(); ++i) {
+        for (std::size_t k = 0; k <= b.size(); ++k) {
+            if (i == 0 || k == 0) {
+                d[i][k] = i + k;
+                continue;
+            }
+            d[i][k] = std::min({d[i - 1][k] + 1, d[i][k - 1] + 1, d[i - 1][k - 1] + (a[i - 1] != b[k - 1] ? 1 : 0)});
+            if (i > 1 && k > 1 && a[i - 1] == b[k - 2] && a[i - 2] == b[k - 1])
+                d[i][k] = std::min(d[i][k], d[i - 2][k - 2] + 1);
+        }
+    }
+    return d[a.size()][b.size()];
+}
+
 }  // namespace
 
 std::string printable(std::string_view text, std::size_t max_bytes) {
@@ -66,6 +93,23 @@ std::string printable(std::string_view text, std::size_t max_bytes) {
         text.remove_prefix(taken.size());
     }
     return result;
+}
+
+std::string did_you_mean(std::string_view text, const std::vector<std::string>& words) {
+    constexpr std::size_t longest = 64;  // longer texts are no typing mistakes
+    if (text.size() > longest) return {};
+    const auto said = lower(text);
+    std::string_view best;
+    std::size_t fewest = longest;
+    for (const auto& word : words) {
+        const auto known = lower(word);
+        auto distance = edit_distance(said, known);
+        if (said.size() >= 3 && known.starts_with(said)) distance = std::min<std::size_t>(distance, 1);
+        if (distance >= fewest || distance > std::max(said.size(), known.size()) / 3) continue;
+        fewest = distance;
+        best = word;
+    }
+    return best.empty() ? std::string() : fmt::format("; did you mean \"{}\"?", best);
 }
 
 }  // namespace qcow

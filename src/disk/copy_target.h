@@ -22,6 +22,7 @@ struct PreparedRun {
     Kind kind = Kind::data;
     std::uint64_t length = 0;  // guest bytes
     std::span<const std::byte> bytes = {};
+    HostOffset place = {};  // for the target's own use
 };
 
 /// A piece of a source's data on its way.
@@ -49,7 +50,11 @@ public:
     /// one thread at a time, in guest order.
     [[nodiscard]] virtual bool any_order() const = 0;
 
-    virtual Result<void> write(const Piece& piece) = 0;
+    virtual Result<void> write(Piece& piece) = 0;
+
+    /// Does the rest of the work for a piece that was written: what needs no order, such as encrypting. Any number of
+    /// threads at once.
+    virtual Result<void> complete(const Piece&) { return {}; }
 
     /// The source reads as zeros there.
     virtual Result<void> write_zeroes(GuestOffset at, std::uint64_t length) = 0;

@@ -77,6 +77,11 @@ Result<void> verify_range(const Disk& disk, GuestOffset at, std::uint64_t length
                             at.value, disk.size()));
 }
 
+std::unexpected<Error> no_key(const std::string& file) {
+    return fail(Errc::encrypted, file,
+                "the image is encrypted, and its key was not given (--key FILE); its metadata can be examined");
+}
+
 std::unexpected<Error> unreadable(Error error, GuestOffset at, std::uint64_t length) {
     if (error.unreadable.length == 0) error.unreadable = {at, length};
     return std::unexpected(std::move(error));

@@ -30,6 +30,9 @@ public:
 
     /// The backing file, which is asked for the rest; null where the format has none.
     [[nodiscard]] virtual const BackingFile* backing_file() const { return nullptr; }
+    /// See BackingFile::exchange. Only for formats with backing files.
+    // NOLINTNEXTLINE(performance-unnecessary-value-param): those that have one move it
+    virtual void exchange_backing(std::shared_ptr<Layer>) {}
 
 protected:
     // Writing. How an image behaves that is open for writing is the same for every format, and is seen to here.

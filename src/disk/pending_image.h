@@ -28,6 +28,9 @@ public:
     /// The name of the external data file.
     [[nodiscard]] virtual std::optional<std::string> data_file() const { return std::nullopt; }
 
+    /// The method of the encryption, as KeyRequest::method.
+    [[nodiscard]] virtual std::optional<std::string> encryption() const { return std::nullopt; }
+
     /// What the image is to work with. Absent neighbours that the header names make reads of what they hold fail.
     struct Neighbours {
         std::shared_ptr<Layer> backing;
@@ -35,6 +38,8 @@ public:
         std::shared_ptr<Storage> data_file;
         std::size_t cache_bytes = 0;
         std::optional<WriteOptions> write = {};  // nothing: read-only
+        std::optional<Secret> key = {};          // nothing: the image can only be examined
+        double max_kdf_seconds = default_kdf_seconds;
     };
     virtual Result<std::shared_ptr<Layer>> open(Neighbours neighbours) = 0;
 };

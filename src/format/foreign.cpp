@@ -30,8 +30,7 @@ constexpr auto from_vmdk = "convert it with qemu-img convert -f vmdk -O qcow2 {f
 constexpr auto vhd = "a VHD image (Virtual PC, Hyper-V)"sv;
 constexpr auto from_vhd = "convert it with qemu-img convert -f vpc -O qcow2 {file} {image}"sv;
 constexpr auto from_parallels = "convert it with qemu-img convert -f parallels -O qcow2 {file} {image}"sv;
-constexpr auto from_luks =
-    "open it with cryptsetup open --readonly {file} NAME, and use /dev/mapper/NAME as a raw disk"sv;
+constexpr auto from_luks = "the format luks and its key give what it holds"sv;
 
 constexpr std::array signatures = {
     Signature{head, 0, "KDMV?\0\0\0"sv, vmdk, from_vmdk},
@@ -68,7 +67,8 @@ constexpr std::array signatures = {
     Signature{head, 0, "\x28\xb5\x2f\xfd"sv, "a zstd file", "unpack it with zstd -dc {file} > {unpacked}"},
     Signature{head, 0, "\x04\x22\x4d\x18"sv, "an lz4 file", "unpack it with lz4 -dc {file} > {unpacked}"},
     Signature{head, 0, "BZh?1AY&SY"sv, "a bzip2 file", "unpack it with bunzip2 -c {file} > {unpacked}"},
-    Signature{head, 0, "7z\xbc\xaf\x27\x1c"sv, "a 7z archive", "unpack it with 7z x {file}"},
+    Signature{head, 0, "7z\xbc\xaf\x27\x1c"sv, "a 7z archive",
+              "unpack it with 7z x {file}, or look into it with qcow ls -f raw {file}"},
     Signature{head, 0, "version https://git-lfs.github.com/spec/"sv, "a Git LFS pointer, which stands for the image",
               "fetch the image itself with git lfs pull"},
 };
@@ -134,10 +134,12 @@ bool ends_as_zip(std::string_view end) {
 /// Archives whose signature alone says too little: disks are used as tapes.
 std::optional<Foreign> recognise_archive(std::string_view start, std::string_view end, std::string_view path) {
     const auto file = shell_word(path);
-    if (is_at(start, 0, "PK\3\4") && ends_as_zip(end)) return Foreign{"a zip archive", "unpack it with unzip " + file};
+    const auto look = ", or look into it with qcow ls -f raw " + file;
+    if (is_at(start, 0, "PK\3\4") && ends_as_zip(end))
+        return Foreign{"a zip archive", "unpack it with unzip " + file + look};
     if (!is_at(start, 257, "ustar")) return std::nullopt;
     if (ends_in(path, ".ova")) return Foreign{"a package of a virtual machine (OVA)", "unpack it with tar -xf " + file};
-    if (ends_in(path, ".tar")) return Foreign{"a tar archive", "unpack it with tar -xf " + file};
+    if (ends_in(path, ".tar")) return Foreign{"a tar archive", "unpack it with tar -xf " + file + look};
     return std::nullopt;
 }
 

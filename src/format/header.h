@@ -120,8 +120,11 @@ struct HeaderState {
     std::uint64_t incompatible = 0;
     std::uint64_t compatible = 0;
     std::uint64_t autoclear = 0;
+    std::optional<BitmapsExtension> bitmaps;
 
     [[nodiscard]] bool has(std::uint64_t incompatible_bit) const { return (incompatible & incompatible_bit) != 0; }
+    /// Whether the bitmaps extension may be believed.
+    [[nodiscard]] bool bitmaps_consistent() const { return bitmaps && (autoclear & autoclear::bitmaps) != 0; }
 };
 
 /// What never changes while an image is open.
@@ -137,15 +140,10 @@ struct FixedHeader {
     std::optional<std::string> backing_format;
     std::optional<std::string> data_file_name;
     std::vector<FeatureName> feature_names;
-    std::optional<BitmapsExtension> bitmaps;
     std::optional<EncryptionExtension> encryption;
     std::vector<Extension> unknown_extensions;
 
     [[nodiscard]] std::uint64_t cluster_size() const { return std::uint64_t{1} << cluster_bits; }
-    /// Whether the bitmaps extension may be believed.
-    [[nodiscard]] bool bitmaps_consistent(const HeaderState& state) const {
-        return bitmaps && (state.autoclear & autoclear::bitmaps) != 0;
-    }
 };
 
 /// A header as a whole, as it is parsed and encoded.
@@ -170,6 +168,10 @@ Result<void> verify_snapshot_table(const HeaderState& header, unsigned cluster_b
 /// feature names is added where there is room for it. Errc::limit_exceeded if header, extensions and backing file name
 /// do not fit in a cluster.
 Result<std::vector<std::byte>> encode_header(const Header& header);
+
+/// Return the contents of header extensions.
+std::vector<std::byte> encode_bitmaps_extension(const BitmapsExtension& extension);
+std::vector<std::byte> encode_encryption_extension(const EncryptionExtension& extension);
 
 /// Puts the fields that change in an image's life (size, tables, snapshots, feature bits) into its first bytes, at
 /// least the fixed header of its version. Everything else, known or not, stays as it is.

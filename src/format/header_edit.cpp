@@ -13,7 +13,10 @@ namespace {
 
 constexpr std::size_t name_offset_field = 8;
 constexpr std::size_t name_length_field = 16;
+constexpr std::size_t refcount_order_field = 96;
 constexpr std::size_t header_length_field = 100;
+constexpr std::size_t compression_field = 104;
+constexpr unsigned refcount_order_v2 = 4;
 constexpr std::size_t record_header = 8;
 /// Behind it no reader looks at fields, as long as these are not named by a feature bit.
 constexpr std::size_t known_fields = 112;
@@ -64,6 +67,20 @@ void HeaderEdit::set_state(const HeaderState& state) {
     update_header(fields_, load_be<std::uint32_t>(fields_, 4), state);
 }
 
+void HeaderEdit::set_version(unsigned version) {
+    const bool is_new = load_be<std::uint32_t>(fields_, 4) < 3 && version >= 3;
+    fields_.resize(version < 3 ? fixed_header_v2 : std::max(fields_.size(), known_fields));
+    store_be(fields_, 4, std::uint32_t{version});
+    if (is_new) set_refcount_order(refcount_order_v2);
+}
+
+void HeaderEdit::set_refcount_order(unsigned order) { store_be(fields_, refcount_order_field, std::uint32_t{order}); }
+
+void HeaderEdit::set_compression(Compression compression) {
+    fields_.resize(std::max(fields_.size(), known_fields));
+    fields_[compression_field] = static_cast<std::byte>(compression);
+}
+
 void HeaderEdit::set_extension(ExtensionType type, std::span<const std::byte> data) {
     const auto number = static_cast<std::uint32_t>(type);
     const auto first = std::ranges::find(records_, number, &Record::type);
@@ -85,13 +102,20 @@ void HeaderEdit::set_backing_name(std::string_view name) {
     name_.assign(bytes.begin(), bytes.end());
 }
 
-/// The extensions, their end, and the name.
+/// The extensions, their end, and the name. The names of features are for people: without room, they are left out.
 std::vector<std::byte> HeaderEdit::tail() const {
-    std::vector<std::byte> bytes;
-    for (const auto& record : records_) bytes.insert(bytes.end(), record.bytes.begin(), record.bytes.end());
-    bytes.resize(bytes.size() + record_header);
-    bytes.insert(bytes.end(), name_.begin(), name_.end());
-    return bytes;
+    const auto with = [&](bool feature_names) {
+        std::vector<std::byte> bytes;
+        for (const auto& record : records_) {
+            if (feature_names || record.type != static_cast<std::uint32_t>(ExtensionType::feature_names))
+                bytes.insert(bytes.end(), record.bytes.begin(), record.bytes.end());
+        }
+        bytes.resize(bytes.size() + record_header);
+        bytes.insert(bytes.end(), name_.begin(), name_.end());
+        return bytes;
+    };
+    auto bytes = with(true);
+    return fields_.size() + bytes.size() <= cluster_size_ ? bytes : with(false);
 }
 
 /// Makes the fields of `cluster` lead to a tail that lies at `at`, and have all that was changed.

@@ -21,6 +21,13 @@ public:
 
     /// Changes the fields that update_header changes.
     void set_state(const HeaderState& state);
+    /// Changes the version. Version 3 has the same as version 2, and no features. Version 2 leaves out the fields that
+    /// it does not have: nothing depends on them.
+    void set_version(unsigned version);
+    /// Of version 3: the logarithm of the bits of a refcount.
+    void set_refcount_order(unsigned order);
+    /// Of version 3: the field alone. The feature bit that belongs to it is a part of the state.
+    void set_compression(Compression compression);
     /// Changes what the first extension of this type holds, and removes further ones. If there is none, a new one comes
     /// behind the last extension.
     void set_extension(ExtensionType type, std::span<const std::byte> data);
@@ -36,7 +43,8 @@ public:
     /// of byte 112 or nearly fill their cluster. They change in one step, which is safe if the file system or the disk
     /// writes 4 KiB at once.
     ///
-    /// Errors: Errc::limit_exceeded if header, extensions and name do not fit in a cluster.
+    /// Leaves out the table of feature names if the rest does not fit in a cluster with it.
+    /// Errors: Errc::limit_exceeded if header, extensions and name do not fit without it either.
     [[nodiscard]] Result<std::vector<std::vector<std::byte>>> steps() const;
 
 private:

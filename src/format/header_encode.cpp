@@ -83,24 +83,28 @@ std::vector<std::byte> encode_extensions(const Header& h) {
     Encoder out;
     if (h.backing_format) out.put_extension(ExtensionType::backing_format, as_bytes(*h.backing_format));
     if (h.data_file_name) out.put_extension(ExtensionType::data_file_name, as_bytes(*h.data_file_name));
-    if (h.encryption) {
-        Encoder data;
-        data.put(h.encryption->offset.value);
-        data.put(h.encryption->length);
-        out.put_extension(ExtensionType::encryption, data.take());
-    }
-    if (h.bitmaps) {
-        Encoder data;
-        data.put(h.bitmaps->count);
-        data.put(h.bitmaps->reserved);
-        data.put(h.bitmaps->directory_size);
-        data.put(h.bitmaps->directory.value);
-        out.put_extension(ExtensionType::bitmaps, data.take());
-    }
+    if (h.encryption) out.put_extension(ExtensionType::encryption, encode_encryption_extension(*h.encryption));
+    if (h.bitmaps) out.put_extension(ExtensionType::bitmaps, encode_bitmaps_extension(*h.bitmaps));
     return out.take();
 }
 
 }  // namespace
+
+std::vector<std::byte> encode_encryption_extension(const EncryptionExtension& extension) {
+    Encoder data;
+    data.put(extension.offset.value);
+    data.put(extension.length);
+    return data.take();
+}
+
+std::vector<std::byte> encode_bitmaps_extension(const BitmapsExtension& extension) {
+    Encoder data;
+    data.put(extension.count);
+    data.put(extension.reserved);
+    data.put(extension.directory_size);
+    data.put(extension.directory.value);
+    return data.take();
+}
 
 Result<std::vector<std::byte>> encode_header(const Header& h) {
     constexpr std::size_t end_marker = 8;

@@ -9,6 +9,8 @@
 namespace qcow::format {
 namespace {
 
+constexpr std::uint8_t dirty_tracking = 1;  // the type of all bitmaps that there are
+
 std::string text(std::span<const std::byte> bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
@@ -45,9 +47,10 @@ Result<SnapshotEntry> parse_snapshot(std::span<const std::byte> in, unsigned ver
     if (total > max_snapshot_bytes)
         return fail(Errc::corrupt, "", fmt::format("an entry of {} bytes is longer than 1 MiB", total));
     if (total > in.size()) return too_short(total, in.size());
-    if (version >= 3 && extra_length < 16) {
+    if (version >= 3 && extra_length < min_snapshot_extra_bytes) {
         return fail(Errc::corrupt, "",
-                    fmt::format("{} bytes of extra data, but version 3 needs at least 16", extra_length));
+                    fmt::format("{} bytes of extra data, but version 3 needs at least {}", extra_length,
+                                min_snapshot_extra_bytes));
     }
     const auto extra = in.subspan(fixed, extra_length);
     if (extra_length >= 8) entry.info.vm_state_bytes = load_be<std::uint64_t>(extra, 0);
@@ -58,6 +61,7 @@ Result<SnapshotEntry> parse_snapshot(std::span<const std::byte> in, unsigned ver
     }
     entry.info.id = text(in.subspan(fixed + extra_length, id_length));
     entry.info.name = text(in.subspan(fixed + extra_length + id_length, name_length));
+    entry.extra_bytes = static_cast<std::uint32_t>(extra_length);
     entry.encoded_bytes = std::min<std::size_t>(align_down(total + 7, 8), in.size());
     return entry;
 }
@@ -95,9 +99,38 @@ std::vector<std::byte> rename_snapshot(std::span<const std::byte> encoded, std::
     return bytes;
 }
 
+std::vector<std::byte> encode_bitmap(const BitmapEntry& entry) {
+    const auto& name = entry.info.name;
+    std::vector<std::byte> bytes(BitmapEntry::encoded_size(name.size(), 0));
+    store_be(bytes, 0, entry.table.value);
+    store_be(bytes, BitmapEntry::table_entries_at, entry.table_entries);
+    store_be(bytes, BitmapEntry::flags_at, entry.flags);
+    bytes[16] = std::byte{dirty_tracking};
+    bytes[17] = static_cast<std::byte>(entry.granularity_bits);
+    store_be(bytes, 18, static_cast<std::uint16_t>(name.size()));
+    std::ranges::copy(as_bytes(name), bytes.begin() + BitmapEntry::fixed_bytes);
+    return bytes;
+}
+
+std::string_view BitmapEntry::refusal() const {
+    if (granularity_bits < min_granularity_bits || granularity_bits > max_granularity_bits)
+        return "its granularity is not 512 bytes to 2 GiB";
+    if (info.name.empty() || info.name.size() > max_name_length) return "its name does not have 1 to 1023 bytes";
+    if (extra_data_bytes != 0 || (flags & extra_data_compatible_flag) != 0)
+        return "it has extra data, or the flag for them";
+    return {};
+}
+
+BitmapEntry BitmapEntry::without_ignorable_data() const {
+    BitmapEntry entry = *this;
+    if (!understood) return entry;
+    entry.extra_data_bytes = 0;
+    entry.flags &= ~extra_data_compatible_flag;
+    return entry;
+}
+
 Result<BitmapEntry> parse_bitmap(std::span<const std::byte> in) {
-    constexpr std::size_t fixed = 24;
-    constexpr unsigned dirty_tracking = 1;
+    constexpr std::size_t fixed = BitmapEntry::fixed_bytes;
     if (in.size() < fixed) return too_short(fixed, in.size());
     BitmapEntry entry;
     entry.table = {load_be<std::uint64_t>(in, 0)};
@@ -106,9 +139,10 @@ Result<BitmapEntry> parse_bitmap(std::span<const std::byte> in) {
     const auto type = static_cast<std::uint8_t>(in[16]);
     entry.granularity_bits = static_cast<std::uint8_t>(in[17]);
     const std::size_t name_length = load_be<std::uint16_t>(in, 18);
-    const std::size_t extra_length = load_be<std::uint32_t>(in, 20);
+    entry.extra_data_bytes = load_be<std::uint32_t>(in, 20);
+    const std::size_t extra_length = entry.extra_data_bytes;
 
-    const std::size_t total = align_down(fixed + extra_length + name_length + 7, 8);
+    const std::size_t total = BitmapEntry::encoded_size(name_length, extra_length);
     if (total > in.size()) return too_short(total, in.size());
     if (type != dirty_tracking)
         return fail(Errc::unsupported, "", fmt::format("type {} is not dirty tracking (1)", type));

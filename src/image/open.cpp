@@ -1,8 +1,12 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
+#include <filesystem>
 #include <set>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <vector>
 
 #include "base/endian.h"
@@ -11,7 +15,9 @@
 #include "format/file_name.h"
 #include "format/foreign.h"
 #include "format/header.h"
+#include "format/luks.h"
 #include "image/gate.h"
+#include "luks/luks_image.h"
 #include "qcow/text.h"
 #include "qcow1/qcow1_image.h"
 #include "qcow2/qcow2_image.h"
@@ -32,6 +38,7 @@ constexpr std::array formats = {
     FormatEntry{Format::raw, "raw", raw::begin},
     FormatEntry{Format::qcow, "qcow", qcow1::begin},
     FormatEntry{Format::qcow2, "qcow2", qcow2::begin},
+    FormatEntry{Format::luks, "luks", luks::begin},
 };
 
 const FormatEntry& entry_of(Format format) { return formats[static_cast<std::size_t>(format)]; }
@@ -99,6 +106,20 @@ private:
         bool alone = false;
     };
 
+    static constexpr std::string_view loop =
+        "the backing chain is a loop: this file is in it already; qcow rebase -u records another backing file";
+
+    static constexpr std::string_view used_twice =
+        "it is used twice in the chain; qcow amend -o data_file=NAME records another data file";
+
+    /// Whether the path leads to a file of the chain.
+    [[nodiscard]] bool is_open(const std::string& path) const {
+        return std::ranges::any_of(layers_, [&](const OpenedLayer& layer) {
+            std::error_code none;
+            return std::filesystem::equivalent(path, layer.storage->name(), none);
+        });
+    }
+
     void warn(const std::string& message) const {
         if (options_.warn) options_.warn(message);
     }
@@ -109,8 +130,7 @@ private:
             return fail(Errc::limit_exceeded, name,
                         fmt::format("the backing chain is longer than {} files", max_chain_length));
         }
-        if (!identities_.insert(file.storage->identity()).second)
-            return fail(Errc::corrupt, name, "the backing chain is a loop: this file is in it already");
+        if (!identities_.insert(file.storage->identity()).second) return fail(Errc::corrupt, name, std::string(loop));
         OpenedLayer layer;
         layer.given = file.given;
         layer.alone = file.alone;
@@ -123,7 +143,7 @@ private:
         auto pending = entry_of(layer.format).begin(file.storage);
         if (!pending) {
             auto error = std::move(pending).error();
-            if (const auto foreign = recognise(*file.storage))
+            if (const auto foreign = recognise(*file.storage); foreign && layer.format != Format::luks)
                 error.what += fmt::format("; it is {}: {}", foreign->what, foreign->remedy);
             return std::unexpected(std::move(error).in(name));
         }
@@ -144,6 +164,14 @@ private:
         const auto* const option = layers_.empty()       ? "-f raw (-O raw of a target)"
                                    : layers_.size() == 1 ? "--backing-format raw"
                                                          : "the format raw, recorded in the overlay above it,";
+        if (format::is_luks(ends.head)) {
+            // A guest may have encrypted its disk itself.
+            return fail(Errc::unsupported, name,
+                        fmt::format("it is an encrypted volume (LUKS), and nothing says whether a guest reads it "
+                                    "decrypted; the format luks and its key give what it holds, and {} takes its bytes "
+                                    "for a disk's as they are",
+                                    option));
+        }
         if (const auto foreign = format::recognise_foreign(ends.head, ends.tail, name)) {
             return fail(Errc::unsupported, name,
                         fmt::format("it is {}, which is not read here: {}; {} takes its bytes for a disk's as they are",
@@ -165,9 +193,10 @@ private:
     /// Opens the files that `layer` names: gives the backing file, if there is one to go on with.
     Result<std::optional<Named>> follow(OpenedLayer& layer) {
         if (layers_.size() == 1 && options_.backing) TRY_VOID(replace_backing(layer));
-        if (!options_.follow) return std::nullopt;
+        // A writer of metadata needs the data file, too: a flush covers it.
+        if (!options_.follow && !options_.writable) return std::nullopt;
         const auto data_file = layer.pending->data_file();
-        const auto backing = layer.pending->backing();
+        const auto backing = options_.follow ? layer.pending->backing() : std::nullopt;
         if (layer.guessed && !layer.given && (data_file || backing))
             return refuse_guessed(data_file ? *data_file : backing->name);
         if (data_file) {
@@ -175,9 +204,10 @@ private:
             const auto parsed = TRY(parse_reference(role, *data_file, layer));
             layer.data_file = TRY(pass_gate(role, *data_file, parsed, layer));
             if (!identities_.insert(layer.data_file->identity()).second) {
-                return fail(Errc::corrupt, layer.data_file->name(), "it is used twice in the chain");
+                return fail(Errc::corrupt, layer.data_file->name(), std::string(used_twice));
             }
         }
+        if (!options_.follow) return std::nullopt;
         if (layers_.size() == 1 && options_.backing && *options_.backing) return given_backing(layer);
         if (!backing || layer.alone) return std::nullopt;
         return named_backing(*backing, layer);
@@ -245,6 +275,11 @@ private:
         reference.guessed = by.guessed;
         reference.writable = role == FileReference::Role::data_file && options_.writable && layers_.size() == 1;
         auto opened = options_.gate(reference);
+        // The other process that has locked the file is this one.
+        if (!opened && opened.error().code == Errc::locked && is_open(reference.location.path)) {
+            const bool is_backing = role == FileReference::Role::backing_file;
+            return fail(Errc::corrupt, reference.location.path, std::string(is_backing ? loop : used_twice));
+        }
         if (!opened) {
             const auto* what = role == FileReference::Role::backing_file ? "backing file" : "data file";
             return std::unexpected(std::move(opened).error().in(fmt::format("{} of {}", what, by.storage->name())));
@@ -272,9 +307,10 @@ private:
         // What QEMU calls the driver of a plain file or device is the raw format here.
         if (*backing.format == "file" || *backing.format == "host_device") return Format::raw;
         if (const auto format = format_from_name(*backing.format)) return format;
-        return fail(Errc::unsupported, by.storage->name(),
-                    fmt::format("its backing file \"{}\" has the format \"{}\"; only raw, qcow and qcow2 can be read",
-                                backing.name, *backing.format));
+        return fail(
+            Errc::unsupported, by.storage->name(),
+            fmt::format("its backing file \"{}\" has the format \"{}\"; only raw, qcow, qcow2 and luks can be read",
+                        backing.name, *backing.format));
     }
 
     /// What is wrong with a layer, with the name of its file in front.
@@ -282,15 +318,36 @@ private:
         return std::unexpected(error.place.starts_with(file) ? std::move(error) : std::move(error).in(file));
     }
 
+    /// The keys of the layers, from the top down.
+    Result<std::vector<std::optional<Secret>>> ask_for_keys() {
+        std::vector<std::optional<Secret>> keys(layers_.size());
+        for (unsigned depth = 0; options_.keys && depth < layers_.size(); ++depth) {
+            const auto& layer = layers_[depth];
+            const auto method = layer.pending->encryption();
+            if (!method) continue;
+            keys[depth] = TRY(options_.keys({layer.storage->name(), *method, depth}));
+            if (*method == "aes" && depth == 0 && options_.writable) {
+                warn(
+                    fmt::format("{}: its encryption (the legacy AES of qcow2) is weak; qcow convert -O qcow2 -o "
+                                "encrypt.format=luks,... makes an image with a better one",
+                                printable(layer.storage->name())));
+            }
+        }
+        return keys;
+    }
+
     /// From the bottom up, since each image is made with the one below it.
     Result<std::shared_ptr<Image>> build() {
+        auto keys = TRY(ask_for_keys());
         std::shared_ptr<Layer> image;
         const auto cache_bytes = std::max(options_.cache_bytes / layers_.size(), min_layer_cache_bytes);
         for (; !layers_.empty(); layers_.pop_back()) {
             auto& layer = layers_.back();
             const bool writable = options_.writable && layers_.size() == 1;
             auto opened = layer.pending->open({std::move(image), layer.alone, std::move(layer.data_file), cache_bytes,
-                                               writable ? std::optional(options_.write) : std::nullopt});
+                                               writable ? std::optional(options_.write) : std::nullopt,
+                                               std::move(keys.back()), options_.max_kdf_seconds});
+            keys.pop_back();
             if (!opened) return named(std::move(opened).error(), layer.storage->name());
             image = *std::move(opened);
         }
@@ -311,6 +368,8 @@ Result<std::shared_ptr<Image>> open_spec(const ImageSpec& spec, const Warn& warn
     options.backing_format = spec.backing_format;
     options.writable = spec.write.has_value();
     if (spec.write) options.write = *spec.write;
+    options.keys = spec.keys;
+    options.max_kdf_seconds = spec.max_kdf_seconds;
     if (warn) options.warn = [&](const std::string& message) { warn({Warning::Kind::odd_image, message}); };
 
     auto storage =

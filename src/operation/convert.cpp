@@ -3,9 +3,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 
 #include "base/within_memory.h"
+#include "operation/bitmap_copies.h"
 #include "operation/new_image.h"
 #include "operation/stream.h"
 #include "qcow/concat.h"
@@ -24,7 +26,7 @@ std::unexpected<Error> refuse(std::string place, std::string what) {
 }
 
 std::unexpected<Error> refuse_raw() {
-    return refuse("target format", "raw has no compression and no backing file; say -O qcow2");
+    return refuse("target format", "it has no compression and no backing file; say -O qcow2");
 }
 
 /// Refuses a backing file that an existing target does not have.
@@ -69,18 +71,57 @@ private:
             auto image = TRY(open_image(spec, warnings_.to()));
             const auto role = job_.sources.size() == 1 ? "the source" : fmt::format("source {}", disks.size() + 1);
             TRY_VOID(in_use_.add(read, *image, spec, role));
+            if (job_.bitmaps != ConvertJob::Bitmaps::none) TRY_VOID(plan_bitmaps(image, snapshot));
             disks.push_back(snapshot.empty() ? std::move(image) : TRY(image->snapshots().open(snapshot)));
         }
         source_ = disks.size() == 1 ? std::move(disks[0]) : TRY(concatenate(std::move(disks)));
         return {};
     }
 
+    /// A bitmap that cannot be copied shows before anything is written.
+    Result<void> plan_bitmaps(const std::shared_ptr<Image>& source, const std::string& snapshot) {
+        if (job_.sources.size() > 1) return refuse_bitmaps("", "several sources are joined to a new disk");
+        if (!snapshot.empty()) return refuse_bitmaps("", "the bitmaps are of the active state, not of a snapshot");
+        bitmaps_ = TRY(copies_of_bitmaps(source, job_.bitmaps == ConvertJob::Bitmaps::all_but_broken, warnings_));
+        return {};
+    }
+
+    static std::unexpected<Error> refuse_bitmaps(std::string place, const std::string& why) {
+        return refuse(std::move(place), why + "; leave out --bitmaps");
+    }
+
+    Result<void> add_bitmaps(const NewImageFiles& files, const std::optional<EncryptionOptions>& encryption) {
+        if (bitmaps_.empty()) return {};
+        const Gate data_file = [&](const FileReference&) -> Result<std::shared_ptr<Storage>> {
+            return files.data_file;
+        };
+        OpenOptions open{.writable = true, .format = Format::qcow2, .gate = data_file, .follow = false};
+        if (encryption) {
+            open.keys = [&](const KeyRequest&) { return Secret(encryption->key->bytes()); };
+            open.max_kdf_seconds = std::numeric_limits<double>::infinity();  // the caller has said how long it takes
+        }
+        const auto image = TRY(open_image(files.image, open));
+        TRY_VOID(image->change_bitmaps(bitmaps_));
+        return image->close();
+    }
+
+    /// Without a header, an incomplete image in a device is not taken for one that is complete.
+    Result<void> add_bitmaps_or_nothing(const NewImageFiles& files,
+                                        const std::optional<EncryptionOptions>& encryption) {
+        auto added = add_bitmaps(files, encryption);
+        if (!added) static_cast<void>(files.image->write_zeroes({0}, sector_bytes));
+        return added;
+    }
+
     /// Makes the target. Returns its path, as the others do.
     Result<std::string> into(const NewImage& named) {
         const auto target = TRY(with_recorded_names(named));
         const auto& options = target.options;
-        const bool raw = target.format == Format::raw;
+        const bool raw = target.format != Format::qcow2;
         if (raw && (job_.compress || job_.level || !options.backing_name.empty())) return refuse_raw();
+        if (job_.bitmaps != ConvertJob::Bitmaps::none && (raw || options.version < 3)) {
+            return refuse_bitmaps("target format", "only qcow2 images of version 3 have bitmaps");
+        }
         ConvertOptions convert{.copy = copy_, .compress = job_.compress, .level = job_.level};
         if (!options.backing_name.empty()) {
             auto backing = open_image(TRY(backing_of(target)), warnings_.to());
@@ -90,8 +131,13 @@ private:
         }
         TRY_VOID(make_files(
             target, "the target", in_use_, warnings_,
-            [&](const NewImageFiles& files, bool starts_as_zeros) {
-                if (!raw) return convert_image(*source_, files, options, convert);
+            [&](const NewImageFiles& files, bool starts_as_zeros) -> Result<void> {
+                if (!raw) {
+                    TRY_VOID(convert_image(*source_, files, options, convert));
+                    return add_bitmaps_or_nothing(files, options.encryption);
+                }
+                if (target.format == Format::luks)
+                    return convert_luks_image(*source_, files.image, options, convert.copy);
                 convert.copy.target_is_zero = starts_as_zeros;
                 return convert_raw_image(*source_, files.image, options, convert.copy);
             }));
@@ -126,6 +172,7 @@ private:
         const Unfinished listed(path, Incomplete::part_of_source);
         auto copied =
             job_.compress ? copy_compressed(*source_, *image, copy, job_.level) : copy_disk(*source_, *image, copy);
+        if (copied && !bitmaps_.empty()) copied = image->change_bitmaps(bitmaps_);
         if (copied) copied = image->close();
         if (copied) return path;
         copied.error().what += fmt::format("; {} holds only a part of the source", path);
@@ -137,6 +184,7 @@ private:
         if (job_.compress || job_.level) return refuse_raw();
         if (job_.salvage)
             return refuse(target.path, "takes the data alone; convert into a file with --salvage or --json");
+        if (job_.bitmaps != ConvertJob::Bitmaps::none) return refuse_bitmaps(target.path, "raw data have no bitmaps");
         const auto whole_sectors = TRY(concatenate({source_}));
         TRY_VOID(stream_to(*whole_sectors, target.path, in_use_, copy_.control));
         return target.path;
@@ -148,6 +196,7 @@ private:
     CopyOptions copy_;
     Losses losses_;
     std::shared_ptr<Disk> source_;
+    std::vector<BitmapAction> bitmaps_;
 };
 
 }  // namespace

@@ -202,6 +202,12 @@ private:
             lock.lock();
             writing_ = false;
             ++next_to_write_;
+            if (stretch.buffer) {
+                changed_.notify_all();
+                lock.unlock();
+                TRY_VOID(target_.complete(stretch.buffer->piece));
+                lock.lock();
+            }
             if (stretch.buffer) spare_.push_back(std::move(stretch.buffer));
             done_ += stretch.extent.length;
             if (control_.progress) control_.progress(done_, source_.size());
@@ -229,6 +235,7 @@ private:
             const std::uint64_t length = std::min(extent.length - done, piece_bytes_);
             TRY_VOID(read(buffer, extent.start + done, length));
             TRY_VOID(target_.write(buffer.piece));
+            TRY_VOID(target_.complete(buffer.piece));
             done += length;
         }
         return {};

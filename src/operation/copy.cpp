@@ -46,7 +46,7 @@ public:
         return {};
     }
 
-    Result<void> write(const Piece& piece) override {
+    Result<void> write(Piece& piece) override {
         GuestOffset at = piece.at;
         for (const auto& run : piece.runs) {
             if (run.kind == PreparedRun::Kind::zero) TRY_VOID(write_zeroes(at, run.length));

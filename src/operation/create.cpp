@@ -2,8 +2,11 @@
 
 #include <fmt/format.h>
 
+#include <limits>
+
 #include "base/within_memory.h"
 #include "disk/padded.h"
+#include "luks/volume.h"
 #include "operation/copier.h"
 #include "operation/new_image.h"
 #include "qcow2/builder.h"
@@ -13,24 +16,16 @@
 namespace qcow {
 namespace {
 
-/// The virtual size of a new image for the contents of `source`.
-Result<std::uint64_t> size_for(const Disk& source, const CreateOptions& options) {
-    if (options.size == 0) return rounded_size(source.size());
-    const std::uint64_t size = rounded_size(options.size);
-    if (size >= source.size()) return size;
-    return fail(Errc::invalid_argument, "option size",
-                fmt::format("the source has {} bytes, and {} have no room for them", source.size(), size));
-}
-
-Result<void> verify_raw(const CreateOptions& options) {
-    if (options.preallocation == Preallocation::metadata)
-        return fail(Errc::invalid_argument, "option preallocation", "a raw disk has no metadata; say falloc or full");
-    CreateOptions possible;
-    possible.size = options.size;
-    possible.preallocation = options.preallocation;
-    if (options == possible) return {};
-    return fail(Errc::invalid_argument, "options",
-                "a raw disk has only size and preallocation; the others are for qcow2");
+/// Begins an encrypted disk of `size` bytes, for which `file` has room. Returns the disk, open for writing.
+Result<std::shared_ptr<Image>> begin_luks(const std::shared_ptr<Storage>& file, std::uint64_t size,
+                                          const CreateOptions& options) {
+    const auto header = TRY(luks::make_header(*options.encryption));
+    TRY_VOID(file->resize(header.bytes.size() + size));
+    if (options.preallocation == Preallocation::falloc) TRY_VOID(file->allocate({0}, header.bytes.size() + size));
+    TRY_VOID(file->write({0}, header.bytes));
+    const KeySource key = [&](const KeyRequest&) { return Secret(options.encryption->key->bytes()); };
+    const auto unbounded = std::numeric_limits<double>::infinity();  // the caller has said how long it takes
+    return open_image(file, {.writable = true, .format = Format::luks, .keys = key, .max_kdf_seconds = unbounded});
 }
 
 /// Opens the backing file, to see that it is one. Returns its size.
@@ -48,9 +43,10 @@ Result<CreateResult> make_image(const CreateJob& job, const JobControl& control)
     auto image = TRY(with_recorded_names(job.image));
     auto& options = image.options;
     const bool has_backing = !options.backing_name.empty();
-    if (image.format == Format::raw && (has_backing || !options.data_file_name.empty())) {
+    if (image.format != Format::qcow2 && (has_backing || !options.data_file_name.empty())) {
         return fail(Errc::invalid_argument, "target format",
-                    "raw images have no backing file and no data file; leave -f raw out");
+                    fmt::format("{0} images have no backing file and no data file; leave -f {0} out",
+                                format_name(image.format)));
     }
     Warnings warnings(control.warn);
     FilesInUse in_use;
@@ -69,7 +65,9 @@ Result<CreateResult> make_image(const CreateJob& job, const JobControl& control)
     TRY_VOID(make_files(
         image, "the new image", in_use, warnings,
         [&](const NewImageFiles& files, bool) {
-            return image.format == Format::raw ? create_raw_image(files.image, options) : create_image(files, options);
+            if (image.format == Format::raw) return create_raw_image(files.image, options);
+            if (image.format == Format::luks) return create_luks_image(files.image, options);
+            return create_image(files, options);
         }));
     return CreateResult{image.path, rounded_size(options.size), warnings.take()};
 }
@@ -99,6 +97,16 @@ Result<void> create_raw_image(const std::shared_ptr<Storage>& file, const Create
     });
 }
 
+Result<void> create_luks_image(const std::shared_ptr<Storage>& file, const CreateOptions& options) {
+    return within_memory([&]() -> Result<void> {
+        TRY_VOID(verify_luks(options));
+        const std::uint64_t size = rounded_size(options.size);
+        const auto image = TRY(begin_luks(TRY(as_empty(file)), size, options));
+        if (options.preallocation == Preallocation::full) TRY_VOID(image->write_zeroes({0}, size));
+        return image->close();
+    });
+}
+
 Result<void> convert_image(Disk& source, const NewImageFiles& files, const CreateOptions& options,
                            const ConvertOptions& convert) {
     return within_memory([&]() -> Result<void> {
@@ -123,6 +131,19 @@ Result<void> convert_raw_image(Disk& source, const std::shared_ptr<Storage>& fil
         if (options.preallocation == Preallocation::full) written.sparse_bytes = 0;
         const auto target = TRY(open_image(file, {.writable = true, .format = Format::raw}));
         return copy_disk(*padded(source, size), *target, written);
+    });
+}
+
+Result<void> convert_luks_image(Disk& source, const std::shared_ptr<Storage>& file, const CreateOptions& options,
+                                const CopyOptions& copy) {
+    return within_memory([&]() -> Result<void> {
+        TRY_VOID(verify_luks(options));
+        const std::uint64_t size = TRY(size_for(source, options));
+        const auto target = TRY(begin_luks(file, size, options));
+        CopyOptions written = copy;
+        written.target_is_zero = false;
+        TRY_VOID(copy_disk(*padded(source, size), *target, written));
+        return target->close();
     });
 }
 

@@ -104,6 +104,36 @@ private:
 
 }  // namespace
 
+Result<std::uint64_t> size_for(const Disk& source, const CreateOptions& options) {
+    if (options.size == 0) return rounded_size(source.size());
+    const std::uint64_t size = rounded_size(options.size);
+    if (size >= source.size()) return size;
+    return fail(Errc::invalid_argument, "option size",
+                fmt::format("the source has {} bytes, and {} have no room for them", source.size(), size));
+}
+
+Result<void> verify_raw(const CreateOptions& options) {
+    if (options.preallocation == Preallocation::metadata)
+        return fail(Errc::invalid_argument, "option preallocation", "a raw disk has no metadata; say falloc or full");
+    CreateOptions possible;
+    possible.size = options.size;
+    possible.preallocation = options.preallocation;
+    if (options == possible) return {};
+    return fail(Errc::invalid_argument, "options",
+                "a raw disk has only size and preallocation; the others are for qcow2");
+}
+
+Result<void> verify_luks(CreateOptions options) {
+    if (!options.encryption) {
+        return fail(Errc::invalid_argument, "option key-secret",
+                    "a luks disk needs the key that opens it (-o key-secret=ID, and --object secret,id=ID,file=FILE)");
+    }
+    if (options.preallocation == Preallocation::metadata)
+        return fail(Errc::invalid_argument, "option preallocation", "a luks disk has no metadata; say falloc or full");
+    options.encryption.reset();
+    return verify_raw(options);
+}
+
 Result<NewImage> with_recorded_names(NewImage image) {
     auto& options = image.options;
     if (!options.backing_name.empty()) {
@@ -118,14 +148,30 @@ Result<NewImage> with_recorded_names(NewImage image) {
 
 Result<ImageSpec> backing_of(const NewImage& image) {
     if (image.options.backing_format.empty()) {
-        return fail(Errc::invalid_argument, "backing file",
-                    "its format is to be recorded; say it with -F (raw, qcow or qcow2)");
+        return fail(
+            Errc::invalid_argument, "backing file",
+            "its format is to be recorded; say which it is: raw, qcow or qcow2 (-F, or the option backing_fmt)");
     }
     const auto location = TRY(parse_location(image.options.backing_name, image.path));
     ImageSpec spec{.location = {.path = location.path, .alone = location.alone}};
     spec.location.format = format_from_name(image.options.backing_format);
     spec.untrusted = image.untrusted;
+    spec.keys = image.keys;
     return spec;
+}
+
+Result<void> add_alone(FilesInUse& in_use, FilesInUse::Use use, const ImageSpec& spec, const std::string& role) {
+    TRY_VOID(in_use.add(use, spec.location.path, role));
+    const auto storage = open_storage(spec.location, {.force_share = true});
+    if (!storage) return {};
+    OpenOptions options;
+    options.follow = false;
+    options.format = spec.location.format;
+    const auto image = open_image(*storage, options);
+    if (!image) return {};
+    const auto info = TRY((*image)->info());
+    if (!info.data_file || info.data_file->path.empty()) return {};
+    return in_use.add(use, info.data_file->path, "the data file of " + role);
 }
 
 Result<void> make_files(const NewImage& image, const std::string& role, FilesInUse& in_use, Warnings& warnings,

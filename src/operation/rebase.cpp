@@ -1,16 +1,14 @@
-#include "qcow/rebase.h"
+#include "operation/rebase.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <atomic>
-#include <mutex>
 
 #include "base/bits.h"
-#include "base/going_on.h"
 #include "base/within_memory.h"
-#include "base/workers.h"
 #include "operation/new_image.h"
+#include "operation/pieces.h"
 #include "qcow/files_in_use.h"
 #include "qcow/text.h"
 
@@ -19,36 +17,18 @@ namespace {
 
 using enum FilesInUse::Use;
 
-/// What one worker does at a time: a whole number of blocks, however large these are.
-constexpr std::uint64_t piece_bytes = 2 * MiB;
-
 /// Copies into an image what it takes from the layers below and what its new backing file has otherwise.
 class Copy {
 public:
     /// `new_backing`: null for none. `marks_zeros`: whether write_zeroes hides what a backing file has.
     Copy(const RebaseJob& job, const JobControl& control, Image& image, Disk* new_backing, bool marks_zeros)
-        : job_(job),
-          control_(control),
-          image_(image),
-          new_backing_(new_backing),
-          marks_zeros_(marks_zeros),
-          size_(image.size()) {}
+        : job_(job), control_(control), image_(image), new_backing_(new_backing), marks_zeros_(marks_zeros) {}
 
     /// Returns the bytes that were copied.
     Result<std::uint64_t> run() {
-        std::atomic<std::uint64_t> next = 0;
-        TRY_VOID(run_workers(
-            job_.workers == 0 ? default_workers() : job_.workers,
-            [&](unsigned) -> Result<void> {
-                Memory memory;
-                for (std::uint64_t at = next.fetch_add(piece_bytes); at < size_ && !failed_;
-                     at = next.fetch_add(piece_bytes)) {
-                    auto done = copy_piece({at}, std::min(size_, at + piece_bytes) - at, memory);
-                    if (!done) failed_ = true;
-                    TRY_VOID(done);
-                }
-                return {};
-            }));
+        TRY_VOID(run_in_pieces<Memory>(
+            image_.size(), job_.workers, control_,
+            [&](GuestRange piece, Memory& memory) { return copy_piece(piece, memory); }));
         return copied_;
     }
 
@@ -58,9 +38,8 @@ private:
         std::vector<std::byte> now = std::vector<std::byte>(piece_bytes);
     };
 
-    Result<void> copy_piece(GuestOffset at, std::uint64_t length, Memory& memory) {
-        TRY_VOID(verify_goes_on(control_));
-        for (const GuestOffset end = at + length; at < end;) {
+    Result<void> copy_piece(GuestRange piece, Memory& memory) {
+        for (GuestOffset at = piece.start, end = at + piece.length; at < end;) {
             const auto old = TRY(image_.extent(at, end - at));
             const bool held = old.depth == 0 && old.kind != Extent::Kind::unallocated;
             const auto now = held ? old : TRY(new_extent(at, old.length));
@@ -68,9 +47,6 @@ private:
             if (!held && !is_same(old, now)) TRY_VOID(copy_part(at, part, memory));
             at += part;
         }
-        if (!control_.progress) return {};
-        const std::lock_guard lock(mutex_);
-        control_.progress(done_ += length, size_);
         return {};
     }
 
@@ -139,11 +115,7 @@ private:
     Image& image_;
     Disk* const new_backing_;
     const bool marks_zeros_;
-    const std::uint64_t size_;
-    std::atomic<bool> failed_ = false;
     std::atomic<std::uint64_t> copied_ = 0;
-    std::mutex mutex_;  // of the progress
-    std::uint64_t done_ = 0;
 };
 
 Result<RebaseResult> run(const RebaseJob& job, const JobControl& control) {
@@ -156,13 +128,16 @@ Result<RebaseResult> run(const RebaseJob& job, const JobControl& control) {
     NewImage names;
     names.path = spec.location.path;
     names.untrusted = spec.untrusted;
+    names.keys = spec.keys;
     names.options.backing_name = job.backing;
     if (job.backing_format) names.options.backing_format = format_name(*job.backing_format);
     names = TRY(with_recorded_names(std::move(names)));
     const auto& name = names.options.backing_name;
 
     FilesInUse in_use;
-    TRY_VOID(in_use.add_unopened(written, spec, "the image"));
+    // What is recorded now does not matter to a new name. It may even be a loop.
+    TRY_VOID(job.unsafe ? add_alone(in_use, written, spec, "the image")
+                        : in_use.add_unopened(written, spec, "the image"));
     std::shared_ptr<Image> new_backing;
     std::optional<Format> format;
     if (!name.empty()) {
@@ -193,19 +168,30 @@ Result<RebaseResult> run(const RebaseJob& job, const JobControl& control) {
     result.bytes = image->size();
     const auto info = TRY(image->info());
     if (!info.snapshots.empty()) {
-        warnings.add({Warning::Kind::odd_image,
-                      fmt::format("{}: its {} internal snapshots take from the new backing file what they do not hold",
-                                  printable(spec.location.path), info.snapshots.size())});
+        warnings.add(
+            {Warning::Kind::odd_image,
+             fmt::format("{}: its internal snapshots ({}) take from the new backing file what they do not hold",
+                         printable(spec.location.path), info.snapshots.size())});
     }
-    // Version 2 cannot mark zeros. Where the old backing file has none either, it would leave a hole.
-    if (!job.unsafe) result.copied_bytes = TRY(Copy(job, control, *image, new_backing.get(), info.version >= 3).run());
-    TRY_VOID(image->change_backing(name, format));
-    TRY_VOID(image->close());
+    result.copied_bytes = TRY(rebase_image(*image, {new_backing.get(), name, format}, job, control));
     result.warnings = warnings.take();
     return result;
 }
 
 }  // namespace
+
+Result<std::uint64_t> rebase_image(Image& image, const NewBacking& backing, const RebaseJob& job,
+                                   const JobControl& control) {
+    std::uint64_t copied = 0;
+    if (!job.unsafe) {
+        // Version 2 cannot mark zeros. Where the old backing file has none either, it would leave a hole.
+        const bool marks_zeros = TRY(image.info()).version >= 3;
+        copied = TRY(Copy(job, control, image, backing.disk, marks_zeros).run());
+    }
+    TRY_VOID(image.change_backing(backing.name, backing.format));
+    TRY_VOID(image.close());
+    return copied;
+}
 
 Result<RebaseResult> rebase(const RebaseJob& job, const JobControl& control) {
     return within_memory([&] { return run(job, control); });

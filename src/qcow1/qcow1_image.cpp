@@ -9,9 +9,11 @@
 #include "codec/codec.h"
 #include "disk/backing_file.h"
 #include "disk/compressed.h"
+#include "disk/encrypted.h"
 #include "disk/range.h"
 #include "format/file_name.h"
 #include "format/qcow1.h"
+#include "luks/volume.h"
 #include "storage/word_cache.h"
 
 namespace qcow::qcow1 {
@@ -28,24 +30,24 @@ struct Mapped {
 class Qcow1Image final : public Layer {
 public:
     Qcow1Image(format::Qcow1Header header, std::string backing_name, std::shared_ptr<Storage> file,
-               std::shared_ptr<Layer> backing, bool alone, std::size_t cache_bytes)
+               std::shared_ptr<Layer> backing, bool alone, std::size_t cache_bytes,
+               std::shared_ptr<const crypto::SectorCipher> cipher)
         : header_(header),
           backing_name_(std::move(backing_name)),
           file_(std::move(file)),
           backing_(std::move(backing), alone ? std::string() : backing_name_),
-          words_(file_, 512, cache_bytes) {}
+          words_(file_, 512, cache_bytes),
+          encryption_(cipher ? std::make_unique<EncryptedBytes>(std::move(cipher)) : nullptr) {}
 
     [[nodiscard]] std::uint64_t size() const override { return header_.size; }
     [[nodiscard]] Format format() const override { return Format::qcow; }
     [[nodiscard]] std::uint64_t block_size() const override { return header_.cluster_size(); }
     [[nodiscard]] std::shared_ptr<Image> backing() const override { return backing_.image(); }
     [[nodiscard]] const BackingFile* backing_file() const override { return &backing_; }
+    void exchange_backing(std::shared_ptr<Layer> image) override { backing_.exchange(std::move(image)); }
 
     [[nodiscard]] Result<void> verify_readable() const override {
-        if (!header_.encrypted) return {};
-        return fail(Errc::encrypted, file_->name(),
-                    "the image is encrypted (AES), and reading encrypted images is not supported yet; its metadata "
-                    "can be examined");
+        return header_.encrypted && !encryption_ ? no_key(file_->name()) : Result<void>();
     }
 
     Result<Part> read_part(GuestOffset at, Buffers to) const override {
@@ -188,7 +190,8 @@ private:
     }
 
     [[nodiscard]] Result<void> read_data(HostOffset host, GuestOffset at, Buffers to) const {
-        const std::size_t there = TRY(file_->read(host, to));
+        const std::size_t there =
+            TRY(encryption_ ? encryption_->read(*file_, host, at.value, to) : file_->read(host, to));
         if (there == to.size()) return {};
         const std::uint64_t file_size = TRY(file_->size());
         const auto file_clusters = divide_up(file_size, header_.cluster_size());
@@ -207,6 +210,7 @@ private:
     std::shared_ptr<Storage> file_;
     BackingFile backing_;
     mutable WordCache words_;
+    std::unique_ptr<EncryptedBytes> encryption_;  // null: not encrypted, or the key is not known
 };
 
 class PendingQcow1 final : public PendingImage {
@@ -219,11 +223,17 @@ public:
         return Backing{backing_name_, std::nullopt};
     }
 
+    [[nodiscard]] std::optional<std::string> encryption() const override {
+        return header_.encrypted ? std::optional<std::string>("aes") : std::nullopt;
+    }
+
     Result<std::shared_ptr<Layer>> open(Neighbours neighbours) override {
         if (neighbours.write)
             return fail(Errc::unsupported, "", "images of version 1 cannot be written; convert it to qcow2");
+        std::shared_ptr<const crypto::SectorCipher> cipher;
+        if (neighbours.key) cipher = TRY(luks::legacy_cipher(*neighbours.key));
         return std::make_shared<Qcow1Image>(header_, backing_name_, storage_, std::move(neighbours.backing),
-                                            neighbours.alone, neighbours.cache_bytes);
+                                            neighbours.alone, neighbours.cache_bytes, std::move(cipher));
     }
 
 private:

@@ -31,8 +31,13 @@ Result<std::unique_ptr<Builder>> Builder::begin(NewImageFiles files, const Creat
         }
         if (options.preallocation != Preallocation::off)
             return fail(Errc::invalid_argument, "compression", "it excludes preallocation");
+        if (options.encryption)
+            return fail(Errc::invalid_argument, "compression",
+                        "it excludes encryption: the format leaves compressed clusters readable");
         TRY(codec::make_compressor(options.compression, convert.level));  // so that a bad level is refused now
     }
+    std::optional<luks::NewHeader> encryption;
+    if (options.encryption) encryption = TRY(luks::make_header(*options.encryption));
     // Nothing was wrong: what the files hold may go.
     files.image = TRY(as_empty(std::move(files.image)));
     if (files.data_file) {
@@ -44,21 +49,26 @@ Result<std::unique_ptr<Builder>> Builder::begin(NewImageFiles files, const Creat
     // A device that is too small for all of the disk is known at once.
     if (options.preallocation != Preallocation::off)
         TRY_VOID((files.data_file ? files.data_file : files.image)->resize(header.size));
-    return std::unique_ptr<Builder>(new Builder(std::move(files), options, convert, std::move(header)));
+    return std::unique_ptr<Builder>(
+        new Builder(std::move(files), options, convert, std::move(header), std::move(encryption)));
 }
 
-Builder::Builder(NewImageFiles files, const CreateOptions& options, ConvertOptions convert, format::Header header)
+Builder::Builder(NewImageFiles files, const CreateOptions& options, ConvertOptions convert, format::Header header,
+                 std::optional<luks::NewHeader> encryption)
     : files_(std::move(files)),
       convert_(std::move(convert)),
       preallocation_(options.preallocation),
-      maps_all_(options.preallocation != Preallocation::off || options.data_file_raw),
       header_(std::move(header)),
+      empty_(header_, preallocation_),
       geometry_(header_),
       refcounts_(*files_.image, header_.cluster_bits, header_.refcount_order),
+      luks_(std::move(encryption)),
+      encryption_(luks_ ? std::make_unique<EncryptedBytes>(luks_->cipher) : nullptr),
       l1_(std::size_t{header_.l1_entries} * 8),
       l2_(geometry_.cluster_size()) {
     refcounts_.allocate(1);  // the header
     header_.l1_table = refcounts_.allocate(geometry_.clusters(l1_.size()));
+    if (luks_) header_.encryption->offset = refcounts_.allocate(geometry_.clusters(luks_->bytes.size()));
 }
 
 std::unique_ptr<codec::Compressor> Builder::take_compressor() const {
@@ -137,16 +147,17 @@ void Builder::prepare_cluster(Piece& piece, std::size_t begin, codec::Compressor
     add(Kind::data, bytes);
 }
 
-Result<void> Builder::write(const Piece& piece) {
+Result<void> Builder::write(Piece& piece) {
     GuestOffset at = piece.at;
-    for (const auto& run : piece.runs) {
+    for (auto& run : piece.runs) {
         switch (run.kind) {
             case PreparedRun::Kind::nothing: TRY_VOID(add_nothing(at, run.length)); break;
             case PreparedRun::Kind::zero: TRY_VOID(add_zeroes(at, run.length)); break;
             case PreparedRun::Kind::compressed: TRY_VOID(add_compressed(at, run.bytes)); break;
             case PreparedRun::Kind::data: {
-                const HostOffset host = TRY(add_data(at, run.length));
-                TRY_VOID((files_.data_file ? files_.data_file : files_.image)->write(host, run.bytes));
+                run.place = TRY(add_data(at, run.length));
+                if (!encryption_)
+                    TRY_VOID((files_.data_file ? files_.data_file : files_.image)->write(run.place, run.bytes));
                 break;
             }
         }
@@ -181,8 +192,8 @@ Result<void> Builder::write_zeroes(GuestOffset at, std::uint64_t length) {
 }
 
 Result<std::uint64_t> Builder::copy_from(GuestOffset at, const Storage& source, HostOffset from, std::uint64_t length) {
-    if (convert_.compress || convert_.backing) return 0;    // the bytes are to be looked at
-    if (preallocation_ == Preallocation::falloc) return 0;  // what is shared has no space of its own
+    if (convert_.compress || convert_.backing || encryption_) return 0;  // the bytes are to be looked at
+    if (preallocation_ == Preallocation::falloc) return 0;               // what is shared has no space of its own
     const auto& target = files_.data_file ? files_.data_file : files_.image;
     // Copied before it is mapped: what was mapped cannot be taken back.
     const HostOffset host = files_.data_file ? HostOffset{at.value} : refcounts_.end();
@@ -192,29 +203,40 @@ Result<std::uint64_t> Builder::copy_from(GuestOffset at, const Storage& source, 
     return length;
 }
 
+Result<void> Builder::complete(const Piece& piece) {
+    if (!encryption_) return {};
+    for (const auto& run : piece.runs)
+        if (run.kind == PreparedRun::Kind::data) TRY_VOID(write_encrypted(run.place, run.bytes));
+    return {};
+}
+
+Result<void> Builder::write_encrypted(HostOffset host, std::span<const std::byte> bytes) {
+    auto& file = files_.data_file ? *files_.data_file : *files_.image;
+    TRY_VOID(encryption_->write(file, host, host.value, bytes));
+    // The rest of the disk's last cluster shows when the disk grows.
+    const std::vector<std::byte> rest(geometry_.clusters(bytes.size()) * geometry_.cluster_size() - bytes.size());
+    const HostOffset end = host + bytes.size();
+    return encryption_->write(file, end, end.value, rest);
+}
+
 /// Maps whole clusters to new host clusters, one behind the other: where the first lies.
-Result<HostOffset> Builder::add_data(GuestOffset at, std::uint64_t length, std::uint64_t bitmap) {
+Result<HostOffset> Builder::add_data(GuestOffset at, std::uint64_t length, format::L2Entry marks) {
     const std::uint64_t clusters = geometry_.clusters(length);
     const HostOffset host = files_.data_file ? HostOffset{at.value} : refcounts_.allocate(clusters);
-    const format::L2Entry first{format::copied_bit | host.value, bitmap};
+    const format::L2Entry first{format::copied_bit | host.value | marks.word, marks.bitmap};
     TRY_VOID(set_entries(at, clusters, first, geometry_.cluster_size()));
     return host;
 }
 
 /// Whole clusters that read as what lies below.
 Result<void> Builder::add_nothing(GuestOffset at, std::uint64_t length) {
-    if (!maps_all_) return {};
+    if (empty_.holes == Recorded::nothing) return {};
     return reserve(at, length, header_.backing_name.empty() ? all_subclusters_allocated : 0);
 }
 
 /// Whole clusters of zeros that hide what lies below.
 Result<void> Builder::add_zeroes(GuestOffset at, std::uint64_t length) {
-    if (maps_all_) return reserve(at, length, all_subclusters_zero);
-    if (header_.version < 3) {
-        // No zero clusters: real ones, which are holes and read as zeros.
-        TRY(add_data(at, length));
-        return {};
-    }
+    if (empty_.zeros == Recorded::cluster) return reserve(at, length, all_subclusters_zero);
     const auto zero =
         geometry_.extended_l2 ? format::L2Entry{0, all_subclusters_zero} : format::L2Entry{format::zero_bit};
     return set_entries(at, geometry_.clusters(length), zero, 0);
@@ -223,10 +245,16 @@ Result<void> Builder::add_zeroes(GuestOffset at, std::uint64_t length) {
 /// Maps whole clusters to host clusters that hold nothing yet, as the preallocation asks, table by table.
 Result<void> Builder::reserve(GuestOffset at, std::uint64_t length, std::uint64_t bitmap) {
     auto& target = files_.data_file ? *files_.data_file : *files_.image;
+    format::L2Entry marks{0, bitmap};
+    if (encryption_) {
+        // What the file has there does not decrypt to zeros: the entries say them.
+        if (!geometry_.extended_l2) marks.word = format::zero_bit;
+        if (bitmap != 0) marks.bitmap = all_subclusters_zero;
+    }
     const std::uint64_t coverage = geometry_.l2_coverage();
     while (length > 0) {
         const std::uint64_t part = std::min(length, coverage - at.value % coverage);
-        const HostOffset host = TRY(add_data(at, part, bitmap));
+        const HostOffset host = TRY(add_data(at, part, marks));
         const std::uint64_t stored = files_.data_file ? part : geometry_.clusters(part) * geometry_.cluster_size();
         if (preallocation_ == Preallocation::falloc) TRY_VOID(target.allocate(host, stored));
         if (preallocation_ == Preallocation::full) TRY_VOID(write_zero_bytes(target, host, stored));
@@ -316,6 +344,7 @@ Result<void> Builder::finish() {
     header_.refcount_table_clusters = table.clusters;
     auto& image = *files_.image;
     if (!l1_.empty()) TRY_VOID(image.write(header_.l1_table, l1_));
+    if (luks_) TRY_VOID(image.write(header_.encryption->offset, luks_->bytes));
     if (files_.data_file) TRY_VOID(files_.data_file->resize(header_.size));
     TRY_VOID(image.resize(refcounts_.end().value));
     return image.write({0}, TRY(format::encode_header(header_)));

@@ -7,8 +7,11 @@
 
 #include "codec/compressor.h"
 #include "disk/copy_target.h"
+#include "disk/encrypted.h"
 #include "format/entries.h"
+#include "luks/volume.h"
 #include "qcow/create.h"
+#include "qcow2/layout.h"
 #include "qcow2/refcount_writer.h"
 
 namespace qcow::qcow2 {
@@ -24,7 +27,8 @@ public:
     [[nodiscard]] std::uint64_t block_size() const override { return geometry_.cluster_size(); }
     [[nodiscard]] bool any_order() const override { return false; }  // the same source gives the same bytes
     Result<void> prepare(Piece& piece) const override;
-    Result<void> write(const Piece& piece) override;
+    Result<void> write(Piece& piece) override;
+    Result<void> complete(const Piece& piece) override;
     Result<void> write_zeroes(GuestOffset at, std::uint64_t length) override;
     Result<std::uint64_t> copy_from(GuestOffset at, const Storage& source, HostOffset from,
                                     std::uint64_t length) override;
@@ -40,7 +44,8 @@ private:
     static constexpr std::uint64_t all_subclusters_allocated = 0xffff'ffff;
     static constexpr std::uint64_t all_subclusters_zero = 0xffff'ffff'0000'0000;
 
-    Builder(NewImageFiles files, const CreateOptions& options, ConvertOptions convert, format::Header header);
+    Builder(NewImageFiles files, const CreateOptions& options, ConvertOptions convert, format::Header header,
+            std::optional<luks::NewHeader> encryption);
 
     void prepare_cluster(Piece& piece, std::size_t begin, codec::Compressor* compressor,
                          std::span<const std::byte> backing) const;
@@ -48,7 +53,10 @@ private:
     Result<bool> read_backing(GuestOffset at, std::span<std::byte> to) const;
     [[nodiscard]] bool passes_over(const Error& error) const;
 
-    Result<HostOffset> add_data(GuestOffset at, std::uint64_t length, std::uint64_t bitmap = all_subclusters_allocated);
+    Result<void> write_encrypted(HostOffset host, std::span<const std::byte> bytes);
+    /// `marks`: what the entries have in addition to the place.
+    Result<HostOffset> add_data(GuestOffset at, std::uint64_t length,
+                                format::L2Entry marks = {0, all_subclusters_allocated});
     Result<void> add_nothing(GuestOffset at, std::uint64_t length);
     Result<void> add_zeroes(GuestOffset at, std::uint64_t length);
     Result<void> reserve(GuestOffset at, std::uint64_t length, std::uint64_t bitmap);
@@ -61,10 +69,12 @@ private:
     NewImageFiles files_;
     ConvertOptions convert_;
     Preallocation preallocation_;
-    bool maps_all_;  // every cluster has a place, also where nothing is stored
     format::Header header_;
+    EmptyClusters empty_;
     format::Geometry geometry_;
     RefcountWriter refcounts_;
+    std::optional<luks::NewHeader> luks_;
+    std::unique_ptr<EncryptedBytes> encryption_;  // null: not encrypted
     std::vector<std::byte> l1_;
     std::vector<std::byte> l2_;   // the table that is being filled
     std::uint64_t l2_index_ = 0;  // which one it is, in the L1 table

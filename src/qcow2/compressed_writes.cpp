@@ -13,6 +13,10 @@ Result<void> CompressedWrites::verify(GuestOffset at, std::uint64_t length) cons
     const auto& metadata = metadata_.metadata();
     if (metadata.rules().external_data)
         return fail(Errc::unsupported, metadata.file().name(), "an external data file cannot hold compressed clusters");
+    if (metadata.header().crypt != format::Crypt::none) {
+        return fail(Errc::unsupported, metadata.file().name(),
+                    "the image is encrypted, and compressed clusters would not be: the format leaves them readable");
+    }
     const std::uint64_t cluster_size = metadata.cluster_size();
     const std::uint64_t end = at.value + length;
     if (is_aligned(at.value, cluster_size) && (is_aligned(end, cluster_size) || end == mapping_.disk_size())) return {};

@@ -22,16 +22,16 @@ Result<void> CopyOnWrite::write(GuestOffset at, ConstBuffers from) {
     while (!from.empty()) {
         const auto mapped = TRY(view_.lookup(at, from.size()));
         const std::size_t done =
-            TRY(can_write_in_place(mapped) ? write_in_place(mapped, from) : write_and_map(at, from));
+            TRY(can_write_in_place(mapped) ? write_in_place(mapped, at, from) : write_and_map(at, from));
         at += done;
         from = from.subspan(done);
     }
     return {};
 }
 
-Result<std::size_t> CopyOnWrite::write_in_place(const Mapped& mapped, ConstBuffers from) {
+Result<std::size_t> CopyOnWrite::write_in_place(const Mapped& mapped, GuestOffset at, ConstBuffers from) {
     from = from.first(std::min<std::uint64_t>(from.size(), mapped.length));
-    TRY_VOID(parts_.data.write(mapped.host, from));
+    TRY_VOID(parts_.data.write(mapped.host, at, from));
     return from.size();
 }
 
@@ -48,7 +48,7 @@ Result<std::size_t> CopyOnWrite::write_and_map(GuestOffset at, ConstBuffers from
     if (!mapping_.needs_new_cluster(entries.front())) {
         // Another request may have given it the place meanwhile.
         const auto mapped = decode(rules_, entries.front(), at);
-        if (can_write_in_place(mapped)) return write_in_place(mapped, from);
+        if (can_write_in_place(mapped)) return write_in_place(mapped, at, from);
         part.old = part.old.first(1);
         part.from = from.first(std::min<std::uint64_t>(from.size(), mapped.length));
         return write_into_own(part);
@@ -83,7 +83,7 @@ Result<std::size_t> CopyOnWrite::write_into_new(Part part) {
     const HostOffset host = HostOffset{run.first << geometry.cluster_bits} + geometry.offset_in_cluster(begin.value);
     const bool zeros_before = TRY(reads_as_zeros(begin, end, part.first, part.old));
     // Nothing but what the guest gave has to be written where zeros are asked for and there.
-    TRY_VOID(zeros_before&& fresh_zeros ? parts_.data.write(host + (part.at - begin), part.from)
+    TRY_VOID(zeros_before&& fresh_zeros ? parts_.data.write(host + (part.at - begin), part.at, part.from)
                                         : write_filled(part, host, begin, end));
     // Where the guest saw something, its place may show through only once the data are durable.
     TRY_VOID(mapping_.replace(change, part.first, part.old, new_entries(part, run),
@@ -138,7 +138,7 @@ Result<std::size_t> CopyOnWrite::write_into_own(Part part) {
 
 /// Writes guest bytes [begin, end) to `host`: those of the request, and around them what the guest sees there now.
 Result<void> CopyOnWrite::write_filled(const Part& part, HostOffset host, GuestOffset begin, GuestOffset end) {
-    if (begin == part.at && end == part.end()) return parts_.data.write(host, part.from);
+    if (begin == part.at && end == part.end()) return parts_.data.write(host, begin, part.from);
     std::vector<std::byte> old((part.at - begin) + (end - part.end()));
     const auto before = std::span(old).first(part.at - begin);
     const auto behind = std::span(old).subspan(before.size());
@@ -147,7 +147,7 @@ Result<void> CopyOnWrite::write_filled(const Part& part, HostOffset host, GuestO
     std::vector<std::span<const std::byte>> pieces{before};
     for (const auto piece : part.from) pieces.push_back(piece);
     pieces.emplace_back(behind);
-    return parts_.data.write(host, ConstBuffers(pieces));
+    return parts_.data.write(host, begin, ConstBuffers(pieces));
 }
 
 /// Reads what the guest sees now; zeros past the end of the disk.

@@ -43,7 +43,7 @@ private:
         [[nodiscard]] GuestOffset end() const { return at + from.size(); }
     };
 
-    Result<std::size_t> write_in_place(const Mapped& mapped, ConstBuffers from);
+    Result<std::size_t> write_in_place(const Mapped& mapped, GuestOffset at, ConstBuffers from);
     Result<std::size_t> write_and_map(GuestOffset at, ConstBuffers from);
     Result<std::size_t> write_into_new(Part part);
     Result<std::size_t> write_into_own(Part part);

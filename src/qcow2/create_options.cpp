@@ -7,6 +7,7 @@
 #include "base/bits.h"
 #include "base/try.h"
 #include "format/geometry.h"
+#include "luks/volume.h"
 
 namespace qcow::qcow2 {
 namespace {
@@ -38,6 +39,14 @@ Result<void> verify(const CreateOptions& o) {
     if (o.data_file_raw && !o.backing_name.empty()) {
         return impossible("data_file_raw", "a raw data file holds everything by itself; it excludes a backing file");
     }
+    if (o.data_file_raw && o.encryption) {
+        return impossible("data_file_raw", "other programs could not read the data, which are encrypted");
+    }
+    if (o.encryption && o.version < 3 && o.preallocation != Preallocation::off) {
+        return impossible("preallocation",
+                          "version 2 cannot say that encrypted clusters hold nothing yet; it needs "
+                          "compat=1.1");
+    }
     if (!o.backing_name.empty() && o.preallocation != Preallocation::off && !o.extended_l2) {
         return impossible("preallocation", "it would hide the backing file under zeros; with extended_l2 it does not");
     }
@@ -64,6 +73,11 @@ Result<format::Header> header_for(const CreateOptions& o) {
     }
     h.backing_name = o.backing_name;
     if (!o.backing_format.empty()) h.backing_format = o.backing_format;
+    if (o.encryption) {
+        h.crypt = format::Crypt::luks;
+        h.encryption.emplace();
+        h.encryption->length = TRY(luks::header_bytes(*o.encryption));
+    }
 
     const auto l1_entries = divide_up(h.size, format::Geometry(h).l2_coverage());
     if (l1_entries * 8 > format::max_l1_bytes) {

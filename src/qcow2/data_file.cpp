@@ -11,13 +11,16 @@
 
 namespace qcow::qcow2 {
 
-DataFile::DataFile(const Metadata& metadata, const std::shared_ptr<Storage>& external)
+DataFile::DataFile(const Metadata& metadata, const std::shared_ptr<Storage>& external,
+                   std::shared_ptr<const crypto::SectorCipher> cipher)
     : metadata_(metadata),
       file_(is_external() ? external : metadata.shared_file()),
+      encryption_(cipher ? std::make_unique<EncryptedBytes>(std::move(cipher)) : nullptr),
       raw_(is_external() && (metadata.state().autoclear & format::autoclear::raw_external_data) != 0) {}
 
 Result<void> DataFile::read(HostOffset host, GuestOffset at, Buffers to) const {
-    const std::size_t there = TRY(file_->read(host, to));
+    const std::size_t there =
+        TRY(encryption_ ? encryption_->read(*file_, host, position(host, at), to) : file_->read(host, to));
     if (there == to.size()) return {};
     const auto& geometry = metadata_.geometry();
     std::uint64_t file_end = TRY(file_->size());
@@ -30,9 +33,9 @@ Result<void> DataFile::read(HostOffset host, GuestOffset at, Buffers to) const {
                       to.size() - in_file);
 }
 
-Result<void> DataFile::write(HostOffset host, ConstBuffers from) {
+Result<void> DataFile::write(HostOffset host, GuestOffset at, ConstBuffers from) {
     if (protected_ != nullptr && !is_external()) TRY_VOID(protected_->verify_no_metadata(host, from.size()));
-    return file_->write(host, from);
+    return encryption_ ? encryption_->write(*file_, host, position(host, at), from) : file_->write(host, from);
 }
 
 Result<void> DataFile::write_zeroes(HostOffset host, std::uint64_t length) {

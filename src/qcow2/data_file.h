@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 
+#include "disk/encrypted.h"
 #include "qcow2/metadata/metadata.h"
 
 namespace qcow::qcow2 {
@@ -14,19 +15,28 @@ class WritableMetadata;
 /// The file that the clusters of guest data lie in: the image file, or an external data file.
 ///
 /// Fresh bytes, those of a cluster that was just taken, are zeros in the image file. In an external data file a guest
-/// cluster has a fixed place, which may hold anything: whoever takes it writes all of it.
+/// cluster has a fixed place, which may hold anything: whoever takes it writes all of it. So it is in an encrypted
+/// image, since zeros in the file do not decrypt to zeros.
+///
+/// Encryption ends here: the rest of the engine sees decrypted bytes. The number of a sector, which its encryption
+/// depends on, is that of its place in the file with LUKS, and that of its place in the disk with the legacy AES.
 ///
 /// Thread safety: all functions but protect() may be called from any number of threads.
 class DataFile {
 public:
-    /// `external`: the external data file of an image that has one; null where it was not opened.
-    DataFile(const Metadata& metadata, const std::shared_ptr<Storage>& external);
+    /// `external`: the external data file of an image that has one; null where it was not opened. `cipher`: of an
+    /// encrypted image; null where its key is not known.
+    DataFile(const Metadata& metadata, const std::shared_ptr<Storage>& external,
+             std::shared_ptr<const crypto::SectorCipher> cipher);
 
     [[nodiscard]] bool is_open() const { return file_ != nullptr; }
+    [[nodiscard]] bool is_encrypted() const { return metadata_.header().crypt != format::Crypt::none; }
+    /// Whether the data are not encrypted, or the key is known.
+    [[nodiscard]] bool is_unlocked() const { return !is_encrypted() || encryption_; }
     [[nodiscard]] bool is_external() const { return metadata_.rules().external_data; }
     /// Whether the file is a raw image by itself, which others read without looking at the qcow2 image.
     [[nodiscard]] bool is_raw() const { return raw_; }
-    [[nodiscard]] bool fresh_bytes_are_zeros() const { return !is_external(); }
+    [[nodiscard]] bool fresh_bytes_are_zeros() const { return !is_external() && !is_encrypted(); }
     /// The file; null where it is not open.
     [[nodiscard]] const Storage* storage() const { return file_.get(); }
 
@@ -36,7 +46,7 @@ public:
 
     /// Writes guest bytes. Errors: Errc::corrupt where metadata lie there, which marks the image as corrupt; io,
     /// no_space.
-    Result<void> write(HostOffset host, ConstBuffers from);
+    Result<void> write(HostOffset host, GuestOffset at, ConstBuffers from);
 
     // The following are about external data files alone.
 
@@ -52,8 +62,14 @@ public:
     void protect(WritableMetadata* metadata) { protected_ = metadata; }
 
 private:
+    /// See EncryptedBytes.
+    [[nodiscard]] std::uint64_t position(HostOffset host, GuestOffset at) const {
+        return metadata_.header().crypt == format::Crypt::aes ? at.value : host.value;
+    }
+
     const Metadata& metadata_;
     std::shared_ptr<Storage> file_;
+    std::unique_ptr<EncryptedBytes> encryption_;  // null: not encrypted, or the key is not known
     bool raw_;
     WritableMetadata* protected_ = nullptr;
 };

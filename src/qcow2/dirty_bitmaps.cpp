@@ -11,11 +11,14 @@ namespace qcow::qcow2 {
 using format::BitmapEntry;
 
 Result<void> DirtyBitmaps::load() {
+    enabled_.clear();
+    marked_ = false;
+    ever_marked_ = false;
     const auto bitmaps = TRY(read_bitmaps(metadata_));
     if (bitmaps.empty()) return {};
     const std::uint64_t size = metadata_.state().size;
     memory_ = std::max<std::uint64_t>(metadata_.cache_bytes() / 4, min_memory);
-    HostOffset at = metadata_.header().bitmaps->directory;
+    HostOffset at = metadata_.state().bitmaps->directory;
     for (std::size_t i = 0; i < bitmaps.size(); ++i) {
         const auto& entry = bitmaps[i];
         const HostOffset flags_at = at + BitmapEntry::flags_at;

@@ -30,7 +30,8 @@ public:
 
     explicit DirtyBitmaps(WritableMetadata& writable) : writable_(writable), metadata_(writable.metadata()) {}
 
-    /// Reads the directory. Errc::corrupt, io.
+    /// Reads the directory, also after a change of it: none is marked then, and no request is in flight. Errc::corrupt,
+    /// io.
     Result<void> load();
 
     /// To be called before the first change, and before the first one after clear_in_use(). Durable.

@@ -29,7 +29,11 @@ std::uint64_t DirtyBitmaps::table_bytes(std::uint64_t entries) const {
 /// The bitmaps that can be believed, and will be marked: those that will be of the new size, and some that stay marked.
 Result<void> DirtyBitmaps::find_true_bitmaps(std::uint64_t size) {
     const auto bitmaps = TRY(read_bitmaps(metadata_));
-    HostOffset at = bitmaps.empty() ? HostOffset{} : metadata_.header().bitmaps->directory;
+    HostOffset at = bitmaps.empty() ? HostOffset{} : metadata_.state().bitmaps->directory;
+    if (size == 0 && !bitmaps.empty()) {
+        return fail(Errc::invalid_argument, metadata_.file().name(),
+                    fmt::format("a disk of 0 bytes has no bitmaps, and it has {}; remove them first", bitmaps.size()));
+    }
     for (std::size_t i = 0; i < bitmaps.size(); ++i) {
         Resize bitmap{bitmaps[i], at};
         at += bitmap.entry.encoded_bytes;

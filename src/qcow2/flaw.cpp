@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "base/bits.h"
+#include "format/header.h"
 #include "qcow/text.h"
 
 namespace qcow::qcow2 {
@@ -65,7 +66,10 @@ std::string what_text(const Flaw& flaw) {
         case Flaw::Kind::misplaced:
             return fmt::format("host offset {:#x} in the external data file is not the guest's", at);
         case Flaw::Kind::duplicate: return fmt::format("there is more than one bitmap \"{}\"", name_of(flaw.place));
-        case Flaw::Kind::no_data_file: return "raw external data without an external data file";
+        case Flaw::Kind::stale_autoclear:
+            return flaw.word == format::autoclear::bitmaps ? "bitmaps without a bitmaps extension"
+                                                           : "raw external data without an external data file";
+        case Flaw::Kind::refused_bitmap: return fmt::format("{}, so QEMU refuses the image", flaw.detail);
         case Flaw::Kind::data_file_cut:
             return fmt::format("the disk has {} bytes, but its raw data file {} only {}: the file was cut", flaw.bytes,
                                printable(flaw.detail), flaw.limit);
@@ -88,7 +92,8 @@ CheckFinding::Kind kind_of(Flaw::Kind kind) {
         case Flaw::Kind::contradiction: return Kind::bad_entry;
         case Flaw::Kind::misplaced: return Kind::misplaced;
         case Flaw::Kind::duplicate: return Kind::duplicate_name;
-        case Flaw::Kind::no_data_file: return Kind::bad_header;
+        case Flaw::Kind::stale_autoclear: return Kind::bad_header;
+        case Flaw::Kind::refused_bitmap: return Kind::bad_entry;
     }
     return Kind::other;
 }
@@ -96,15 +101,17 @@ CheckFinding::Kind kind_of(Flaw::Kind kind) {
 CheckFinding::Remedy remedy_of(const Flaw& flaw) {
     using Remedy = CheckFinding::Remedy;
     switch (flaw.place.structure) {
-        case Structure::bitmap_directory:
         case Structure::bitmap:
+            if (flaw.kind == Flaw::Kind::refused_bitmap && flaw.word != 0) return Remedy::correct_entry;
+            return Remedy::remove_bitmap;
+        case Structure::bitmap_directory:
         case Structure::bitmap_table: return Remedy::remove_bitmap;
         case Structure::snapshot_table: return Remedy::remove_snapshot;
         case Structure::refcount_table:
         case Structure::refcount_block: return Remedy::rebuild_refcounts;
         case Structure::header:
             if (flaw.target == Structure::refcount_table) return Remedy::rebuild_refcounts;
-            return flaw.kind == Flaw::Kind::no_data_file ? Remedy::correct_entry : Remedy::nothing;
+            return flaw.kind == Flaw::Kind::stale_autoclear ? Remedy::correct_entry : Remedy::nothing;
         case Structure::l1_table:
             if (!flaw.place.index) return flaw.place.name ? Remedy::remove_snapshot : Remedy::nothing;
             break;
@@ -166,8 +173,13 @@ HostOffset subject_of(const Flaw& flaw) {
     return leads_astray && !is_mapping_entry ? flaw.at : flaw.place.at;
 }
 
+CheckFinding::Severity severity_of(const Flaw& flaw) {
+    // The format allows what QEMU refuses.
+    return flaw.kind == Flaw::Kind::refused_bitmap ? CheckFinding::Severity::error : CheckFinding::Severity::corruption;
+}
+
 CheckFinding finding_of(const Flaw& flaw, unsigned cluster_bits) {
-    return {CheckFinding::Severity::corruption,
+    return {severity_of(flaw),
             place_text(flaw),
             what_text(flaw),
             kind_of(flaw.kind),

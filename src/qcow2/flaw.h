@@ -60,8 +60,10 @@ struct Flaw {
         contradiction,  // the entry `word` contradicts itself
         misplaced,      // the target does not lie where the guest's cluster has to lie in the data file
         duplicate,      // several bitmaps have this name
-        no_data_file,   // the header's field says something about a data file, and there is none
-        data_file_cut,  // the data file has `limit` bytes, and the disk `bytes`
+        // The header's field has the bit `word`, but the image does not have what the bit is about.
+        stale_autoclear,
+        refused_bitmap,  // QEMU refuses an image with this bitmap; `word` is not 0 if that can be corrected
+        data_file_cut,   // the data file has `limit` bytes, and the disk `bytes`
     };
     Kind kind = Kind::unusable;
     Place place = {};
@@ -81,6 +83,8 @@ struct Flaw {
 /// The host offset that the flaw is about, by which findings are ordered: where an L1 or L2 entry lies that is wrong,
 /// or where another structure, or a stream, is said to begin.
 HostOffset subject_of(const Flaw& flaw);
+
+CheckFinding::Severity severity_of(const Flaw& flaw);
 
 /// The flaw as a finding, with its texts.
 CheckFinding finding_of(const Flaw& flaw, unsigned cluster_bits);

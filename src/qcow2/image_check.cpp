@@ -1,5 +1,8 @@
 #include "qcow2/image_check.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <optional>
@@ -7,7 +10,9 @@
 #include <vector>
 
 #include "base/try.h"
+#include "qcow2/compact_size.h"
 #include "qcow2/findings.h"
+#include "qcow2/metadata/directories.h"
 #include "qcow2/refcount_comparison.h"
 #include "qcow2/walker.h"
 
@@ -31,22 +36,28 @@ bool is_cut(const Flaw& flaw) { return flaw.kind == Flaw::Kind::data_file_cut ||
 /// Counts the references of an image, and keeps what is wrong with them.
 class Counter : public Visitor {
 public:
-    Counter(const Metadata& metadata, const CheckOptions& options, ReferenceMap& references)
-        : cluster_bits_(metadata.geometry().cluster_bits), references_(references), findings_(options.max_findings) {}
+    Counter(const Metadata& metadata, std::uint64_t file_bytes, const CheckOptions& options, ReferenceMap& references)
+        : geometry_(metadata.geometry()),
+          disk_size_(metadata.state().size),
+          cluster_bits_(metadata.geometry().cluster_bits),
+          file_bytes_(file_bytes),
+          references_(references),
+          findings_(options.max_findings) {}
 
     Result<void> reference(const Reference& reference) override {
         if (reference.kind == Structure::refcount_table) blocks_.resize(reference.bytes / 8);
         const std::uint64_t first = reference.at.value >> cluster_bits_;
         const std::uint64_t last = (reference.at.value + reference.bytes - 1) >> cluster_bits_;
         TRY_VOID(references_.add(first, last - first + 1, reference.count, uses_of(reference)));
+        note_missing(reference);
         if (reference.kind == Structure::refcount_block) blocks_[*reference.place.index] = reference.at;
         return {};
     }
 
     Result<void> flaw(const Flaw& flaw) override {
         if (flaw.hides_references) uncounted_ = true;
-        if (is_cut(flaw)) note_cut(flaw);
-        findings_.add(CheckFinding::Severity::corruption, subject_of(flaw).value, flaw.count,
+        if (is_cut(flaw)) note_cut(subject_of(flaw).value, [&] { return finding_of(flaw, cluster_bits_); });
+        findings_.add(severity_of(flaw), subject_of(flaw).value, flaw.count,
                       [&] { return finding_of(flaw, cluster_bits_); });
         return {};
     }
@@ -59,6 +70,9 @@ public:
     [[nodiscard]] const std::vector<HostOffset>& blocks() const { return blocks_; }
     /// Whether references exist that the walk could not follow.
     [[nodiscard]] bool uncounted() const { return uncounted_; }
+    /// Bytes that the file lacks for its last table to be complete.
+    [[nodiscard]] std::uint64_t missing_bytes() const { return missing_bytes_; }
+    [[nodiscard]] const std::optional<CutTable>& cut_table() const { return cut_table_; }
     [[nodiscard]] Findings& findings() { return findings_; }
     /// The first place that leads behind the end of a file.
     [[nodiscard]] std::optional<Error> cut() const {
@@ -67,13 +81,54 @@ public:
     }
 
 private:
-    void note_cut(const Flaw& flaw) {
-        const std::lock_guard lock(cut_mutex_);
-        const std::uint64_t order = subject_of(flaw).value;
-        if (!cut_ || order < cut_->first) cut_.emplace(order, finding_of(flaw, cluster_bits_));
+    /// The walk visits all tables on one thread, before what L2 tables lead to.
+    void note_missing(const Reference& reference) {
+        if (reference.kind == Structure::header || reference.kind == Structure::data ||
+            reference.kind == Structure::compressed)
+            return;
+        const std::uint64_t end = reference.at.value + reference.bytes;
+        // Writers may leave out the padding behind the last snapshot.
+        const std::uint64_t padding = reference.kind == Structure::snapshot_table ? 7 : 0;
+        if (end <= file_bytes_ + padding) return;
+        missing_bytes_ = std::max(missing_bytes_, end - file_bytes_);
+        if ((reference.kind == Structure::l1_table || reference.kind == Structure::l2_table) && !cut_table_)
+            note_cut_table(reference);
     }
 
+    void note_cut_table(const Reference& table) {
+        const bool is_l1 = table.kind == Structure::l1_table;
+        CheckFinding finding{
+            .severity = CheckFinding::Severity::corruption,
+            .place = fmt::format("the {} table at host offset {:#x}", is_l1 ? "L1" : "L2", table.at.value),
+            .what = fmt::format("it ends {} bytes behind the file: the file was cut",
+                                table.at.value + table.bytes - file_bytes_),
+            .kind = CheckFinding::Kind::past_end,
+            .cluster = HostOffset{align_down(file_bytes_, geometry_.cluster_size())},
+            .remedy = CheckFinding::Remedy::correct_entry};
+        note_cut(table.at.value, [&] { return finding; });
+        findings_.add(finding.severity, table.at.value, 1, [&] { return finding; });
+        // What the table maps, and what one of its entries does.
+        const std::uint64_t begin = is_l1 ? 0 : table.place.index.value_or(0) * geometry_.l2_coverage();
+        const std::uint64_t end = is_l1 ? disk_size_ : std::min(disk_size_, begin + geometry_.l2_coverage());
+        const std::uint64_t mapped = is_l1 ? geometry_.l2_coverage() : geometry_.cluster_size();
+        const std::uint64_t entry_bytes = is_l1 ? 8 : std::uint64_t{8} * geometry_.entry_words();
+        const std::uint64_t first = std::min(end, begin + (file_bytes_ - table.at.value) / entry_bytes * mapped);
+        cut_table_ = CutTable{std::move(finding), GuestOffset{first}, end - first, !table.active};
+    }
+
+    /// Keeps the first one in the file. Texts are made for that alone.
+    template <class MakeFinding>
+    void note_cut(std::uint64_t order, const MakeFinding& make_finding) {
+        const std::lock_guard lock(cut_mutex_);
+        if (!cut_ || order < cut_->first) cut_.emplace(order, make_finding());
+    }
+
+    const format::Geometry& geometry_;
+    const std::uint64_t disk_size_;
     const unsigned cluster_bits_;
+    const std::uint64_t file_bytes_;
+    std::uint64_t missing_bytes_ = 0;
+    std::optional<CutTable> cut_table_;
     ReferenceMap& references_;
     std::vector<HostOffset> blocks_;
     std::atomic<bool> uncounted_ = false;
@@ -93,7 +148,7 @@ public:
         auto references = ReferenceMap::create(metadata_.geometry().clusters(file_bytes_) + 1, options_.memory_bytes);
         if (!references) return std::unexpected(std::move(references).error().in(metadata_.file().name()));
         references_ = *std::move(references);
-        counter_.emplace(metadata_, options_, *references_);
+        counter_.emplace(metadata_, file_bytes_, options_, *references_);
         WalkOptions walk_options;
         walk_options.refcounts = refcounts;
         walk_options.data_file = data_file;
@@ -127,6 +182,13 @@ public:
         report.allocated_clusters = mapped_.allocated;
         report.compressed_clusters = mapped_.compressed;
         report.fragmented_clusters = mapped_.fragmented;
+        report.missing_bytes = counter_->missing_bytes();
+        if (const auto bitmaps = read_bitmaps(metadata_)) {
+            for (const auto& bitmap : *bitmaps) {
+                if (bitmap.info.in_use && report.inconsistent_bitmaps.size() < options_.max_findings)
+                    report.inconsistent_bitmaps.push_back(bitmap.info.name);
+            }
+        }
         counter_->findings().move_to(report);
         return report;
     }
@@ -143,6 +205,18 @@ private:
     std::optional<Counter> counter_;
     MappedClusters mapped_;
 };
+
+/// See CheckReport::compact_bytes.
+std::uint64_t compact_gain(const Metadata& metadata, const Diagnosis& diagnosis) {
+    const auto& report = diagnosis.report;
+    if (report.corruptions + report.errors != 0 || report.dirty || report.marked_corrupt) return 0;
+    if (metadata.header().crypt == format::Crypt::luks) return 0;
+    if (diagnosis.blocks.empty()) return 0;  // the references do not include those of the refcount structures
+    const auto size = compact_size(metadata, *diagnosis.references, diagnosis.blocks);
+    const std::uint64_t bytes = size.clusters << metadata.geometry().cluster_bits;
+    const std::uint64_t gain = diagnosis.file_bytes - std::min(diagnosis.file_bytes, bytes);
+    return align_down(gain, metadata.cluster_size());
+}
 
 }  // namespace
 
@@ -183,10 +257,12 @@ Result<Diagnosis> diagnose(const Metadata& metadata, const Storage* data_file, c
     diagnosis.report = check.report();
     diagnosis.report.counted_past_end = compared->counted_past_end;
     diagnosis.report.image_end = compared->image_end;
+    diagnosis.cut_table = check.counter().cut_table();
     diagnosis.blocks = check.counter().blocks();
     diagnosis.file_bytes = check.file_bytes();
     diagnosis.uncounted = check.counter().uncounted();
     diagnosis.references = check.take_references();
+    diagnosis.report.compact_bytes = compact_gain(metadata, diagnosis);
     return diagnosis;
 }
 

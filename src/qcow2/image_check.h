@@ -16,9 +16,19 @@ namespace qcow::qcow2 {
 /// see CheckOptions::memory_bytes. `data_file`: the external data file that was opened; null: there is none.
 Result<CheckReport> check_image(const Metadata& metadata, const Storage* data_file, const CheckOptions& options);
 
+/// The table of a mapping that ends behind the file: the file was cut within the table's last cluster.
+struct CutTable {
+    CheckFinding finding;
+    // The guest bytes that the missing entries may have mapped.
+    GuestOffset guest;
+    std::uint64_t length = 0;
+    bool in_snapshots = false;  ///< only snapshots lead to it
+};
+
 /// What a check found out about an image, for those who repair it.
 struct Diagnosis {
     CheckReport report;
+    std::optional<CutTable> cut_table;
     std::unique_ptr<ReferenceMap> references;  ///< one cluster more than the file has
     /// The refcount blocks by index in the refcount table, 0 for none; empty: the refcounts were not looked at.
     std::vector<HostOffset> blocks;

@@ -12,9 +12,10 @@ namespace qcow::qcow2 {
 struct ImageParts {
     ImageParts(const format::Header& header, std::shared_ptr<Storage> file,
                const std::shared_ptr<Storage>& external_data, std::shared_ptr<Layer> backing_image,
-               std::string backing_name, std::size_t cache_bytes)
+               std::string backing_name, std::size_t cache_bytes,
+               std::shared_ptr<const crypto::SectorCipher> cipher = nullptr)
         : metadata(header, std::move(file), cache_bytes),
-          data(metadata, external_data),
+          data(metadata, external_data, std::move(cipher)),
           backing(std::move(backing_image), std::move(backing_name)) {}
 
     Metadata metadata;

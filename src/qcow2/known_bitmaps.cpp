@@ -16,8 +16,10 @@ Result<const KnownBitmaps::Known*> KnownBitmaps::find(std::string_view name) {
     auto bitmaps = TRY(read_bitmaps(metadata_));
     const auto found = std::ranges::find_if(bitmaps, [&](const auto& bitmap) { return bitmap.info.name == name; });
     if (found == bitmaps.end()) {
+        const auto state = metadata_.state();
+        const bool stale = state.bitmaps && !state.bitmaps_consistent();
         return fail(Errc::not_found, metadata_.file().name(),
-                    fmt::format("there is no bitmap \"{}\" that is up to date", printable(name)));
+                    fmt::format("there is no bitmap \"{}\"{}", printable(name), stale ? " that is up to date" : ""));
     }
     const auto index = static_cast<std::size_t>(found - bitmaps.begin());
     return &known_.emplace(name, Known{std::move(*found), index}).first->second;

@@ -13,7 +13,7 @@
 namespace qcow::qcow2 {
 
 /// Reads the directory when a bitmap is asked for by name for the first time; from then on it is known, and asking
-/// costs nothing. What is kept does not change while the image is open, but for the marks of its own writer, who knows
+/// costs nothing. What is kept does not change until forget(), but for the marks of the image's own writer, who knows
 /// which those are. Thread-safe but for forget().
 class KnownBitmaps {
 public:
@@ -27,7 +27,8 @@ public:
     /// The bitmap as the directory has it, not verified. Valid until forget(). Errc::not_found, corrupt, io.
     Result<const Known*> find(std::string_view name);
 
-    /// The writer is gone, and what it did to the marks is in the file only. Nobody may be asking.
+    /// The directory has changed, or the writer is gone, and what it did to the marks is in the file only. Nobody may
+    /// be asking.
     void forget() { known_.clear(); }
 
 private:

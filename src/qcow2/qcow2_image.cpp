@@ -11,6 +11,7 @@
 #include "disk/range.h"
 #include "format/file_name.h"
 #include "format/luks.h"
+#include "luks/volume.h"
 #include "qcow/text.h"
 #include "qcow2/bitmap_runs.h"
 #include "qcow2/image_check.h"
@@ -72,6 +73,14 @@ Result<EncryptionInfo> encryption_info(const Metadata& metadata) {
     return info;
 }
 
+/// Returns the cipher of the data.
+Result<std::shared_ptr<const crypto::SectorCipher>> cipher_of(const format::Header& header, const Storage& file,
+                                                              const Secret& key, double max_kdf_seconds) {
+    if (header.crypt == format::Crypt::aes) return luks::legacy_cipher(key);
+    const auto& [at, length] = *header.encryption;
+    return luks::unlock({file, at, length}, key, max_kdf_seconds);
+}
+
 /// A reference as the image has it, and what it comes to if it can be understood.
 ReferenceInfo reference_info(FileReference::Role role, const std::string& name,
                              const std::optional<std::string>& format, const Metadata& metadata) {
@@ -96,11 +105,15 @@ public:
         return {};
     }
 
+    Result<void> expand_zeroes() { return writer_->expand_zeroes(); }
+    Result<void> complete_snapshots() { return writer_->complete_snapshots(); }
+
     [[nodiscard]] std::uint64_t size() const override { return metadata_.disk_size(); }
     [[nodiscard]] Format format() const override { return Format::qcow2; }
     [[nodiscard]] std::uint64_t block_size() const override { return metadata_.header().cluster_size(); }
     [[nodiscard]] std::shared_ptr<Image> backing() const override { return parts_->backing.image(); }
     [[nodiscard]] const BackingFile* backing_file() const override { return &parts_->backing; }
+    void exchange_backing(std::shared_ptr<Layer> image) override { parts_->backing.exchange(std::move(image)); }
     [[nodiscard]] Result<void> verify_readable() const override { return active_.verify_readable(); }
 
     // Only the topmost layer of a chain is written, and these are asked of those below it.
@@ -142,6 +155,19 @@ protected:
         return writer_->change_backing(name, format);
     }
 
+    Result<void> do_change_bitmaps(std::span<const BitmapAction> actions) override {
+        std::vector<BitmapAction> own(actions.begin(), actions.end());
+        for (auto& action : own) {
+            if (action.source_image.get() == this) action.source_image = nullptr;
+        }
+        const std::unique_lock lock(bitmaps_mutex_);
+        auto changed = writer_->change_bitmaps(own);
+        bitmaps_.forget();
+        return changed;
+    }
+
+    Result<void> do_make_empty() override { return writer_->make_empty(); }
+
     Result<void> do_flush() override { return writer_ ? writer_->flush() : Result<void>(); }
 
     Result<void> do_resize(std::uint64_t size) override {
@@ -166,20 +192,18 @@ protected:
         for (;;) {
             const HostOffset table_at = metadata_.state().snapshot_table;
             const auto table = TRY(read_snapshots(metadata_));
-            auto found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.id == id_or_name; });
-            if (found == table.entries.end()) {
-                found = std::ranges::find_if(table.entries, [&](const auto& s) { return s.info.name == id_or_name; });
-            }
-            if (found == table.entries.end()) {
+            const auto found = find_snapshots(table.entries, id_or_name);
+            if (found.empty()) {
                 return fail(
                     Errc::not_found, metadata_.file().name(),
                     fmt::format("there is no snapshot \"{}\"; snapshot --list shows those that there are", id_or_name));
             }
-            TRY_VOID(verify_snapshot_l1(metadata_, *found));
-            auto removed = parts_->open_snapshots.open(found->l1_table);
+            const auto& entry = table.entries[found.front()];
+            TRY_VOID(verify_snapshot_l1(metadata_, entry));
+            auto removed = parts_->open_snapshots.open(entry.l1_table);
             // Whoever removes it from now on tells of it.
             if (metadata_.state().snapshot_table == table_at)
-                return std::make_shared<SnapshotDisk>(parts_, *found, std::move(removed));
+                return std::make_shared<SnapshotDisk>(parts_, entry, std::move(removed));
         }
     }
 
@@ -271,12 +295,14 @@ protected:
         } else {
             info.snapshots_error = std::move(snapshots).error();
         }
+        // The directory and what it leads to are not reused while it is read.
+        const Epochs::Guard guard(metadata_.epochs());
         if (auto bitmaps = read_bitmaps(metadata_)) {
             for (auto& bitmap : *bitmaps) info.bitmaps.push_back(std::move(bitmap.info));
         } else {
             info.bitmaps_error = std::move(bitmaps).error();
         }
-        info.bitmaps_stale = header.bitmaps && !header.bitmaps_consistent(state);
+        info.bitmaps_stale = state.bitmaps && !state.bitmaps_consistent();
         for (const auto& extension : header.unknown_extensions)
             info.unknown_extensions.push_back({extension.type, extension.bytes});
         return info;
@@ -306,11 +332,18 @@ public:
         return header_.data_file_name.value_or("");
     }
 
+    [[nodiscard]] std::optional<std::string> encryption() const override {
+        if (header_.crypt == format::Crypt::none) return std::nullopt;
+        return header_.crypt == format::Crypt::aes ? "aes" : "luks";
+    }
+
     Result<std::shared_ptr<Layer>> open(Neighbours neighbours) override {
+        std::shared_ptr<const crypto::SectorCipher> cipher;
+        if (neighbours.key) cipher = TRY(cipher_of(header_, *storage_, *neighbours.key, neighbours.max_kdf_seconds));
         auto backing_name = neighbours.alone ? std::string() : header_.backing_name;
         auto parts = std::make_shared<ImageParts>(header_, std::move(storage_), neighbours.data_file,
                                                   std::move(neighbours.backing), std::move(backing_name),
-                                                  neighbours.cache_bytes);
+                                                  neighbours.cache_bytes, std::move(cipher));
         auto image = std::make_shared<Qcow2Image>(std::move(parts));
         if (neighbours.write) TRY_VOID(image->open_for_writing(*neighbours.write));
         return image;
@@ -326,6 +359,14 @@ private:
 Result<std::unique_ptr<PendingImage>> begin(std::shared_ptr<Storage> storage) {
     auto header = TRY(format::parse_header(TRY(read_first_cluster(*storage))));
     return std::make_unique<PendingQcow2>(std::move(storage), std::move(header));
+}
+
+Result<void> complete_snapshots(Image& image) {
+    return within_memory([&] { return dynamic_cast<Qcow2Image&>(image).complete_snapshots(); });
+}
+
+Result<void> expand_zeroes(Image& image) {
+    return within_memory([&] { return dynamic_cast<Qcow2Image&>(image).expand_zeroes(); });
 }
 
 }  // namespace qcow::qcow2

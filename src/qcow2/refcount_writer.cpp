@@ -1,14 +1,12 @@
 #include "qcow2/refcount_writer.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 
 #include "base/bits.h"
 #include "base/endian.h"
 #include "base/try.h"
-#include "format/header.h"
 #include "format/refcount.h"
+#include "qcow2/layout.h"
 
 namespace qcow::qcow2 {
 
@@ -62,28 +60,19 @@ Result<void> RefcountWriter::write_blocks_below(HostOffset settled) {
 
 Result<RefcountWriter::Table> RefcountWriter::finish() {
     TRY_VOID(write_blocks_below(end()));
-    // What is still to come describes itself: look for the sizes at which it fits.
     const std::uint64_t cluster_size = bit(cluster_bits_);
-    const std::uint64_t first_open = next_ / per_block_;
-    std::uint64_t blocks = 0;
-    std::uint64_t table_clusters = 0;
-    for (std::uint64_t total = next_ + 1; total != next_ + blocks + table_clusters;) {
-        total = next_ + blocks + table_clusters;
-        const std::uint64_t all_blocks = divide_up(total, per_block_);
-        blocks = all_blocks - first_open;
-        table_clusters = divide_up(all_blocks * 8, cluster_size);
-    }
-    if (table_clusters * cluster_size > format::max_refcount_table_bytes) {
-        return fail(Errc::limit_exceeded, "refcount table", "it would be larger than 8 MiB; use larger clusters");
-    }
+    const std::uint64_t written = table_.size();
+    const auto refcounts = refcount_clusters(next_ - written, cluster_bits_, order_);
+    TRY_VOID(verify_refcounts_fit(refcounts, cluster_bits_));
+    const std::uint64_t blocks = refcounts.blocks - written;
     const HostOffset first_block = allocate(blocks);
-    const HostOffset table = allocate(table_clusters);
-    for (std::uint64_t i = 0; i < blocks; ++i) TRY_VOID(write_block(first_open + i, first_block + i * cluster_size));
+    const HostOffset table = allocate(refcounts.table);
+    for (std::uint64_t i = 0; i < blocks; ++i) TRY_VOID(write_block(written + i, first_block + i * cluster_size));
 
-    std::vector<std::byte> bytes(table_clusters * cluster_size);
+    std::vector<std::byte> bytes(refcounts.table * cluster_size);
     for (std::size_t i = 0; i < table_.size(); ++i) store_be(bytes, i * 8, table_[i]);
     TRY_VOID(file_.write(table, bytes));
-    return Table{table, static_cast<std::uint32_t>(table_clusters)};
+    return Table{table, static_cast<std::uint32_t>(refcounts.table)};
 }
 
 }  // namespace qcow::qcow2

@@ -78,6 +78,12 @@ Result<void> ReferenceMap::add(std::uint64_t first, std::uint64_t length, std::u
     return {};
 }
 
+Result<void> ReferenceMap::set(std::uint64_t cluster, References references) {
+    if (references.word == 0 && find_chunk(cluster) == nullptr) return {};
+    TRY(chunk_for(cluster))->references[cluster % chunk_clusters] = references;
+    return {};
+}
+
 References ReferenceMap::at(std::uint64_t cluster) const {
     if (cluster >= clusters_) return {};
     const auto references = chunk_from(cluster);

@@ -47,6 +47,9 @@ public:
     /// Errc::limit_exceeded.
     Result<void> add(std::uint64_t first, std::uint64_t length, std::uint64_t count, std::uint32_t kind);
 
+    /// Replaces the references of a cluster (< clusters()). Not thread-safe. Errc::limit_exceeded.
+    Result<void> set(std::uint64_t cluster, References references);
+
     [[nodiscard]] References at(std::uint64_t cluster) const;
 
     /// The references of the clusters from `cluster` (< clusters()) to the end of its chunk; empty: all have none.

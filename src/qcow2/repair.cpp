@@ -11,6 +11,7 @@
 
 #include "base/endian.h"
 #include "base/going_on.h"
+#include "format/refcount.h"
 #include "qcow2/image_check.h"
 #include "qcow2/metadata/directories.h"
 #include "qcow2/repair_directories.h"
@@ -28,13 +29,13 @@ constexpr std::size_t cache_bytes = 1 * MiB;
 /// Repairs the image in rounds: a check, a plan, and changes, which go to a PlannedFile. Each round leaves the image no
 /// worse at any instant:
 /// 1. Entries are corrected, or cleared. They lead nowhere new.
-/// 2. Copies and new tables come behind everything else, and refcounts that are too low are raised.
+/// 2. Copies and new tables go to clusters that nothing refers to, and refcounts that are too low are raised.
 /// 3. Entries and the header lead to the copies and the new tables.
 /// 4. Only then are refcounts lowered.
 class Repair {
 public:
-    Repair(std::shared_ptr<PlannedFile> file, const Storage* data_file, const RepairOptions& options)
-        : file_(std::move(file)), data_file_(data_file), options_(options) {
+    Repair(std::shared_ptr<PlannedFile> file, const Storage* data_file, const RepairOptions& options, bool fixed_size)
+        : file_(std::move(file)), data_file_(data_file), options_(options), fixed_size_(fixed_size) {
         check_.workers = options.workers;
         check_.max_findings = options.max_findings;
         check_.memory_bytes = options.memory_bytes;
@@ -45,32 +46,53 @@ public:
         const auto header = TRY(read_parsable_header(*file_));
         if (header.corrected && options_.what == RepairOptions::What::all) TRY_VOID(write_header({header.cluster}));
         for (unsigned round = 0;; ++round) {
-            const auto image = TRY(open());
-            const auto diagnosis = TRY(diagnose(*image, data_file_, check_, !new_refcounts_));
+            TRY_VOID(open());
+            const auto diagnosis = TRY(diagnose(*image_, data_file_, check_, !new_refcounts_));
             if (round == 0) {
                 result_.before = diagnosis.report;
                 if (header.corrected) ++result_.before.corruptions;
             }
-            if (round < max_rounds && TRY(improve(*image, diagnosis))) continue;
-            TRY_VOID(finish(*image, diagnosis));
+            if (round == 0 && TRY(complete_last_table(diagnosis))) continue;
+            if (round < max_rounds && TRY(improve(*image_, diagnosis))) continue;
+            TRY_VOID(finish(*image_, diagnosis));
             return std::move(result_);
         }
     }
 
 private:
-    [[nodiscard]] Result<std::unique_ptr<Metadata>> open() const {
-        return std::make_unique<Metadata>(
+    Result<void> open() {
+        image_ = std::make_unique<Metadata>(
             TRY(format::parse_header(TRY(read_first_cluster(*file_)))), file_, cache_bytes);
+        return {};
+    }
+
+    /// Makes the file as long as its last table, which was cut. The missing entries become zeros.
+    Result<bool> complete_last_table(const Diagnosis& diagnosis) {
+        const std::uint64_t missing = diagnosis.report.missing_bytes;
+        if (missing == 0 || options_.what != RepairOptions::What::all || fixed_size_) return false;
+        if (const auto& cut = diagnosis.cut_table; cut && cut->length > 0) {
+            lose({.guest = cut->guest,
+                  .length = cut->length,
+                  .in_snapshots = cut->in_snapshots,
+                  .reads_as_zeros = image_->header().backing_name.empty(),
+                  .why = cut->finding.place + ": " + cut->finding.what});
+        }
+        TRY_VOID(file_->resize(TRY(file_->size()) + missing));
+        return true;
     }
 
     /// Returns whether this round changed something.
     Result<bool> improve(const Metadata& image, const Diagnosis& diagnosis) {
-        NewClusters added(diagnosis, image.geometry().cluster_bits);
+        NewClusters added(image, diagnosis, TRY(room(image)));
         const CountedClusters counted{image, diagnosis, added};
         if (options_.what == RepairOptions::What::leaks) return give_back_leaks(counted, added);
         const auto& report = diagnosis.report;
         const bool refused = TRY(has_refused_snapshots(image));
-        if (report.clean() && !new_refcounts_ && !refused) return remove_bitmaps(counted, added);
+        if (report.clean() && !new_refcounts_ && !refused) {
+            // Refcounts past the end of the file would become leaks as it grows.
+            if (report.counted_past_end > 0 && TRY(lower(counted))) return true;
+            return remove_bitmaps(counted, added);
+        }
 
         // A cluster whose refcount becomes 1 gets the COPIED flag.
         const bool only_leaks =
@@ -88,6 +110,24 @@ private:
         if (plan.corrects_entries()) return correct_entries(plan);
         if (plan.moves()) return move(counted, added, plan);
         return correct_refcounts(counted, added, plan);
+    }
+
+    Result<Room> room(const Metadata& image) const {
+        Room room{.inside = fixed_size_ || result_.losses.empty(), .fixed_size = fixed_size_};
+        if (!new_refcounts_) return room;
+        // The header still leads to these, whatever they are worth.
+        const auto state = image.state();
+        const auto& geometry = image.geometry();
+        std::vector<std::byte> table(std::min(std::uint64_t{state.refcount_table_clusters} * geometry.cluster_size(),
+                                              format::max_refcount_table_bytes));
+        TRY(image.file().read(state.refcount_table, table));
+        for (std::uint64_t i = 0; i < geometry.clusters(table.size()); ++i)
+            room.taken.insert((state.refcount_table.value >> geometry.cluster_bits) + i);
+        for (std::size_t at = 0; at < table.size(); at += 8) {
+            const format::RefcountTableEntry entry{load_be<std::uint64_t>(table, at)};
+            if (entry.allocated()) room.taken.insert(entry.block().value >> geometry.cluster_bits);
+        }
+        return room;
     }
 
     /// Whether something else lies in a refcount block, or two blocks in one cluster.
@@ -126,7 +166,7 @@ private:
 
     Result<bool> correct_structures(const Metadata& image, const Diagnosis& diagnosis, const RepairPlan& plan) {
         TRY_VOID(write_entries(plan.bitmap_corrections));
-        NewClusters added(diagnosis, image.geometry().cluster_bits);
+        NewClusters added(image, diagnosis, TRY(room(image)));
         auto header = TRY(repair_directories(image, plan, added, *file_));
         for (const auto& loss : header.losses) lose(loss);
         const CountedClusters counted{image, diagnosis, added};
@@ -176,8 +216,8 @@ private:
     Result<bool> remove_bitmaps(const CountedClusters& counted, NewClusters& added) {
         if (!options_.remove_inconsistent_bitmaps) return false;
         const auto removed = TRY(remove_inconsistent_bitmaps(counted.metadata, added, *file_));
-        if (removed.count == 0) return false;
-        result_.removed_bitmaps += removed.count;
+        if (removed.names.empty()) return false;
+        std::ranges::copy(removed.names, std::back_inserter(result_.removed_bitmaps));
         if (counted.are_covered()) TRY(raise_refcounts(counted, *file_));
         TRY_VOID(file_->flush());
         TRY_VOID(write_header(removed.steps));
@@ -196,22 +236,28 @@ private:
             after.dirty = false;
             after.marked_corrupt = false;
         }
-        const auto sum = [](const CheckReport& report) {
-            return report.corruptions + report.errors + report.postponed;
-        };
-        result_.leaks_fixed = result_.before.leaks - std::min(result_.before.leaks, after.leaks);
-        result_.corruptions_fixed = sum(result_.before) - std::min(sum(result_.before), sum(after));
-        if (result_.losses.empty()) TRY_VOID(free_space(after.image_end));
+        const auto fixed = [](std::uint64_t before, std::uint64_t now) { return before - std::min(before, now); };
+        const auto& before = result_.before;
+        result_.leaks_fixed = fixed(before.leaks, after.leaks);
+        result_.corruptions_fixed = fixed(before.corruptions + before.errors, after.corruptions + after.errors);
+        result_.postponed_fixed = fixed(before.postponed, after.postponed);
+        if (result_.losses.empty()) TRY_VOID(free_space(diagnosis, image.geometry().cluster_bits));
         result_.changed = !file_->unchanged();
         return {};
     }
 
     /// Gives the space of free clusters back to the file system. (Where something was lost, it stays for those who want
     /// to look for it.)
-    Result<void> free_space(std::uint64_t image_end) {
+    Result<void> free_space(const Diagnosis& diagnosis, unsigned cluster_bits) {
         const std::uint64_t size = TRY(file_->size());
+        const std::uint64_t image_end = diagnosis.report.image_end;
         for (const auto& [at, bytes] : freed_) {
-            if (at.value < image_end) file_->punch(at, bytes);
+            // A later round may have used a cluster that an earlier one had freed.
+            const std::uint64_t cluster_size = bit(cluster_bits);
+            for (HostOffset cluster = at; cluster < at + bytes && cluster.value < image_end; cluster += cluster_size) {
+                if (diagnosis.references->at(cluster.value >> cluster_bits).word == 0)
+                    file_->punch(cluster, cluster_size);
+            }
         }
         const bool ends_free = std::ranges::any_of(
             freed_, [&](const auto& run) { return run.first.value < size && run.first.value + run.second >= size; });
@@ -229,11 +275,7 @@ private:
     // Steps, each durable before the next.
 
     Result<void> write_header(const std::vector<std::vector<std::byte>>& steps) {
-        for (const auto& step : steps) {
-            TRY_VOID(file_->write({0}, step));
-            TRY_VOID(file_->flush());
-        }
-        return {};
+        return qcow2::write_header(*file_, steps);
     }
 
     Result<void> write_entries(const std::vector<EntryRun>& runs) {
@@ -264,8 +306,7 @@ private:
         }
         const auto fresh = TRY(write_new_refcounts(counted.metadata, counted.diagnosis, added, *file_));
         TRY_VOID(file_->flush());
-        const auto image = TRY(open());
-        auto state = image->state();
+        format::HeaderState state = TRY(format::parse_header(TRY(read_first_cluster(*file_))));
         state.refcount_table = fresh.table;
         state.refcount_table_clusters = fresh.table_clusters;
         TRY_VOID(write_header(TRY(header_steps(*file_, state))));
@@ -275,8 +316,10 @@ private:
     }
 
     const std::shared_ptr<PlannedFile> file_;
+    std::unique_ptr<Metadata> image_;  // as the file has it at the beginning of a round
     const Storage* const data_file_;
     const RepairOptions& options_;
+    const bool fixed_size_;
     CheckOptions check_;
     /// The image's refcount table or its blocks cannot be used. New ones count everything but these.
     bool new_refcounts_ = false;
@@ -284,17 +327,33 @@ private:
     RepairResult result_;
 };
 
+/// Takes back the mark of a repair that failed. Refcounts and entries are at least as good as before.
+Result<void> clear_corrupt_mark(Storage& file) {
+    format::HeaderState state = TRY(format::parse_header(TRY(read_first_cluster(file))));
+    if (!state.has(format::incompatible::corrupt)) return {};
+    state.incompatible &= ~format::incompatible::corrupt;
+    for (const auto& step : TRY(header_steps(file, state))) {
+        TRY_VOID(file.write({0}, step));
+        TRY_VOID(file.flush());
+    }
+    return {};
+}
+
 }  // namespace
 
-Result<RepairResult> repair_image(std::shared_ptr<Storage> file, const Storage* data_file,
-                                  const RepairOptions& options) {
-    auto planned = TRY(PlannedFile::create(std::move(file), options.memory_bytes));
-    auto result = TRY(Repair(planned, data_file, options).run());
+Result<RepairResult> repair_image(const std::shared_ptr<Storage>& file, const Storage* data_file,
+                                  const RepairOptions& options, bool fixed_size) {
+    auto planned = TRY(PlannedFile::create(file, options.memory_bytes));
+    auto result = TRY(Repair(planned, data_file, options, fixed_size).run());
     if (options.on_loss) {
         for (const auto& loss : result.losses) options.on_loss(loss);
     }
     TRY_VOID(verify_goes_on(options.control));
-    if (!options.dry_run) TRY_VOID(planned->carry_out(options.control));
+    if (options.dry_run) return result;
+    if (auto done = planned->carry_out(options.control); !done) {
+        if (!result.before.marked_corrupt) (void)clear_corrupt_mark(*file);
+        return std::unexpected(std::move(done).error());
+    }
     return result;
 }
 

@@ -37,25 +37,6 @@ constexpr std::uint32_t usual_snapshot_extra_bytes = 24;
 constexpr std::uint32_t max_snapshot_extra_bytes = 1024;
 constexpr std::size_t max_entry_bytes = fixed_snapshot_bytes + max_snapshot_extra_bytes + std::size_t{2} * 65536;
 
-/// Readers refuse an image with a bitmap of another granularity.
-constexpr unsigned min_granularity_bits = 9;
-constexpr unsigned max_granularity_bits = 31;
-
-/// The same entry, with the extra data that version 3 needs.
-Bytes with_extra_data(const format::SnapshotEntry& entry, std::span<const std::byte> bytes) {
-    constexpr std::size_t fixed = fixed_snapshot_bytes;
-    constexpr std::uint32_t extra = 16;
-    const std::size_t names = entry.info.id.size() + entry.info.name.size();
-    const auto old_extra = load_be<std::uint32_t>(bytes, 36);
-    Bytes result(align_down(fixed + extra + names + 7, 8));
-    std::ranges::copy(bytes.first(fixed), result.begin());
-    store_be(result, 36, extra);
-    store_be(result, fixed, entry.info.vm_state_bytes);
-    store_be(result, fixed + 8, entry.info.virtual_size);
-    std::ranges::copy(bytes.subspan(fixed + old_extra, names), result.begin() + fixed + extra);
-    return result;
-}
-
 class DirectoryRepair {
 public:
     DirectoryRepair(const Metadata& metadata, const RepairPlan& plan, NewClusters& added, Storage& file)
@@ -63,7 +44,7 @@ public:
 
     Result<RepairedHeader> run() {
         format::HeaderEdit edit(TRY(read_first_cluster(file_)));
-        if (plan_.no_data_file) state_.autoclear &= ~format::autoclear::raw_external_data;
+        state_.autoclear &= ~plan_.stale_autoclear;
         TRY_VOID(move_active_l1());
         TRY_VOID(repair_snapshots());
         TRY_VOID(repair_bitmaps(edit));
@@ -73,11 +54,16 @@ public:
     }
 
     Result<RemovedBitmaps> remove_inconsistent() {
-        format::HeaderEdit edit(TRY(read_first_cluster(file_)));
         RemovedBitmaps removed;
-        removed.count = TRY(rewrite_bitmaps(edit, [](const auto& entry) { return entry.info.in_use; }));
+        const auto bitmaps = TRY(read_bitmaps(metadata_));
+        for (const auto& bitmap : bitmaps) {
+            if (bitmap.info.in_use) removed.names.push_back(bitmap.info.name);
+        }
+        if (removed.names.empty()) return removed;
+        format::HeaderEdit edit(TRY(read_first_cluster(file_)));
+        TRY_VOID(rewrite_bitmaps(edit, bitmaps, [](const auto& entry) { return entry.info.in_use; }));
         edit.set_state(state_);
-        if (removed.count != 0) removed.steps = TRY(edit.steps());
+        removed.steps = TRY(edit.steps());
         return removed;
     }
 
@@ -85,9 +71,12 @@ private:
     /// Writes a structure to new clusters.
     Result<HostOffset> put(std::span<const std::byte> bytes) {
         const std::uint64_t clusters = metadata_.geometry().clusters(bytes.size());
-        const auto at = added_.allocate(clusters);
+        const auto at = TRY(added_.allocate(clusters));
         added_.refer(at, clusters, 1);
-        TRY_VOID(file_.write(at, bytes));
+        // A cluster that was free may hold anything.
+        Bytes whole(bytes.begin(), bytes.end());
+        whole.resize(clusters * metadata_.cluster_size());
+        TRY_VOID(file_.write(at, whole));
         return at;
     }
 
@@ -182,7 +171,8 @@ private:
         if (padded > in.size()) return std::nullopt;
         start.resize(padded);
         std::ranges::fill(std::span(start).subspan(bytes), std::byte{0});
-        if (metadata_.header().version >= 3 && extra < 16) start = with_extra_data(*entry, start);
+        if (metadata_.header().version >= 3 && extra < format::min_snapshot_extra_bytes)
+            start = format::encode_snapshot(*entry);
         return std::pair(padded, RawSnapshot{*std::move(entry), std::move(start)});
     }
 
@@ -231,73 +221,88 @@ private:
     // Bitmaps.
 
     Result<void> repair_bitmaps(format::HeaderEdit& edit) {
-        if (plan_.bad_bitmap_directory) {
-            // Without this bit nobody believes the extension.
-            state_.autoclear &= ~format::autoclear::bitmaps;
-            result_.losses.push_back({.what = RepairLoss::What::bitmap,
-                                      .why = fmt::format("bitmap directory at host offset {:#x}: it cannot be read",
-                                                         metadata_.header().bitmaps->directory.value)});
-            return {};
-        }
+        if (plan_.bad_bitmap_directory) return keep_readable_bitmaps(edit);
         const bool any_shared = std::ranges::any_of(plan_.shared_tables, [](const auto& table) {
             return table.kind == Structure::bitmap_directory || table.kind == Structure::bitmap_table;
         });
-        if (plan_.stale_bitmaps.empty() && plan_.lost_bitmaps.empty() && !plan_.has_doubled_bitmaps && !any_shared)
+        if (plan_.stale_bitmaps.empty() && plan_.lost_bitmaps.empty() && !plan_.has_doubled_bitmaps &&
+            !plan_.has_refused_bitmaps && !any_shared)
             return {};
+        return keep_usable_bitmaps(edit, TRY(read_bitmaps(metadata_)));
+    }
+
+    /// Keeps the first bitmap of each name, unless QEMU refuses it.
+    Result<void> keep_usable_bitmaps(format::HeaderEdit& edit, std::span<const format::BitmapEntry> bitmaps) {
         std::set<std::string> names;
-        TRY(rewrite_bitmaps(
-            edit,
-            [&](const format::BitmapEntry& entry) {
-                const bool doubled = !names.insert(entry.info.name).second;
-                const bool refused =
-                    entry.granularity_bits < min_granularity_bits || entry.granularity_bits > max_granularity_bits;
-                if (doubled) note_bitmap(entry, "another bitmap has the same name");
-                if (refused) note_bitmap(entry, fmt::format("its granularity is 2^{} bytes", entry.granularity_bits));
-                return doubled || refused;
-            }));
-        return {};
+        return rewrite_bitmaps(edit, bitmaps, [&](const format::BitmapEntry& entry) {
+            const bool doubled = !names.insert(entry.info.name).second;
+            const auto refusal = entry.without_ignorable_data().refusal();
+            if (doubled) note_bitmap(entry, "another bitmap has the same name");
+            if (!refusal.empty()) note_bitmap(entry, std::string(refusal));
+            return doubled || !refusal.empty();
+        });
+    }
+
+    /// Keeps the entries of a damaged directory up to the first one that cannot be read.
+    Result<void> keep_readable_bitmaps(format::HeaderEdit& edit) {
+        const auto& extension = *state_.bitmaps;
+        const auto at = extension.directory;
+        const std::uint64_t end = TRY(metadata_.addressable_bytes());
+        std::vector<format::BitmapEntry> bitmaps;
+        bool complete = false;
+        if (is_aligned(at.value, metadata_.cluster_size()) && at.value < end) {
+            const auto bytes = TRY(read_bytes(
+                file_, at, std::min({extension.directory_size, end - at.value, format::max_bitmap_directory_bytes})));
+            auto rest = std::span<const std::byte>(bytes);
+            while (!rest.empty() && bitmaps.size() < format::max_bitmaps) {
+                auto entry = format::parse_bitmap(rest);
+                if (!entry) break;
+                rest = rest.subspan(entry->encoded_bytes);
+                bitmaps.push_back(*std::move(entry));
+            }
+            complete = rest.empty() && bitmaps.size() >= extension.count;
+        }
+        if (!complete) {
+            result_.losses.push_back(
+                {.what = RepairLoss::What::bitmap,
+                 .why =
+                     fmt::format("bitmap directory at host offset {:#x}: it cannot be read behind its first {} entries",
+                                 at.value, bitmaps.size())});
+        }
+        return keep_usable_bitmaps(edit, bitmaps);
     }
 
     void note_bitmap(const format::BitmapEntry& entry, std::string why) {
         result_.losses.push_back({.what = RepairLoss::What::bitmap, .name = entry.info.name, .why = std::move(why)});
     }
 
-    /// Writes the directory anew, without the bitmaps for which `leave_out` returns true. Returns their number.
+    /// Writes a new directory of these bitmaps, without those for which `leave_out` returns true.
     template <class LeaveOut>
-    Result<std::uint64_t> rewrite_bitmaps(format::HeaderEdit& edit, const LeaveOut& leave_out) {
-        auto extension = *metadata_.header().bitmaps;
-        const auto bitmaps = TRY(read_bitmaps(metadata_));
-        const auto bytes = TRY(read_bytes(file_, extension.directory, extension.directory_size));
-        auto rest = std::span<const std::byte>(bytes);
+    Result<void> rewrite_bitmaps(format::HeaderEdit& edit, std::span<const format::BitmapEntry> bitmaps,
+                                 const LeaveOut& leave_out) {
         Bytes directory;
-        std::uint64_t left_out = 0;
+        std::uint32_t kept = 0;
         for (const auto& bitmap : bitmaps) {
-            const auto whole = rest.first(bitmap.encoded_bytes);
-            rest = rest.subspan(bitmap.encoded_bytes);
-            if (leave_out(bitmap)) {
-                ++left_out;
-                continue;
-            }
-            auto own = TRY(repair_bitmap(bitmap, whole));
+            if (leave_out(bitmap)) continue;
+            const auto own = TRY(repair_bitmap(bitmap));
             directory.insert(directory.end(), own.begin(), own.end());
+            ++kept;
         }
-        extension.count = static_cast<std::uint32_t>(bitmaps.size() - left_out);
-        if (extension.count == 0) {
+        if (kept == 0) {
             edit.remove_extension(format::ExtensionType::bitmaps);
             state_.autoclear &= ~format::autoclear::bitmaps;
-            return left_out;
+            return {};
         }
-        Bytes data(24);
-        store_be(data, 0, extension.count);
-        store_be(data, 8, std::uint64_t{directory.size()});
-        store_be(data, 16, TRY(put(directory)).value);
-        edit.set_extension(format::ExtensionType::bitmaps, data);
-        return left_out;
+        const format::BitmapsExtension extension{
+            .count = kept, .directory_size = directory.size(), .directory = TRY(put(directory))};
+        edit.set_extension(format::ExtensionType::bitmaps, encode_bitmaps_extension(extension));
+        return {};
     }
 
     /// The entry as it has to be in the new directory.
-    Result<Bytes> repair_bitmap(const format::BitmapEntry& bitmap, std::span<const std::byte> bytes) {
-        Bytes own(bytes.begin(), bytes.end());
+    Result<Bytes> repair_bitmap(const format::BitmapEntry& entry) {
+        const auto bitmap = entry.without_ignorable_data();
+        Bytes own = format::encode_bitmap(bitmap);
         const bool shared = is_shared(Structure::bitmap_table, bitmap.table);
         const bool lost = plan_.lost_bitmaps.contains(bitmap.table) || (shared && bitmap.info.in_use);
         if (lost || plan_.stale_bitmaps.contains(bitmap.table)) {
@@ -381,7 +386,7 @@ Result<RepairedHeader> repair_directories(const Metadata& metadata, const Repair
 }
 
 Result<RemovedBitmaps> remove_inconsistent_bitmaps(const Metadata& metadata, NewClusters& added, Storage& file) {
-    if (!metadata.header().bitmaps_consistent(metadata.state())) return RemovedBitmaps{};
+    if (!metadata.state().bitmaps_consistent()) return RemovedBitmaps{};
     const RepairPlan nothing_else;
     return DirectoryRepair(metadata, nothing_else, added, file).remove_inconsistent();
 }
@@ -390,6 +395,14 @@ Result<std::vector<std::vector<std::byte>>> header_steps(const Storage& file, co
     format::HeaderEdit edit(TRY(read_first_cluster(file)));
     edit.set_state(state);
     return edit.steps();
+}
+
+Result<void> write_header(Storage& file, const std::vector<std::vector<std::byte>>& steps) {
+    for (const auto& step : steps) {
+        TRY_VOID(file.write({0}, step));
+        TRY_VOID(file.flush());
+    }
+    return {};
 }
 
 }  // namespace qcow::qcow2

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "qcow2/repair_plan.h"
@@ -34,13 +35,17 @@ Result<RepairedHeader> repair_directories(const Metadata& metadata, const Repair
 
 struct RemovedBitmaps {
     std::vector<std::vector<std::byte>> steps;  ///< see RepairedHeader
-    std::uint64_t count = 0;
+    std::vector<std::string> names;
 };
 
-/// Writes a bitmap directory without the bitmaps that are marked as inconsistent to new clusters of `file`.
+/// Writes a bitmap directory without the bitmaps that are marked as inconsistent to new clusters of `file`. Writes
+/// nothing if there are none.
 Result<RemovedBitmaps> remove_inconsistent_bitmaps(const Metadata& metadata, NewClusters& added, Storage& file);
 
 /// What to write at host offset 0 to change these fields of the header.
 Result<std::vector<std::vector<std::byte>>> header_steps(const Storage& file, const format::HeaderState& state);
+
+/// Writes the steps of a change of the header (see format::HeaderEdit), each durable before the next.
+Result<void> write_header(Storage& file, const std::vector<std::vector<std::byte>>& steps);
 
 }  // namespace qcow::qcow2

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 
 #include "base/endian.h"
 #include "base/try.h"
@@ -15,6 +16,7 @@ namespace {
 
 using format::L2Entry;
 
+constexpr std::uint64_t allocated_subclusters = 0xffff'ffff;
 constexpr std::uint64_t all_zero_subclusters = 0xffff'ffff'0000'0000;
 constexpr std::size_t max_raw_losses = 100'000;
 
@@ -35,6 +37,7 @@ public:
           zeros_hide_backing_(rules_.version >= 3 || metadata.header().backing_name.empty()),
           memory_bytes_(options.memory_bytes),
           max_copies_(2 * geometry_.clusters(diagnosis.file_bytes) + 1024),
+          max_separations_(options.what == RepairOptions::What::all ? geometry_.clusters(diagnosis.file_bytes) : 0),
           new_clusters_(new_clusters),
           visited_(std::move(visited)) {}
 
@@ -62,7 +65,7 @@ public:
         switch (flaw.place.structure) {
             case Structure::header:
                 plan_.bad_refcounts |= flaw.target == Structure::refcount_table;
-                plan_.no_data_file |= flaw.kind == Flaw::Kind::no_data_file;
+                if (flaw.kind == Flaw::Kind::stale_autoclear) plan_.stale_autoclear |= flaw.word;
                 return {};
             case Structure::refcount_table:
             case Structure::refcount_block: plan_.bad_refcounts = true; return {};
@@ -74,7 +77,13 @@ public:
                     plan_.bad_bitmap_directory = true;
                 }
                 return {};
-            case Structure::bitmap: plan_.lost_bitmaps.insert(flaw.place.table); return {};
+            case Structure::bitmap:
+                if (flaw.kind == Flaw::Kind::refused_bitmap) {
+                    plan_.has_refused_bitmaps = true;
+                } else {
+                    plan_.lost_bitmaps.insert(flaw.place.table);
+                }
+                return {};
             case Structure::bitmap_table: return correct_bitmap_table(flaw);
             case Structure::l1_table: return flaw.place.index ? correct_l1_entry(flaw) : correct_l1_table(flaw);
             case Structure::l2_table: return correct_l2_entries(flaw);
@@ -144,7 +153,7 @@ private:
         }
         const std::uint64_t clusters = geometry_.clusters(bytes);
         TRY_VOID(take_memory(sizeof(RepairPlan::Copy) + clusters * sizeof(std::uint64_t)));
-        const auto to = new_clusters_.allocate(clusters);
+        const auto to = TRY(new_clusters_.allocate(clusters));
         new_clusters_.refer(to, clusters, count);
         plan_.copies.push_back({from, to, bytes, metadata});
         return to;
@@ -162,6 +171,19 @@ private:
         return to;
     }
 
+    // A snapshot may share clusters with the disk. Two entries of the disk must not share one: the first write to one
+    // of them leaves the other with a refcount of 1, but without the COPIED flag.
+
+    /// Whether another reference of the active disk to this cluster was visited before, and there is room for a copy.
+    /// Called once per active reference to a cluster with several references.
+    Result<bool> needs_separation(std::uint64_t cluster, std::uint32_t use) {
+        if ((visited_->at(cluster).word & use) == 0) {
+            TRY_VOID(visited_->add(cluster, 1, 1, use));
+            return false;
+        }
+        return plan_.copies.size() < max_separations_ && new_clusters_.has_spare_room();
+    }
+
     Result<void> visit_l2_table(const Reference& reference) {
         const std::uint64_t cluster = cluster_of(reference.at);
         const auto references = references_.at(cluster);
@@ -173,6 +195,8 @@ private:
             to = TRY(copy(reference.at, geometry_.cluster_size(), reference.count, true));
             // In an external data file, the place of an L1 entry says where all data of its table lie.
             if (rules_.external_data) moving_tables_.insert(reference.at);
+        } else if (reference.active && references.count() > 1 && TRY(needs_separation(cluster, References::copied))) {
+            to = TRY(copy(reference.at, geometry_.cluster_size(), reference.count, true));
         }
         if (to) return add(plan_.pointers, {.at = reference.place.at, .word = to->value});
         const bool own = references.count() == 1;
@@ -226,7 +250,8 @@ private:
             for (std::uint64_t k = 0; k < piece; ++k, ++i) {
                 const HostOffset at = reference.place.at + i * entry_bytes();
                 const std::uint64_t own_word = word + i * geometry_.cluster_size();
-                if (may_have_to_move(chunk[k]) &&
+                const bool shared = reference.active && chunk[k].count() > 1;
+                if ((shared || may_have_to_move(chunk[k])) &&
                     TRY(move_data(reference, first + i, chunk[k], at, own_word & flags))) {
                     TRY_VOID(end_marks());
                     continue;
@@ -254,7 +279,9 @@ private:
                            std::uint64_t flags) {
         const std::lock_guard lock(mutex_);
         const bool overlaps = gives_way(references, References::data);
-        if (!overlaps && !exceeds(max_refcount_, cluster, references, reference.count)) return false;
+        const bool separates =
+            reference.active && references.count() > 1 && TRY(needs_separation(cluster, References::data));
+        if (!overlaps && !separates && !exceeds(max_refcount_, cluster, references, reference.count)) return false;
         if (moving_tables_.contains(reference.place.table)) return true;  // first its table gets a place of its own
         EntryRun pointer{.at = at, .entry_bytes = entry_bytes(), .word = flags};
         if (flags != 0) {
@@ -391,35 +418,55 @@ private:
             run.word = flaw.word & ~format::zero_bit;  // version 2 does not have it
             return add(plan_.revealing_corrections, run);
         }
-        std::array<std::byte, 8> bytes = {};
-        TRY(metadata_.file().read(flaw.place.at + 8, bytes));
-        const auto bitmap = load_be<std::uint64_t>(bytes, 0);
-        const auto allocated = bitmap & 0xffff'ffff;
+        if (step == 0) return drop(flaw, run, 0, true);  // nobody knows where the allocated subclusters are
+        const auto bitmap = TRY(subclusters_at(flaw.place.at));
         run.word = flaw.word & (format::offset_mask | format::copied_bit);
-        if (step != 0) {
-            run.bitmap = bitmap & ~(allocated << 32);  // what the cluster holds counts
-            return add(plan_.revealing_corrections, run);
-        }
-        // Nobody knows where these subclusters are.
-        const std::uint64_t cluster_size = geometry_.cluster_size();
-        lose(flaw, *flaw.place.guest, flaw.count * cluster_size, true);
-        run.word = 0;
-        run.bitmap = (bitmap & ~std::uint64_t{0xffff'ffff}) | allocated << 32;
-        return add(plan_.corrections, run);
+        run.bitmap = bitmap & ~((bitmap & allocated_subclusters) << 32);  // what the cluster holds counts
+        return add(plan_.revealing_corrections, run);
+    }
+
+    /// The bitmap of the extended L2 entry at `at`.
+    Result<std::uint64_t> subclusters_at(HostOffset at) const {
+        std::array<std::byte, 8> bytes = {};
+        TRY(metadata_.file().read(at + 8, bytes));
+        return load_be<std::uint64_t>(bytes, 0);
     }
 
     /// The entries become zeros, or holes where the format has no zeros. `before`: entries of the flaw's run that stay.
     Result<void> drop(const Flaw& flaw, EntryRun run, std::uint64_t before, bool loses) {
+        const GuestOffset guest = *flaw.place.guest + before * geometry_.cluster_size();
+        if (geometry_.extended_l2 && flaw.target != Structure::compressed) return drop_subclusters(flaw, run, guest);
         if (geometry_.extended_l2) {
             run.bitmap = all_zero_subclusters;
         } else {
             run.word = zero_flag();
         }
-        if (loses) {
-            lose(flaw, *flaw.place.guest + before * geometry_.cluster_size(), flaw.count * geometry_.cluster_size(),
-                 zeros_hide_backing_);
-        }
+        if (loses) lose(flaw, guest, flaw.count * geometry_.cluster_size(), zeros_hide_backing_);
         return add(plan_.corrections, run);
+    }
+
+    /// The subclusters that the lost clusters held become zeros. The others stay what they are. `guest`: of the first
+    /// entry of `run`; all of them have the same bitmap.
+    Result<void> drop_subclusters(const Flaw& flaw, EntryRun run, GuestOffset guest) {
+        const auto bitmap = TRY(subclusters_at(run.at));
+        const std::uint64_t allocated = bitmap & allocated_subclusters;
+        run.bitmap = (bitmap & ~allocated_subclusters) | allocated << 32;
+        TRY_VOID(add(plan_.corrections, run));
+        if (allocated == allocated_subclusters) {
+            lose(flaw, guest, run.count * geometry_.cluster_size(), true);
+            return {};
+        }
+        for (std::uint64_t i = 0; i < run.count && allocated != 0; ++i, guest += geometry_.cluster_size()) {
+            for (unsigned first = 0; first < 32;) {
+                first += static_cast<unsigned>(std::countr_zero(allocated >> first));
+                if (first >= 32) break;
+                const auto count = static_cast<unsigned>(std::countr_one(allocated >> first));
+                const unsigned bits = geometry_.subcluster_bits();
+                lose(flaw, guest + (std::uint64_t{first} << bits), std::uint64_t{count} << bits, true);
+                first += count;
+            }
+        }
+        return {};
     }
 
     void lose(const Flaw& flaw, GuestOffset guest, std::uint64_t length, bool reads_as_zeros) {
@@ -467,6 +514,7 @@ private:
     const bool zeros_hide_backing_;
     const std::size_t memory_bytes_;
     const std::uint64_t max_copies_;
+    const std::uint64_t max_separations_;  // copies that are made although the image would be sound without them
     NewClusters& new_clusters_;
     std::unique_ptr<ReferenceMap> visited_;  // so far, without guest data
 
@@ -480,23 +528,6 @@ private:
 };
 
 }  // namespace
-
-NewClusters::NewClusters(const Diagnosis& diagnosis, unsigned cluster_bits)
-    : cluster_bits_(cluster_bits), first_(divide_up(diagnosis.file_bytes, bit(cluster_bits))) {
-    // A preallocated cluster may lie right behind the end of the file.
-    if (diagnosis.references->at(first_).word != 0) ++first_;
-}
-
-HostOffset NewClusters::allocate(std::uint64_t count) {
-    const HostOffset at{end() << cluster_bits_};
-    counts_.resize(counts_.size() + count);
-    return at;
-}
-
-void NewClusters::refer(HostOffset at, std::uint64_t clusters, std::uint64_t count) {
-    const std::uint64_t begin = (at.value >> cluster_bits_) - first_;
-    for (std::uint64_t i = begin; i < begin + clusters; ++i) counts_[i] += count;
-}
 
 Result<RepairPlan> plan_repair(const Metadata& metadata, const Storage* data_file, const Diagnosis& diagnosis,
                                const RepairOptions& options, bool refcounts, NewClusters& new_clusters) {

@@ -12,32 +12,10 @@
 
 #include "qcow/repair.h"
 #include "qcow2/image_check.h"
+#include "qcow2/new_clusters.h"
 #include "qcow2/walker.h"
 
 namespace qcow::qcow2 {
-
-/// Host clusters behind everything that is in use, with the references that they will have.
-class NewClusters {
-public:
-    NewClusters(const Diagnosis& diagnosis, unsigned cluster_bits);
-
-    /// `count` clusters, one behind the other, without references.
-    HostOffset allocate(std::uint64_t count);
-    /// Takes clusters that allocate() returned, once more.
-    void refer(HostOffset at, std::uint64_t clusters, std::uint64_t count);
-
-    [[nodiscard]] std::uint64_t first() const { return first_; }  ///< cluster
-    [[nodiscard]] std::uint64_t end() const { return first_ + counts_.size(); }
-    /// The references of a cluster; 0 for a cluster that is not new.
-    [[nodiscard]] std::uint64_t count(std::uint64_t cluster) const {
-        return cluster >= first_ && cluster < end() ? counts_[cluster - first_] : 0;
-    }
-
-private:
-    unsigned cluster_bits_;
-    std::uint64_t first_;
-    std::vector<std::uint64_t> counts_;
-};
 
 /// `count` entries of a table, from `at` on: the first gets `word`, and each further one `step` more.
 struct EntryRun {
@@ -66,7 +44,8 @@ struct RepairPlan {
     std::set<HostOffset> stale_bitmaps;  ///< whose tables begin there: bits are missing
     std::set<HostOffset> lost_bitmaps;   ///< whose tables begin there: the table cannot be used
     bool has_doubled_bitmaps = false;    ///< several bitmaps have the same name
-    bool no_data_file = false;           ///< the header says "raw external data" without an external data file
+    bool has_refused_bitmaps = false;    ///< QEMU refuses an image with these bitmaps
+    std::uint64_t stale_autoclear = 0;   ///< bits of the header about what the image does not have
 
     /// A structure that shares a host cluster with another one.
     struct Table {
@@ -92,8 +71,8 @@ struct RepairPlan {
 
     [[nodiscard]] bool corrects_structures() const {
         return !bitmap_corrections.empty() || bad_snapshot_table || !bad_snapshots.empty() || bad_bitmap_directory ||
-               !stale_bitmaps.empty() || !lost_bitmaps.empty() || has_doubled_bitmaps || no_data_file ||
-               !shared_tables.empty();
+               !stale_bitmaps.empty() || !lost_bitmaps.empty() || has_doubled_bitmaps || has_refused_bitmaps ||
+               stale_autoclear != 0 || !shared_tables.empty();
     }
     [[nodiscard]] bool corrects_entries() const { return !revealing_corrections.empty() || !corrections.empty(); }
     [[nodiscard]] bool moves() const { return !pointers.empty(); }

@@ -22,7 +22,7 @@ public:
     [[nodiscard]] bool none(std::uint64_t first, std::uint64_t end) const {
         const std::uint64_t known = std::min(end, references_.clusters());
         if (first < known && references_.next_used(first, known) < known) return false;
-        return added_.end() <= first || end <= added_.first();
+        return !added_.any(first, end);
     }
 
     /// Calls visit(cluster, count) for each cluster from `first` to `end` - 1.
@@ -162,9 +162,13 @@ Result<NewRefcounts> write_new_refcounts(const Metadata& metadata, const Diagnos
         return fail(Errc::limit_exceeded, metadata.file().name(), "its refcount table would be larger than 8 MiB");
     for (std::uint64_t index = first_index; indices.size() < blocks; ++index) indices.push_back(index);
 
-    const auto table = added.allocate(table_clusters);
-    const auto first_block = added.allocate(blocks);
-    added.refer(table, table_clusters + blocks, 1);
+    const auto table = TRY(added.allocate(table_clusters));
+    added.refer(table, table_clusters, 1);
+    std::vector<HostOffset> places;
+    for (std::uint64_t i = 0; i < blocks; ++i) {
+        places.push_back(TRY(added.allocate(1)));
+        added.refer(places.back(), 1, 1);
+    }
     const BlockCounts counts(references, added);
     std::vector<std::byte> table_bytes(table_clusters * cluster_size);
     std::vector<std::byte> block(cluster_size);
@@ -174,9 +178,8 @@ Result<NewRefcounts> write_new_refcounts(const Metadata& metadata, const Diagnos
         counts.each(first, first + per_block, [&](std::uint64_t cluster, std::uint64_t count) {
             if (count != 0) format::set_refcount(block, cluster - first, order, std::min(count, most));
         });
-        const auto at = first_block + i * cluster_size;
-        TRY_VOID(file.write(at, block));
-        store_be(table_bytes, indices[i] * 8, at.value);
+        TRY_VOID(file.write(places[i], block));
+        store_be(table_bytes, indices[i] * 8, places[i].value);
     }
     TRY_VOID(file.write(table, table_bytes));
     return NewRefcounts{table, static_cast<std::uint32_t>(table_clusters)};

@@ -68,7 +68,6 @@ Result<void> Resizing::shrink(std::uint64_t old_size, std::uint64_t size) {
     TRY_VOID(set_header_size(size));
     metadata.publish_size();
     // The header is durable: what it no longer covers can go.
-    shrunk_ = true;
     const std::uint64_t end = geometry.clusters(old_size);
     for (std::uint64_t first = geometry.clusters(size); first < end;) {
         std::uint64_t last = std::min(end, mapping_.table_end(first));

@@ -24,9 +24,6 @@ public:
     /// io, corrupt, limit_exceeded.
     Result<void> resize(std::uint64_t size);
 
-    /// Whether the disk has become smaller.
-    [[nodiscard]] bool has_shrunk() const { return shrunk_; }
-
 private:
     Result<void> grow(std::uint64_t old_size, std::uint64_t size);
     Result<void> zero_new_bytes(std::uint64_t old_size, std::uint64_t size, std::uint64_t old_tables_end);
@@ -38,7 +35,6 @@ private:
     ActiveMapping& mapping_;
     Zeroing& zeroing_;
     DirtyBitmaps& bitmaps_;
-    bool shrunk_ = false;
 };
 
 }  // namespace qcow::qcow2

@@ -4,12 +4,11 @@
 
 #include <algorithm>
 #include <charconv>
-#include <chrono>
 #include <optional>
-#include <thread>
 
 #include "base/try.h"
 #include "qcow/text.h"
+#include "qcow2/held_requests.h"
 #include "qcow2/l1_references.h"
 #include "qcow2/metadata/directories.h"
 
@@ -18,11 +17,10 @@ namespace {
 
 // QEMU keeps names in 256 bytes.
 constexpr std::size_t max_snapshot_name = 255;
-// Requests are held no longer than that where one of them takes its time; then they go on, and closing is tried again.
-constexpr std::chrono::milliseconds max_hold{20};
-constexpr std::chrono::seconds max_wait{60};
 
 Result<void> verify_name(const std::string& name) {
+    if (name.contains('\0'))
+        return fail(Errc::invalid_argument, fmt::format("snapshot name \"{}\"", printable(name)), "it has a zero byte");
     if (!name.empty() && name.size() <= max_snapshot_name) return {};
     return fail(Errc::invalid_argument, fmt::format("snapshot name \"{}\"", printable(name)),
                 fmt::format("it has {} bytes, and names have 1 to {}", name.size(), max_snapshot_name));
@@ -33,18 +31,6 @@ std::uint64_t number_of(std::string_view id) {
     std::from_chars(id.data(), id.data() + id.size(), number);
     return number;
 }
-
-/// Opens the gate at the end of its life.
-class Reopen {
-public:
-    explicit Reopen(RequestGate& gate) : gate_(gate) {}
-    Reopen(const Reopen&) = delete;
-    Reopen& operator=(const Reopen&) = delete;
-    ~Reopen() { gate_.open(); }
-
-private:
-    RequestGate& gate_;
-};
 
 }  // namespace
 
@@ -77,11 +63,7 @@ Result<SnapshotChanges::Table> SnapshotChanges::load() const {
 }
 
 Result<std::size_t> SnapshotChanges::find(const Table& table, std::string_view id_or_name) const {
-    std::vector<std::size_t> found;
-    for (std::size_t i = 0; i < table.entries.size(); ++i) {
-        const auto& info = table.entries[i].info;
-        if (info.id == id_or_name || info.name == id_or_name) found.push_back(i);
-    }
+    const auto found = find_snapshots(table.entries, id_or_name);
     const auto place = fmt::format("{}: snapshot \"{}\"", metadata_.metadata().file().name(), printable(id_or_name));
     if (found.empty())
         return fail(Errc::not_found, place, "there is none of this id or name; qcow snapshot --list shows all");
@@ -91,20 +73,8 @@ Result<std::size_t> SnapshotChanges::find(const Table& table, std::string_view i
         const auto& info = table.entries[i].info;
         all += fmt::format("{}id {} (\"{}\")", all.empty() ? "" : ", ", printable(info.id), printable(info.name));
     }
-    return fail(
-        Errc::invalid_argument, place,
-        fmt::format("it is not clear which one is meant: {}; name it so that only one has that id or name", all));
-}
-
-Result<void> SnapshotChanges::close_gate() {
-    const auto deadline = std::chrono::steady_clock::now() + max_wait;
-    do {
-        if (gate_.close(max_hold)) return {};
-        std::this_thread::sleep_for(max_hold);
-    } while (std::chrono::steady_clock::now() < deadline);
-    return fail(
-        Errc::io, metadata_.metadata().file().name(),
-        fmt::format("a request did not end for {} seconds; try again when the disk is less busy", max_wait.count()));
+    return fail(Errc::invalid_argument, place,
+                fmt::format("it is not clear which one is meant: {}; give the id of one", all));
 }
 
 Result<void> SnapshotChanges::set_dirty(bool dirty) {
@@ -165,8 +135,7 @@ Result<void> SnapshotChanges::copy_mapping(HostOffset to, std::uint64_t bytes) {
     std::optional<Epochs::Guard> keep_dropped;
     std::vector<std::uint64_t> l1;
     {
-        TRY_VOID(close_gate());
-        const Reopen reopen(gate_);
+        const auto held = TRY(HeldRequests::hold(gate_, metadata_.metadata().file().name()));
         // What requests drop from now on may be the snapshot's.
         keep_dropped.emplace(metadata_.epochs());
         l1 = TRY(mapping_.share_tables());
@@ -250,14 +219,26 @@ Result<void> SnapshotChanges::rename(std::string_view id_or_name, const std::str
     return commit(change, table.encoded, false);
 }
 
+Result<void> SnapshotChanges::complete() {
+    auto table = TRY(load());
+    bool changed = false;
+    for (std::size_t i = 0; i < table.entries.size(); ++i) {
+        if (table.entries[i].extra_bytes >= format::min_snapshot_extra_bytes) continue;
+        table.encoded[i] = format::encode_snapshot(table.entries[i]);
+        changed = true;
+    }
+    if (!changed) return {};
+    Change change(metadata_);
+    return commit(change, table.encoded, false);
+}
+
 Result<void> SnapshotChanges::apply(std::string_view id_or_name) {
     TRY_VOID(verify_supported());
     auto& metadata = metadata_.metadata();
     const auto table = TRY(load());
     const auto& entry = table.entries[TRY(find(table, id_or_name))];
     TRY_VOID(verify_snapshot_l1(metadata, entry));
-    TRY_VOID(close_gate());
-    const Reopen reopen(gate_);
+    const auto held = TRY(HeldRequests::hold(gate_, metadata.file().name()));
     // What the disk has dropped may become the disk's again, and is not to be counted twice then: it is freed first.
     TRY_VOID(metadata_.flush());
     metadata_.wait_for_requests();

@@ -36,6 +36,8 @@ public:
     Result<void> apply(std::string_view id_or_name);
     Result<void> remove(std::string_view id_or_name);
     Result<void> rename(std::string_view id_or_name, const std::string& name);
+    /// Gives all entries the extra data that version 3 requires.
+    Result<void> complete();
 
 private:
     /// The snapshot table as it is in the file.
@@ -44,7 +46,6 @@ private:
     [[nodiscard]] Result<void> verify_supported() const;
     [[nodiscard]] Result<Table> load() const;
     [[nodiscard]] Result<std::size_t> find(const Table& table, std::string_view id_or_name) const;
-    Result<void> close_gate();
     Result<void> set_dirty(bool dirty);
     void mark(format::HeaderState& state, bool dirty) const;
     /// Writes a new snapshot table, and makes the header lead to it, with the dirty mark or without.

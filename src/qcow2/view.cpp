@@ -16,12 +16,7 @@ using format::ClusterKind;
 
 Result<void> View::verify_readable() const {
     const auto& metadata = parts_->metadata;
-    if (metadata.header().crypt != format::Crypt::none) {
-        return fail(Errc::encrypted, metadata.file().name(),
-                    fmt::format("the image is encrypted ({}), and reading encrypted images is not supported yet; its "
-                                "metadata can be examined",
-                                metadata.header().crypt == format::Crypt::luks ? "LUKS" : "AES"));
-    }
+    if (!parts_->data.is_unlocked()) return no_key(metadata.file().name());
     if (!parts_->data.is_open()) {
         return fail(Errc::not_found, metadata.file().name(),
                     "its data lie in an external data file, which was not opened");
@@ -103,7 +98,7 @@ Result<Extent> View::own_extent(GuestOffset at, std::uint64_t limit) const {
     extent.kind = stored ? Extent::Kind::data : Extent::Kind::zero;
     extent.compressed = mapped.kind == ClusterKind::compressed;
     const bool has_place = mapped.kind == ClusterKind::data || mapped.kind == ClusterKind::zero_allocated;
-    if (has_place && parts_->metadata.header().crypt == format::Crypt::none) {
+    if (has_place && !parts_->data.is_encrypted()) {
         extent.storage = parts_->data.storage();
         if (extent.storage != nullptr) extent.host = mapped.host;
     }

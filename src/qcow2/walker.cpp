@@ -49,6 +49,7 @@ public:
         TRY(visit_table(structure(Structure::header, {0}), Structure::header, {0}, geometry_.cluster_size()));
         const bool has_refcounts = options_.refcounts && TRY(visit_refcount_table());
         TRY_VOID(visit_encryption_header());
+        TRY_VOID(verify_autoclear_bits());
         TRY_VOID(verify_data_file());
         if (has_refcounts) TRY_VOID(visit_refcount_blocks());
         TRY_VOID(visit_bitmaps());
@@ -120,7 +121,9 @@ private:
 
     /// Returns whether the image has refcounts.
     Result<bool> visit_refcount_table() {
-        if (auto verified = format::verify_refcount_table(state_, geometry_.cluster_bits, file_size_); !verified) {
+        if (auto verified = format::verify_refcount_table(state_, geometry_.cluster_bits,
+                                                          file_clusters_ * geometry_.cluster_size());
+            !verified) {
             TRY_VOID(visitor_.flaw({.kind = Flaw::Kind::unusable,
                                     .target = Structure::refcount_table,
                                     .at = state_.refcount_table,
@@ -149,17 +152,26 @@ private:
                               .limit = format::luks1_header_bytes});
     }
 
-    Result<void> verify_data_file() {
-        const bool raw = (state_.autoclear & format::autoclear::raw_external_data) != 0;
-        if (!rules_.external_data) {
-            if (!raw) return {};
-            return visitor_.flaw({.kind = Flaw::Kind::no_data_file,
+    [[nodiscard]] bool has_autoclear(std::uint64_t bit) const { return (state_.autoclear & bit) != 0; }
+
+    /// Bits that say something about what the image does not have.
+    Result<void> verify_autoclear_bits() {
+        const auto report = [&](std::uint64_t bit) {
+            return visitor_.flaw({.kind = Flaw::Kind::stale_autoclear,
                                   .place = {.index = 88, .name = "autoclear_features"},
-                                  .target = Structure::header});
-        }
-        if (options_.data_file == nullptr) return {};
+                                  .target = Structure::header,
+                                  .word = bit});
+        };
+        if (has_autoclear(format::autoclear::bitmaps) && !state_.bitmaps) TRY_VOID(report(format::autoclear::bitmaps));
+        if (has_autoclear(format::autoclear::raw_external_data) && !rules_.external_data)
+            TRY_VOID(report(format::autoclear::raw_external_data));
+        return {};
+    }
+
+    Result<void> verify_data_file() {
+        if (!rules_.external_data || options_.data_file == nullptr) return {};
         data_file_size_ = TRY(options_.data_file->size());
-        if (!raw || *data_file_size_ >= state_.size) return {};
+        if (!has_autoclear(format::autoclear::raw_external_data) || *data_file_size_ >= state_.size) return {};
         return visitor_.flaw({.kind = Flaw::Kind::data_file_cut,
                               .place = {.index = 24, .name = "size"},
                               .target = Structure::header,
@@ -188,8 +200,8 @@ private:
     }
 
     Result<void> visit_bitmaps() {
-        if (!metadata_.header().bitmaps_consistent(state_)) return {};
-        const auto& extension = *metadata_.header().bitmaps;
+        if (!state_.bitmaps_consistent()) return {};
+        const auto& extension = *state_.bitmaps;
         Place place = structure(Structure::bitmap_directory, extension.directory);
         const auto bitmaps = read_bitmaps(metadata_);
         if (!bitmaps) return report_unusable(place, bitmaps.error());
@@ -245,6 +257,15 @@ private:
                                     .at = bitmap.table,
                                     .bytes = bytes,
                                     .limit = needed}));
+        }
+        if (const auto refusal = bitmap.refusal(); !refusal.empty()) {
+            TRY_VOID(visitor_.flaw({.kind = Flaw::Kind::refused_bitmap,
+                                    .place = table,
+                                    .target = Structure::bitmap_table,
+                                    .at = bitmap.table,
+                                    .bytes = bytes,
+                                    .word = bitmap.without_ignorable_data().refusal().empty() ? bitmap.flags : 0,
+                                    .detail = refusal}));
         }
         table.structure = Structure::bitmap_table;
         if (!TRY(limit_length(table, bytes, format::max_bitmap_bytes / geometry_.cluster_size() * 8))) return {};
@@ -307,7 +328,7 @@ private:
             flaw.kind = Flaw::Kind::misaligned;
             return visitor_.flaw(flaw);
         }
-        if (!lies_within(flaw.at.value, flaw.bytes, file_size_)) {
+        if (!lies_within(flaw.at.value, flaw.bytes, file_clusters_ * geometry_.cluster_size())) {
             flaw.kind = Flaw::Kind::past_end;
             flaw.limit = file_size_;
             return visitor_.flaw(flaw);
@@ -344,6 +365,8 @@ Result<MappedClusters> walk(const Metadata& metadata, std::uint64_t file_bytes, 
 }
 
 Result<bool> is_hole(const Storage& file, HostOffset at, std::uint64_t bytes) {
+    // On tmpfs, the end of a long run of data takes long to find.
+    if (TRY(file.run(at, 1)).data) return false;
     const auto run = TRY(file.run(at, bytes));
     return !run.data && run.length == bytes;
 }

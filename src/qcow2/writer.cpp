@@ -3,6 +3,8 @@
 #include <algorithm>
 
 #include "base/try.h"
+#include "qcow2/bitmap_changes.h"
+#include "qcow2/held_requests.h"
 
 namespace qcow::qcow2 {
 namespace {
@@ -22,7 +24,8 @@ Writer::Writer(std::shared_ptr<ImageParts> parts, View& active, const WriteOptio
       compressed_(metadata_, mapping_, writes_),
       resizing_(metadata_, *parts_, mapping_, zeroing_, bitmaps_),
       snapshots_(metadata_, *parts_, mapping_, bitmaps_, gate_),
-      verifies_refcounts_(options.verify_refcounts) {
+      verifies_refcounts_(options.verify_refcounts),
+      discards_(options.discard) {
     active_.on_damage([this](Error damage) { return metadata_.declare_corrupt(std::move(damage)); });
     parts_->data.protect(&metadata_);
 }
@@ -35,6 +38,12 @@ Writer::~Writer() {
 Result<void> Writer::open() {
     TRY_VOID(active_.verify_readable());
     const auto state = parts_->metadata.state();
+    if (parts_->data.is_encrypted() && parts_->data.is_raw()) {
+        return fail(
+            Errc::unsupported, parts_->metadata.file().name(),
+            "its external data file is raw and encrypted, so other programs read something else than the guest; "
+            "it is only read");
+    }
     if (state.has(format::incompatible::corrupt)) {
         return fail(
             Errc::corrupt, "header field incompatible_features (byte 72)",
@@ -69,16 +78,19 @@ Result<void> Writer::begin(GuestOffset at, std::uint64_t length) {
 Result<void> Writer::begin_first() {
     const std::lock_guard lock(begin_mutex_);
     if (begun_) return {};
-    const auto& metadata = parts_->metadata;
-    const auto state = metadata.state();
-    // Features that are not known may depend on what is about to change.
-    std::uint64_t kept = parts_->data.is_external() ? format::autoclear::raw_external_data : 0;
-    if (metadata.header().bitmaps_consistent(state)) kept |= format::autoclear::bitmaps;
-    if ((state.autoclear & ~kept) != 0)
-        TRY_VOID(metadata_.change_header([&](format::HeaderState& changed) { changed.autoclear &= kept; }));
+    TRY_VOID(clear_unknown_features());
     TRY_VOID(bitmaps_.mark_in_use());
     begun_.store(true, std::memory_order_release);
     return {};
+}
+
+/// Features that are not known may depend on what is about to change.
+Result<void> Writer::clear_unknown_features() {
+    const auto state = parts_->metadata.state();
+    std::uint64_t kept = parts_->data.is_external() ? format::autoclear::raw_external_data : 0;
+    if (state.bitmaps_consistent()) kept |= format::autoclear::bitmaps;
+    if ((state.autoclear & ~kept) == 0) return {};
+    return metadata_.change_header([&](format::HeaderState& changed) { changed.autoclear &= kept; });
 }
 
 Result<void> Writer::write(GuestOffset at, ConstBuffers from) {
@@ -136,7 +148,29 @@ Result<void> Writer::resize(std::uint64_t size) {
     TRY_VOID(resizing_.verify(size));
     return change_whole([&] {
         const RequestGate::Pass pass(gate_);
+        dropped_tables_ |= size < parts_->metadata.disk_size();
         return resizing_.resize(size);
+    });
+}
+
+Result<void> Writer::make_empty() {
+    auto& metadata = parts_->metadata;
+    if (parts_->data.is_raw()) {
+        return fail(Errc::unsupported, metadata.file().name(),
+                    "a raw external data file holds the whole disk, so that the image cannot be emptied");
+    }
+    return change_whole([&]() -> Result<void> {
+        const RequestGate::Pass pass(gate_);
+        dropped_tables_ = true;
+        const std::uint64_t tables = metadata.state().l1_entries;
+        for (std::uint64_t table = 0; table < tables; ++table) {
+            TRY_VOID(mapping_.drop_table(table * metadata.geometry().l2_entries()));
+            TRY_VOID(metadata_.flush_if_full());
+        }
+        TRY_VOID(metadata_.flush());
+        if (!parts_->data.is_external() || !discards_) return {};
+        metadata_.wait_for_requests();
+        return parts_->data.write_zeroes({0}, metadata.disk_size());
     });
 }
 
@@ -156,6 +190,10 @@ Result<void> Writer::rename_snapshot(std::string_view id_or_name, const std::str
     return change_whole([&] { return snapshots_.rename(id_or_name, name); });
 }
 
+Result<void> Writer::complete_snapshots() {
+    return change_whole([&] { return snapshots_.complete(); });
+}
+
 Result<void> Writer::change_backing(const std::string& name, std::optional<Format> format) {
     const auto bad = [](const char* what) { return fail(Errc::invalid_argument, "backing file", what); };
     if (name.size() > format::max_name_length) return bad("its name is longer than 1023 bytes");
@@ -164,7 +202,7 @@ Result<void> Writer::change_backing(const std::string& name, std::optional<Forma
     return request([&]() -> Result<void> {
         TRY_VOID(begin({0}, 0));
         TRY_VOID(flush());  // what was copied from the old one
-        return metadata_.edit_header([&](format::HeaderEdit& header) {
+        return metadata_.edit_header([&](format::HeaderEdit& header, format::HeaderState&) {
             using enum format::ExtensionType;
             header.set_backing_name(name);
             if (name.empty() || !format) {
@@ -176,17 +214,49 @@ Result<void> Writer::change_backing(const std::string& name, std::optional<Forma
     });
 }
 
+Result<void> Writer::change_bitmaps(std::span<const BitmapAction> actions) {
+    const std::lock_guard lock(whole_mutex_);
+    return metadata_.attempt([&]() -> Result<void> {
+        TRY_VOID(metadata_.verify_writable());
+        const auto held = TRY(HeldRequests::hold(gate_, parts_->metadata.file().name()));
+        TRY_VOID(clear_unknown_features());
+        TRY_VOID(save_bitmaps());
+        TRY_VOID(qcow2::change_bitmaps(metadata_, actions));
+        // Without the list of bitmaps, changes of the disk would not be recorded.
+        auto loaded = bitmaps_.load();
+        return loaded ? loaded : metadata_.stop(std::move(loaded).error());
+    });
+}
+
+/// Flushes, and takes the marks off the bitmaps. No other request is in flight.
+Result<void> Writer::save_bitmaps() {
+    auto saved = bitmaps_.save();
+    TRY_VOID(flush());
+    begun_ = false;
+    return saved ? bitmaps_.clear_in_use() : saved;
+}
+
+Result<void> Writer::expand_zeroes() {
+    return change_whole([&]() -> Result<void> {
+        const RequestGate::Pass pass(gate_);
+        const std::uint64_t size = parts_->metadata.disk_size();
+        for (GuestOffset at; at.value < size;) {
+            at += TRY(zeroing_.expand(at, size - at.value));
+            TRY_VOID(metadata_.flush_if_full());
+        }
+        return metadata_.flush();
+    });
+}
+
 Result<void> Writer::settle() {
     return metadata_.attempt([&]() -> Result<void> {
-        auto saved = bitmaps_.save();
-        TRY_VOID(flush());
-        begun_ = false;
-        if (saved) saved = bitmaps_.clear_in_use();
+        auto saved = save_bitmaps();
+        TRY_VOID(metadata_.verify_writable());
         TRY_VOID(metadata_.give_back());
         return saved;
     });
 }
 
-Result<void> Writer::cut_file() { return resizing_.has_shrunk() ? metadata_.cut_file() : Result<void>(); }
+Result<void> Writer::cut_file() { return dropped_tables_ ? metadata_.cut_file() : Result<void>(); }
 
 }  // namespace qcow::qcow2

@@ -8,6 +8,7 @@
 #include <span>
 
 #include "base/request_gate.h"
+#include "qcow/bitmaps.h"
 #include "qcow2/compressed_writes.h"
 #include "qcow2/resizing.h"
 #include "qcow2/snapshot_changes.h"
@@ -42,6 +43,11 @@ public:
     Result<void> remove_snapshot(std::string_view id_or_name);
     Result<void> rename_snapshot(std::string_view id_or_name, const std::string& name);
     Result<void> change_backing(const std::string& name, std::optional<Format> format);
+    /// Meanwhile, nobody uses bitmaps().
+    Result<void> change_bitmaps(std::span<const BitmapAction> actions);
+    Result<void> make_empty();
+    Result<void> complete_snapshots();
+    Result<void> expand_zeroes();
     Result<void> flush() { return metadata_.flush(); }
 
     /// Brings all requests that change the image to a stop, at a point between them. Returns whether that took no
@@ -52,8 +58,7 @@ public:
     /// Flushes, saves the bitmaps, and gives back everything that is only reserved. No other request may be in flight.
     Result<void> settle();
 
-    /// Ends the file with the last cluster in use, where the disk became smaller. After settle(), and for the last
-    /// time.
+    /// Ends the file with the last cluster in use, where tables were dropped. After settle(), and for the last time.
     Result<void> cut_file();
 
     /// Requests that read hold one of these, so that nothing that they may be using is reused.
@@ -69,6 +74,8 @@ private:
     Result<void> zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mode);
     Result<void> begin(GuestOffset at, std::uint64_t length);
     Result<void> begin_first();
+    Result<void> clear_unknown_features();
+    Result<void> save_bitmaps();
 
     // First what is aligned to cache lines.
     RequestGate gate_;
@@ -83,8 +90,10 @@ private:
     Resizing resizing_;
     SnapshotChanges snapshots_;
     std::mutex begin_mutex_;
-    std::mutex whole_mutex_;  // one change at a time of what concerns the whole image: its size, its snapshots
+    std::mutex whole_mutex_;  // one change at a time of what concerns the whole image: its size, snapshots, bitmaps
     bool verifies_refcounts_;
+    bool discards_;
+    bool dropped_tables_ = false;
     std::atomic<bool> begun_ = false;  // the image is marked as being changed
 };
 

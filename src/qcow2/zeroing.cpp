@@ -36,6 +36,23 @@ Result<void> Zeroing::zero(GuestOffset at, std::uint64_t length, Mode mode) {
     return {};
 }
 
+Result<std::uint64_t> Zeroing::expand(GuestOffset at, std::uint64_t limit) {
+    const std::uint64_t first = mapping_.cluster_of(at);
+    const GuestClusters clusters{first, std::min(mapping_.page_end(first), first + rules_.geometry.clusters(limit))};
+    const auto end_of = [&](std::uint64_t cluster) {
+        return std::min(mapping_.offset_of(cluster), GuestOffset{mapping_.disk_size()});
+    };
+    const auto entries = TRY(mapping_.load(clusters));
+    for (std::uint64_t i = 0; i < entries.size(); ++i) {
+        if (entries[i].compressed() || (entries[i].word & format::zero_bit) == 0) continue;
+        const GuestOffset begin = mapping_.offset_of(first + i);
+        const GuestOffset end = end_of(first + i + 1);
+        const bool shines_through = !TRY(writes_.backing_is_zeros(begin, end));
+        TRY_VOID(shines_through ? write_zero_bytes(begin, end) : zero(begin, end - begin, Mode::forget));
+    }
+    return end_of(clusters.end) - at;
+}
+
 /// Less than a cluster: by the entry where it can say it; the rest is written.
 Result<void> Zeroing::zero_part(GuestOffset at, GuestOffset end, Mode mode) {
     const auto [marked, marked_end] = TRY(zero_units(at, end, mode));
@@ -87,6 +104,8 @@ Result<void> Zeroing::write_zero_bytes(GuestOffset at, GuestOffset end) {
 
 /// In an external file the place is fixed, so there is no other moment for this; nobody else maps it meanwhile.
 Result<void> Zeroing::zero_data_file(GuestOffset at, std::uint64_t length) {
+    // Zeros decrypt to something else, which would show until the entry is durable. The place keeps what it has.
+    if (parts_.data.is_encrypted()) return {};
     if (parts_.data.is_raw()) length = std::min(length, mapping_.disk_size() - at.value);
     return parts_.data.write_zeroes({at.value}, length);
 }

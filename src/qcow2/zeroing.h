@@ -29,6 +29,10 @@ public:
     /// only whole clusters are made zeros. Errors: Errc::no_space, io, corrupt.
     Result<void> zero(GuestOffset at, std::uint64_t length, Mode mode);
 
+    /// Of a disk without subclusters: makes the zeros that entries record from `at` on, where a cluster begins, ones
+    /// that need no record. Returns the length of what it has looked at, whole clusters or up to the end of the disk.
+    Result<std::uint64_t> expand(GuestOffset at, std::uint64_t limit);
+
 private:
     Result<std::uint64_t> zero_clusters(GuestClusters clusters, Mode mode);
     Result<void> zero_part(GuestOffset at, GuestOffset end, Mode mode);

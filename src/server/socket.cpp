@@ -72,7 +72,7 @@ Listener::~Listener() {
     if (!path_.empty()) unlink(path_.c_str());
 }
 
-Result<Listener> listen_unix(const std::string& path) {
+Result<Listener> listen_unix(const std::string& path, Admits admits) {
     const auto address = TRY(unix_address(path));
     auto fd = make_socket(AF_UNIX);
     if (fd.get() < 0) return system_error("cannot make a socket", path, errno);
@@ -90,6 +90,9 @@ Result<Listener> listen_unix(const std::string& path) {
         return fail(Errc::locked, path, "there is something already; choose another path, or stop the server there");
     if (!bound) return system_error("cannot make a socket", path, error);
     Listener listener(std::move(fd), path);
+    // Before it listens, nobody can connect.
+    if (admits == Admits::owner_only && chmod(path.c_str(), S_IRUSR | S_IWUSR) != 0)
+        return system_error("cannot keep other users away", path, errno);
     if (listen(listener.fd(), backlog) != 0) return system_error("cannot listen", path, errno);
     return listener;
 }

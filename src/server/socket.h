@@ -27,8 +27,14 @@ private:
     std::string path_;  // empty: none
 };
 
+/// Who may connect to a Unix socket.
+enum class Admits : std::uint8_t {
+    as_umask_says,
+    owner_only,  ///< from the first moment on
+};
+
 /// See NbdServer, which has the same.
-Result<Listener> listen_unix(const std::string& path);
+Result<Listener> listen_unix(const std::string& path, Admits admits = Admits::as_umask_says);
 Result<Listener> listen_inherited(int fd);
 
 struct TcpListeners {

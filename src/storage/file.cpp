@@ -185,6 +185,7 @@ public:
         if (data < 0 && errno == ENXIO) return Run{false, clip(end)};
         if (data < 0) return Run{true, clip(end)};  // holes cannot be told here
         if (data > from) return Run{false, clip(static_cast<std::uint64_t>(data))};
+        if (limit <= device_block) return Run{true, clip(end)};  // a hole in it would be of no use
         const off_t hole = lseek(fd_.get(), from, SEEK_HOLE);
         const std::uint64_t data_end = hole <= from ? end : static_cast<std::uint64_t>(hole);
         remember_data(at.value, data_end);
@@ -406,6 +407,12 @@ int open_flags(const FileOptions& options) {
 
 std::unexpected<Error> open_error(const std::string& path, int error, int flags) {
     if (error == EINVAL && (flags & O_DIRECT) != 0) return no_direct(path);
+    if (error == EBUSY && (flags & O_EXCL) != 0) {
+        return fail(
+            Errc::locked, path,
+            "the device is in use: it or a partition of it is mounted, is swap space, or belongs to a volume or "
+            "to another program; unmount or stop what uses it");
+    }
     return system_error("cannot open", path, error);
 }
 
@@ -420,7 +427,9 @@ Result<std::shared_ptr<Storage>> open_verified(const std::string& path, const Fi
     // and again when it is open, as it may have changed.
     struct stat there = {};
     if (stat(path.c_str(), &there) == 0) TRY_VOID(verify_kind(there, path));
-    const int flags = open_flags(options);
+    // A device that is mounted, or part of a volume, is not written: EBUSY.
+    const bool exclusive = options.writable && S_ISBLK(there.st_mode);
+    const int flags = open_flags(options) | (exclusive ? O_EXCL : 0);
     FileDescriptor fd(open(path.c_str(), flags));
     if (fd.get() < 0) return open_error(path, errno, flags);
     return file_storage(std::move(fd), path, options);

@@ -27,6 +27,8 @@ public:
         fd_ = fd;
     }
     [[nodiscard]] int get() const { return fd_; }
+    /// Gives up the ownership.
+    [[nodiscard]] int release() { return std::exchange(fd_, -1); }
 
 private:
     int fd_;

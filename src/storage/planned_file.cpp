@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "base/buffers.h"
 #include "base/going_on.h"
@@ -147,24 +148,59 @@ Result<void> PlannedFile::carry_out_copy(const Copy& copy) const {
     return {};
 }
 
+/// Calls visit(pages, end) for each run of neighbouring pages.
+template <class Visit>
+Result<void> PlannedFile::each_run(const Step& step, const Visit& visit) {
+    for (auto page = step.pages.begin(); page != step.pages.end();) {
+        const auto begin = page;
+        std::uint64_t number = page->first;
+        while (page != step.pages.end() && page->first == number && number - begin->first < piece_bytes / page_bytes) {
+            ++page;
+            ++number;
+        }
+        TRY_VOID(visit(begin, page));
+    }
+    return {};
+}
+
 /// Neighbours are written together.
 Result<void> PlannedFile::carry_out_pages(const Step& step, std::uint64_t& done) const {
     std::vector<std::byte> buffer;
-    for (auto page = step.pages.begin(); page != step.pages.end();) {
+    return each_run(step, [&](auto page, auto end) -> Result<void> {
         const HostOffset at{page->first * page_bytes};
         buffer.clear();
-        for (std::uint64_t number = page->first;
-             page != step.pages.end() && page->first == number && buffer.size() < piece_bytes; ++page, ++number)
-            buffer.insert(buffer.end(), page->second->begin(), page->second->end());
+        for (; page != end; ++page) buffer.insert(buffer.end(), page->second->begin(), page->second->end());
         // The last sector of the file may be incomplete.
         const auto length = std::min<std::uint64_t>(buffer.size(), longest_ - std::min(longest_, at.value));
         TRY_VOID(inner().write(at, std::span(buffer).first(length)));
         done += buffer.size();
+        return {};
+    });
+}
+
+/// So that no step meets a full disk after others were carried out.
+Result<void> PlannedFile::reserve() const {
+    const auto reserve = [&](HostOffset at, std::uint64_t bytes) -> Result<void> {
+        const std::uint64_t end = std::min(at.value + bytes, longest_);
+        return at.value < end ? inner().allocate(at, end - at.value) : Result<void>();
+    };
+    for (const auto& step : steps_) {
+        for (const auto& copy : step.copies) TRY_VOID(reserve(copy.to, copy.bytes));
+        TRY_VOID(each_run(
+            step,
+            [&](auto begin, auto end) {
+                return reserve({begin->first * page_bytes},
+                               static_cast<std::uint64_t>(std::distance(begin, end)) * page_bytes);
+            }));
     }
     return {};
 }
 
 Result<void> PlannedFile::carry_out(const JobControl& control) {
+    if (auto reserved = reserve(); !reserved) {
+        if (TRY(inner().size()) != old_size_) TRY_VOID(inner().resize(old_size_));
+        return reserved;
+    }
     std::uint64_t total = 0;
     std::uint64_t done = 0;
     for (const auto& step : steps_) {

@@ -45,7 +45,8 @@ public:
     /// Whether carry_out() would change nothing.
     [[nodiscard]] bool unchanged() const;
 
-    /// Makes all changes, durably. Progress is in bytes written. Errors: those of the file; Errc::cancelled between two
+    /// Makes all changes, durably. Reserves their space before the first write. Progress is in bytes written. Errors:
+    /// Errc::no_space, with the file as it was, if there is no room; those of the file; Errc::cancelled between two
     /// steps.
     Result<void> carry_out(const JobControl& control);
 
@@ -67,6 +68,9 @@ private:
     PlannedFile(std::shared_ptr<Storage> file, std::uint64_t size, std::size_t budget_bytes);
     Result<void> grow(std::uint64_t end);
     Result<Page*> page_to_change(std::uint64_t number);
+    template <class Visit>
+    static Result<void> each_run(const Step& step, const Visit& visit);
+    [[nodiscard]] Result<void> reserve() const;
     Result<void> carry_out_copy(const Copy& copy) const;
     Result<void> carry_out_pages(const Step& step, std::uint64_t& done) const;
 

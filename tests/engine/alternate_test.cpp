@@ -12,11 +12,10 @@ namespace {
 class AlternateTest : public testing::TestWithParam<ImageKind> {
 protected:
     void expect_sound(const Bytes& expected) const {
-        const auto checked = qemu_img({"check", "-f", "qcow2", image_name}, directory_.path());
+        const auto checked = qemu_check(image_name, GetParam().encrypted(), directory_.path());
         ASSERT_EQ(checked.status, 0) << checked.text();
         save({{"expected", memory_storage(expected)}}, directory_.path());
-        const auto compared =
-            qemu_img({"compare", "-f", "qcow2", "-F", "raw", image_name, "expected"}, directory_.path());
+        const auto compared = qemu_compare_with_raw(image_name, GetParam().encrypted(), "expected", directory_.path());
         ASSERT_EQ(compared.status, 0) << compared.text();
         const auto image = must_open(path(), Format::qcow2);
         const auto report = value_of(image->check({}));
@@ -59,7 +58,7 @@ protected:
             commands.push_back(fmt::format("write -q -c -P 77 {} {}", first, cluster));
             fill(first, cluster, 77);
         }
-        must_qemu_io(path(), "qcow2", commands, directory_.path());
+        must_qemu_io_on_qcow2(path(), GetParam().encrypted(), commands, directory_.path());
     }
 
     void our_turn(Bytes& bytes, Random random) const {
@@ -69,11 +68,13 @@ protected:
             options.writable = true;
             options.format = Format::qcow2;
             options.gate = local_files();
+            options.keys = [](const KeyRequest&) { return Secret(text_bytes(secret_of_tests)); };
             return value_of(open_image(value_of(open_file(path(), {.writable = true})), options));
         };
         subject.can_compress = GetParam().can_compress();
         subject.discards_read_as_zeros = GetParam().discards_read_as_zeros();
         subject.may_refuse_resize = GetParam().snapshot;
+        subject.has_bitmaps = GetParam().has_bitmaps();
         Script script(subject, bytes, std::move(random));
         script.run(20);
         bytes = script.contents();

@@ -265,7 +265,7 @@ std::optional<std::string> CrashExplorer::qemu_finds(const Files& crashed, unsig
     ++checks;
     const TemporaryDirectory directory;
     save(crashed, directory.path());
-    const auto checked = qemu_img({"check", "-f", "qcow2", image_name}, directory.path());
+    const auto checked = qemu_check(image_name, info->encryption.has_value(), directory.path());
     if (checked.status == 0 || checked.status == 3) return std::nullopt;  // 3: leaks
     return checked.text();
 }

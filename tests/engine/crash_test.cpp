@@ -82,6 +82,7 @@ std::unique_ptr<Recorded> record(const Work& work, Random& random) {
     if (guest.failed_flushes() != 0) throw std::runtime_error("a flush failed for want of room");
     if (auto wrong = guest.verify(0, guest.sectors())) throw std::runtime_error(*wrong);
     if (work.close) value_of(guest.close());
+    if (work.compact) value_of(compact(recorded, work));
     return result;
 }
 

@@ -1,5 +1,9 @@
 #include "engine/image_kinds.h"
 
+#include "base/bits.h"
+#include "disk/layer.h"
+#include "operation/commit.h"
+
 namespace qcow::test {
 
 Bytes some_contents(std::uint64_t size, Value value, Random& random) {
@@ -74,7 +78,9 @@ Prepared prepare(const ImageKind& kind, Random& random) {
     if (kind.snapshot) {
         const TemporaryDirectory directory;
         save(files, directory.path());
-        must_qemu_img({"snapshot", "-c", "first", image_name}, directory.path());
+        // It takes no format.
+        const auto image = kind.encrypted() ? qemu_image(image_name, true) : Arguments{image_name};
+        must_qemu_img(joined_arguments({"snapshot", "-c", "first"}, image), directory.path());
         for (auto& [name, storage] : files) storage = load(directory / name, name);
         result.kept.snapshot = result.contents;
     }
@@ -88,7 +94,20 @@ Result<std::shared_ptr<Image>> open_kind(const ImageKind& kind, const Files& fil
     options.writable = writable;
     options.gate = gate_to(files);
     options.format = Format::qcow2;
+    options.keys = [](const KeyRequest&) { return Secret(as_bytes(secret_of_tests)); };
     return open_image(files.at(image_name), options);
+}
+
+void commit_kind(const ImageKind& kind, const Files& files) {
+    const auto top = value_of(open_kind(kind, files, true));
+    dynamic_cast<Layer&>(*top).exchange_backing(nullptr);
+    OpenOptions options;
+    options.writable = true;
+    options.format = kind.below->format;
+    const auto base = value_of(open_image(files.at("base"), options));
+    CommitJob job;
+    job.workers = 1;
+    value_of(commit_layers({*top, 1, *base, std::nullopt}, job, {}));
 }
 
 std::vector<ImageKind> image_kinds() {
@@ -209,6 +228,39 @@ std::vector<ImageKind> image_kinds() {
         kind.open.write.detect_zeroes = DetectZeroes::unmap;
         kind.contents = Contents::compressed;
     });
+#ifdef QCOW_HAS_DIGEST  // and so, OpenSSL
+    const auto encrypt = [](ImageKind& kind) {
+        // Quick to open.
+        kind.create.encryption.emplace();
+        kind.create.encryption->key = std::make_shared<const Secret>(as_bytes(secret_of_tests));
+        kind.create.encryption->cipher = "aes-128";
+        kind.create.encryption->iter_time_ms = 1;
+    };
+    add("encrypted_4k", 2 * MiB + 512, 4 * KiB, encrypt);
+    add("encrypted_over_raw_v2", 2 * MiB, 16 * KiB, [&](ImageKind& kind) {
+        encrypt(kind);
+        kind.create.version = 2;
+        kind.below = Below{Format::raw};
+    });
+    add("encrypted_extended_over_qcow2", 2 * MiB, 64 * KiB, [&](ImageKind& kind) {
+        encrypt(kind);
+        kind.create.extended_l2 = true;
+        kind.below = Below{};
+    });
+    add("encrypted_snapshot", 2 * MiB, 4 * KiB, [&](ImageKind& kind) {
+        encrypt(kind);
+        kind.contents = Contents::plain;
+        kind.snapshot = true;
+    });
+    add("encrypted_data_file", 2 * MiB, 16 * KiB, [&](ImageKind& kind) {
+        encrypt(kind);
+        kind.create.data_file_name = "data";
+    });
+    add("encrypted_preallocated", 2 * MiB, 16 * KiB, [&](ImageKind& kind) {
+        encrypt(kind);
+        kind.create.preallocation = Preallocation::metadata;
+    });
+#endif
     return result;
 }
 

@@ -38,7 +38,10 @@ struct ImageKind {
     bool dirty = false;     // the refcounts are wrong, and the image says so
     OpenOptions open = {};  // but for what depends on the files
 
-    [[nodiscard]] bool can_compress() const { return create.data_file_name.empty(); }
+    [[nodiscard]] bool has_snapshots() const { return create.data_file_name.empty(); }
+    [[nodiscard]] bool has_bitmaps() const { return create.version == 3; }
+    [[nodiscard]] bool encrypted() const { return create.encryption.has_value(); }
+    [[nodiscard]] bool can_compress() const { return create.data_file_name.empty() && !encrypted(); }
 
     /// Version 2 has no clusters of zeros: what is discarded shows what lies below.
     [[nodiscard]] bool discards_read_as_zeros() const { return open.write.discard && (create.version == 3 || !below); }
@@ -68,6 +71,9 @@ void make_dirty(Storage& file, Random& random);
 Prepared prepare(const ImageKind& kind, Random& random);
 
 Result<std::shared_ptr<Image>> open_kind(const ImageKind& kind, const Files& files, bool writable);
+
+/// Commits the image, which is closed, to the layer below.
+void commit_kind(const ImageKind& kind, const Files& files);
 
 /// All of them: sizes are small, and odd where that is possible.
 std::vector<ImageKind> image_kinds();

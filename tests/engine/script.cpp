@@ -1,11 +1,17 @@
 #include "engine/script.h"
 
+#include <array>
+
+#include "qcow/bitmaps.h"
 #include "support/scattered.h"
 
 namespace qcow::test {
 
 void Script::step() {
     const auto dice = random_.below(100);
+    if (dice < 4 && subject_.has_snapshots) return change_snapshots();
+    if (dice < 8 && subject_.has_bitmaps) return change_bitmaps();
+    if (dice < 10 && subject_.commit) return commit();
     if (dice < 38) return write();
     if (dice < 50) return zero();
     if (dice < 62) return discard();
@@ -49,6 +55,13 @@ Bytes Script::data(std::uint64_t length) {
 
 void Script::expect(Range where, const Bytes& bytes) {
     std::ranges::copy(bytes, expected_.begin() + static_cast<std::ptrdiff_t>(where.at));
+    mark(where);
+}
+
+void Script::mark(Range where) {
+    for (auto& bitmap : bitmaps_) {
+        if (bitmap.enabled) bitmap.changed.push_back(where);
+    }
 }
 
 void Script::write() {
@@ -90,7 +103,8 @@ void Script::discard() {
         if (begin + length > end) break;
         const auto found = read_bytes({begin, length});
         if (std::ranges::all_of(found, [](std::byte byte) { return byte == std::byte{0}; })) {
-            expect({begin, length}, found);
+            const auto before = std::span(expected_).subspan(begin, length);
+            if (!std::ranges::equal(before, found)) expect({begin, length}, found);
         } else {
             demand(length < block || !subject_.discards_read_as_zeros,
                    fmt::format("the block at {} does not read as zeros after a discard", begin));
@@ -167,10 +181,112 @@ void Script::resize() {
     if (random_.chance(50)) target = std::min(largest, size + 512 * random_.below(300));
     note(fmt::format("resize {} to {}", size, target));
     const auto resized = image_->resize(target, Image::Shrink::allow);
-    if (!resized && subject_.may_refuse_resize && resized.error().code == Errc::unsupported) return verify_all();
+    const bool may_refuse = subject_.may_refuse_resize || !snapshots_.empty();  // in version 2
+    if (!resized && may_refuse && resized.error().code == Errc::unsupported) return verify_all();
     value_of(resized);
     expected_.resize(target);
+    cut_bitmaps();
     verify_all();
+}
+
+/// They forget what lies behind the end.
+void Script::cut_bitmaps() {
+    const auto size = expected_.size();
+    for (auto& bitmap : bitmaps_) {
+        std::erase_if(bitmap.changed, [&](const Range& range) { return range.at >= size; });
+        for (auto& range : bitmap.changed) range.length = std::min(range.length, size - range.at);
+    }
+}
+
+void Script::change_snapshots() {
+    const auto count = snapshots_.size();
+    const auto dice = random_.below(6);
+    if (count == 0 || (dice < 2 && count < 3)) {
+        note("snapshot");
+        const auto made = image_->snapshots().create(fmt::format("made {}", snapshots_.size()));
+        if (!made) {
+            demand(made.error().code == Errc::limit_exceeded, made.error().message());  // narrow refcounts
+            return verify_all();
+        }
+        snapshots_.push_back({made->id, expected_});
+    } else {
+        const auto chosen = snapshots_.begin() + static_cast<std::ptrdiff_t>(random_.below(count));
+        if (dice == 2) {
+            note(fmt::format("apply snapshot {}", chosen->id));
+            const auto applied = image_->snapshots().apply(chosen->id);
+            if (!applied) {
+                demand(applied.error().code == Errc::limit_exceeded, applied.error().message());
+                return verify_all();
+            }
+            expected_ = chosen->contents;
+            cut_bitmaps();
+            mark({0, expected_.size()});
+        } else if (dice == 3) {
+            note(fmt::format("remove snapshot {}", chosen->id));
+            value_of(image_->snapshots().remove(chosen->id));
+            snapshots_.erase(chosen);
+        }
+    }
+    verify_all();
+    for (const auto& snapshot : snapshots_) verify_snapshot(snapshot);
+}
+
+void Script::verify_snapshot(const Snapshot& snapshot) {
+    const auto disk = value_of(image_->snapshots().open(snapshot.id));
+    Bytes found(disk->size());
+    value_of(disk->read({0}, found));
+    demand(found == snapshot.contents, fmt::format("snapshot {} has changed", snapshot.id));
+}
+
+void Script::change_bitmaps() {
+    using enum BitmapAction::Kind;
+    const auto perform = [&](BitmapAction action) { value_of(image_->change_bitmaps(std::array{std::move(action)})); };
+    const auto count = bitmaps_.size();
+    const auto dice = random_.below(8);
+    if (count == 0 || (dice < 2 && count < 3)) {
+        const auto name = fmt::format("bitmap {}", random_.below(1'000'000'000));
+        note("add " + name);
+        perform({add, name, random_.pick({std::uint64_t{0}, std::uint64_t{512}, std::uint64_t{65536}})});
+        bitmaps_.push_back({name, true, {}});
+    } else {
+        const auto chosen = bitmaps_.begin() + static_cast<std::ptrdiff_t>(random_.below(count));
+        const auto& source = bitmaps_[random_.below(count)];
+        static constexpr std::array kinds = {remove, clear, enable, disable, merge};
+        const auto kind = kinds.at(random_.below(kinds.size()));
+        note(fmt::format("change {} of {}, {}", static_cast<int>(kind), chosen->name, source.name));
+        perform({kind, chosen->name, 0, source.name});
+        if (kind == enable || kind == disable) chosen->enabled = kind == enable;
+        if (kind == clear) chosen->changed.clear();
+        if (kind == merge && &source != &*chosen)
+            chosen->changed.insert(chosen->changed.end(), source.changed.begin(), source.changed.end());
+        if (kind == clear) {
+            value_of(image_->each_dirty(chosen->name, {0}, image_->size(), [](const DirtyRun& run) -> Result<void> {
+                if (!run.dirty) return {};
+                return std::unexpected(Error{Errc::corrupt, "a bitmap that was cleared", "it has dirty bits"});
+            }));
+        }
+        if (kind == remove) bitmaps_.erase(chosen);
+    }
+    for (const auto& bitmap : bitmaps_) verify_bitmap(bitmap);
+}
+
+void Script::verify_bitmap(const Bitmap& bitmap) {
+    for (const auto& range : bitmap.changed) {
+        value_of(image_->each_dirty(bitmap.name, {range.at}, range.length, [&](const DirtyRun& run) -> Result<void> {
+            demand(run.dirty, fmt::format("{}: a change of {} bytes at {} is not recorded at {}", bitmap.name,
+                                          range.length, range.at, run.start.value));
+            return {};
+        }));
+    }
+}
+
+void Script::commit() {
+    close();
+    note("commit");
+    subject_.commit();
+    image_ = subject_.open();
+    verify_all();
+    for (const auto& bitmap : bitmaps_) verify_bitmap(bitmap);
 }
 
 void Script::close() {
@@ -189,6 +305,8 @@ void Script::reopen() {
     }
     image_ = subject_.open();
     verify_all();
+    for (const auto& snapshot : snapshots_) verify_snapshot(snapshot);
+    for (const auto& bitmap : bitmaps_) verify_bitmap(bitmap);
 }
 
 }  // namespace qcow::test

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -20,6 +21,10 @@ struct ScriptSubject {
     bool can_compress = false;
     bool discards_read_as_zeros = true;  // else whole blocks may also stay as they are
     bool may_refuse_resize = false;
+    bool has_snapshots = false;
+    bool has_bitmaps = false;
+    /// Commits the closed image to the layer below.
+    std::function<void()> commit = {};
 };
 
 /// Every step checks what it can. What is wrong is an exception that tells the steps up to then.
@@ -51,6 +56,17 @@ private:
         std::uint64_t length = 0;
     };
 
+    struct Snapshot {
+        std::string id;
+        Bytes contents;
+    };
+
+    struct Bitmap {
+        std::string name;
+        bool enabled = true;
+        std::vector<Range> changed;  // while it was enabled
+    };
+
     void step();
 
     /// From single bytes to many blocks, on their borders and off them.
@@ -63,6 +79,9 @@ private:
     Bytes data(std::uint64_t length);
 
     void expect(Range where, const Bytes& bytes);
+
+    /// For the enabled bitmaps.
+    void mark(Range where);
 
     void write();
 
@@ -91,6 +110,19 @@ private:
 
     void resize();
 
+    void cut_bitmaps();
+
+    void change_snapshots();
+
+    void verify_snapshot(const Snapshot& snapshot);
+
+    void change_bitmaps();
+
+    /// What has changed is dirty.
+    void verify_bitmap(const Bitmap& bitmap);
+
+    void commit();
+
     void close();
 
     void reopen();
@@ -99,6 +131,8 @@ private:
     Bytes expected_;
     Random random_;
     std::shared_ptr<Image> image_;
+    std::vector<Snapshot> snapshots_;
+    std::vector<Bitmap> bitmaps_;
     std::vector<std::string> steps_;
 };
 

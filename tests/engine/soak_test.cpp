@@ -13,9 +13,10 @@ namespace {
 std::vector<ImageKind> soaked_kinds() {
     std::vector<ImageKind> result;
     for (auto& kind : image_kinds()) {
-        for (const auto* name : {"v3_512", "v3_64k", "v2_4k", "extended_16k", "extended_snapshot", "data_file",
-                                 "over_raw_longer_v3", "over_qcow2_shorter_v2", "compressed_4k", "compressed_snapshot",
-                                 "snapshot_64k_v2", "lazy", "detect_zeroes_unmap", "refcounts_1"}) {
+        for (const auto* name :
+             {"v3_512", "v3_64k", "v2_4k", "extended_16k", "extended_snapshot", "data_file", "over_raw_longer_v3",
+              "over_qcow2_shorter_v2", "compressed_4k", "compressed_snapshot", "snapshot_64k_v2", "lazy",
+              "encrypted_snapshot", "detect_zeroes_unmap", "refcounts_1"}) {
             if (kind.name == name) result.push_back(kind);
         }
     }

@@ -4,7 +4,7 @@ namespace qcow::test {
 
 Result<void> Worker::step() {
     auto dice = random_.below(mix_.write + mix_.write_compressed + mix_.zero + mix_.discard + mix_.flush + mix_.resize +
-                              mix_.read + mix_.snapshot);
+                              mix_.read + mix_.snapshot + mix_.empty);
     const auto is = [&](unsigned share) {
         if (dice < share) return true;
         dice -= share;
@@ -17,6 +17,7 @@ Result<void> Worker::step() {
     const auto block = std::max<std::uint64_t>(1, guest_.image().block_size() / sector_bytes);
     if (is(mix_.flush)) return guest_.flush();
     if (is(mix_.snapshot)) return guest_.change_snapshots(random_.below(1000));
+    if (is(mix_.empty)) return guest_.make_empty();
     if (is(mix_.zero)) {
         return guest_.write_zeroes(first, count, random_.pick({Disk::Zeroes::keep, Disk::Zeroes::release}));
     }

@@ -23,6 +23,7 @@ struct Mix {
     unsigned resize = 0;  ///< of one thread only
     unsigned read = 0;
     unsigned snapshot = 0;  ///< of one thread only
+    unsigned empty = 0;     ///< of one thread only
 
     std::uint64_t longest = 64;      ///< sectors a request
     std::uint64_t window = 0;        ///< sectors from the front that are used; 0: all

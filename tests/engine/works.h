@@ -10,7 +10,10 @@
 
 #include "engine/image_kinds.h"
 #include "engine/workload.h"
+#include "luks/volume.h"
 #include "qcow/copy.h"
+#include "qcow2/compaction.h"
+#include "qcow2/metadata/directories.h"
 
 namespace qcow::test {
 
@@ -22,9 +25,11 @@ struct Work {
     Mix mix = {};
     unsigned steps = 60;  ///< of each thread
     unsigned threads = 1;
-    bool close = true;    ///< in order; else the image is dropped with writes that were not flushed
-    Job job = Job::none;  ///< done first, and flushed
-    bool full = false;    ///< room comes and goes meanwhile
+    bool close = true;      ///< in order; else the image is dropped with writes that were not flushed
+    Job job = Job::none;    ///< done first, and flushed
+    bool full = false;      ///< room comes and goes meanwhile
+    bool compact = false;   ///< the file is compacted in the end
+    bool compress = false;  ///< and its data are compressed then
 };
 
 inline void PrintTo(const Work& work, std::ostream* out) { *out << work.name; }
@@ -66,6 +71,12 @@ inline std::vector<Work> works() {
                              "lazy_snapshot", "tiny_cache", "refcounts_64"}) {
         result.push_back({fmt::format("Snapshots_{}", kind), small(kind), snapshots, 50});
     }
+    Mix emptied{.write = 10, .write_compressed = 2, .zero = 2, .flush = 2, .empty = 2};
+    result.push_back({"EmptiedV2", small("over_raw_longer_v2"), emptied, 40});
+    emptied.snapshot = 1;
+    for (const auto* kind : {"over_qcow2_longer_v3", "extended_64k_over_qcow2", "compressed_snapshot"})
+        result.push_back({fmt::format("Emptied_{}", kind), small(kind), emptied, 40});
+    result.push_back({"EmptiedDataFile", small("data_file_over_raw"), {.zero = 2, .flush = 2, .empty = 2}, 40});
     result.push_back({"Compressed", small("compressed_4k"), everything});
     result.push_back({"CompressedLargeClusters", small("compressed_64k_v2"), everything});
     result.push_back({"CompressedSnapshot", small("compressed_snapshot"), everything});
@@ -77,6 +88,9 @@ inline std::vector<Work> works() {
     result.push_back({"ExtendedCompressed", small("extended_128k_compressed"), everything});
     result.push_back({"DataFile", small("data_file"), uncompressed});
     result.push_back({"DataFileRawExtended", small("data_file_raw_extended"), uncompressed});
+    for (const auto& kind : image_kinds()) {
+        if (kind.encrypted()) result.push_back({"Work_" + kind.name, small(kind.name), uncompressed, 30});
+    }
     result.push_back({"Lazy", small("lazy"), everything});
     result.push_back({"LazySnapshot", small("lazy_snapshot"), everything});
     result.push_back({"NarrowRefcounts", small("refcounts_1"), everything});
@@ -109,6 +123,21 @@ inline std::vector<Work> works() {
         const auto& mix = small(kind).can_compress() ? everything : uncompressed;
         result.push_back({fmt::format("Full_{}", kind), small(kind), mix, 50, 1, true, Work::Job::none, true});
     }
+    const Mix holes{.write = 8, .write_compressed = 2, .zero = 1, .discard = 6, .flush = 1, .longest = 100};
+    for (const auto* kind : {"v3_512", "v2_4k", "snapshot_4k", "compressed_snapshot", "extended_snapshot",
+                             "refcounts_1", "refcounts_64", "over_qcow2_longer_v3", "data_file"}) {
+        Work work{fmt::format("Compact_{}", kind), small(kind), small(kind).can_compress() ? holes : uncompressed, 40};
+        work.mix.snapshot = std::string_view(kind).contains("snapshot") ? 3 : 0;
+        work.compact = true;
+        work.compress = work.name == "Compact_compressed_snapshot" || work.name == "Compact_extended_snapshot";
+        result.push_back(std::move(work));
+    }
+    for (const auto& kind : image_kinds()) {
+        if (kind.name != "encrypted_4k" && kind.name != "encrypted_snapshot") continue;
+        Work work{"Compact_" + kind.name, small(kind.name), uncompressed, 30};
+        work.compact = true;
+        result.push_back(std::move(work));
+    }
     const Mix rarely_flushed{.write = 10, .zero = 2, .discard = 2, .flush = 1};
     result.push_back({"FullThreads", small("snapshot_4k"), rarely_flushed, 20, 4, true, Work::Job::none, true});
     result.push_back({"NeverFlushed", small("v3_4k"), {.discard = 2, .flush = 0}, 60, 1, false});
@@ -138,6 +167,32 @@ inline Result<void> convert_into(Guest& guest, const Work& work, Random& random)
         return work.job == Work::Job::convert ? copy_disk(*source, image, options)
                                               : copy_compressed(*source, image, options);
     });
+}
+
+/// Returns the cipher of an image with the secret of tests.
+inline Result<std::shared_ptr<const crypto::SectorCipher>> unlock(const Storage& file) {
+    const auto start = qcow2::read_first_cluster(file);
+    if (!start) return std::unexpected(start.error());
+    const auto header = format::parse_header(*start);
+    if (!header) return std::unexpected(header.error());
+    const auto [at, length] = header->encryption.value();
+    return luks::unlock({file, at, length}, Secret(as_bytes(secret_of_tests)), default_kdf_seconds);
+}
+
+/// Compacts an image that is closed, in small pieces.
+inline Result<void> compact(const Files& files, const Work& work) {
+    CompactJob job;
+    job.compress = work.compress;
+    job.workers = 1;
+    const auto& file = files.at(image_name);
+    std::shared_ptr<const crypto::SectorCipher> cipher;
+    if (work.kind.encrypted()) {
+        auto unlocked = unlock(*file);
+        if (!unlocked) return std::unexpected(unlocked.error());
+        cipher = *std::move(unlocked);
+    }
+    auto compacted = qcow2::compact_image(file, nullptr, job, {}, 64 << 10, std::move(cipher));
+    return compacted ? Result<void>() : std::unexpected(compacted.error());
 }
 
 /// All of it on an open image, up to closing it; `note` is given what each call returns.

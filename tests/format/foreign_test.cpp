@@ -62,7 +62,7 @@ TEST(Foreign, DiskImagesOfOthers) {
 TEST(Foreign, EncryptedVolumes) {
     EXPECT_THAT(what(with("LUKS\xba\xbe\0\1"s)), HasSubstr("LUKS1"));
     EXPECT_THAT(what(with("LUKS\xba\xbe\0\2"s)), HasSubstr("LUKS2"));
-    EXPECT_THAT(remedy(with("LUKS\xba\xbe\0\2"s), "/srv/volume"), HasSubstr("cryptsetup open --readonly /srv/volume"));
+    EXPECT_THAT(remedy(with("LUKS\xba\xbe\0\2"s), "/srv/volume"), HasSubstr("the format luks"));
 }
 
 TEST(Foreign, CompressedFiles) {

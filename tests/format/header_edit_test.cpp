@@ -25,9 +25,9 @@ std::string understood(const Bytes& cluster) {
     if (!header) return header.error().message();
     std::vector<std::uint32_t> unknown;
     for (const auto& extension : header->unknown_extensions) unknown.push_back(extension.type);
-    return fmt::format("{} {} \"{}\" {} {} {:x} features {} directory {:x} l1 {:x}", header->version, header->size,
-                       header->backing_name, header->backing_format.value_or("-"), header->data_file_name.value_or("-"),
-                       fmt::join(unknown, ","), header->feature_names.size(),
+    return fmt::format("{} {} {} \"{}\" {} {} {:x} features {} directory {:x} l1 {:x}", header->version,
+                       header->refcount_order, header->size, header->backing_name, header->backing_format.value_or("-"),
+                       header->data_file_name.value_or("-"), fmt::join(unknown, ","), header->feature_names.size(),
                        header->bitmaps ? header->bitmaps->directory.value : 0, header->l1_table.value);
 }
 
@@ -128,6 +128,24 @@ TEST(HeaderEdit, RefusesWhatDoesNotFit) {
     EXPECT_TRUE(fails(long_name.steps(), Errc::limit_exceeded));
 }
 
+TEST(HeaderEdit, FeatureNamesGiveWay) {
+    const auto feature_names = extension(0x6803f857, Bytes(96));
+    auto cluster = header_with({feature_names, unknown_1});
+    cluster = with_u32(first(cluster, 512), field::cluster_bits, 9);
+    cluster = with_u64(cluster, field::size, 4096);
+    const auto changed_name = [&](std::size_t length) {
+        HeaderEdit edit(cluster);
+        edit.set_backing_name(std::string(length, 'n'));
+        return after(cluster, must(edit.steps()));
+    };
+    const std::size_t room = 512 - 112 - feature_names.size() - unknown_1.size() - 8;
+    EXPECT_EQ(must(parse_header(changed_name(room))).feature_names.size(), 2U);
+    const auto without = must(parse_header(changed_name(room + 1)));
+    EXPECT_EQ(without.feature_names.size(), 0U);
+    EXPECT_EQ(without.unknown_extensions.size(), 1U);
+    EXPECT_EQ(without.backing_name.size(), room + 1);
+}
+
 TEST(HeaderEdit, OneSectorChangesInOneStep) {
     const auto cluster = header_with({raw_format}, "base.raw");
     HeaderEdit edit(cluster);
@@ -135,7 +153,71 @@ TEST(HeaderEdit, OneSectorChangesInOneStep) {
     EXPECT_EQ(must(edit.steps()).size(), 1U);
 }
 
-/// Whatever sectors of a step are on disk, and whatever it is: the old header, or the new one.
+/// Makes the steps. Whatever sectors of a step are on disk, and whatever it is: the old header, or the new one.
+Bytes expect_old_or_new(const Bytes& cluster, const Steps& steps, Random& random) {
+    const auto old_header = understood(cluster);
+    const auto new_header = understood(after(cluster, steps));
+    EXPECT_THAT(new_header, testing::Not(HasSubstr("header"))) << new_header;
+    auto on_disk = cluster;
+    bool is_new = false;
+    for (const auto& step : steps) {
+        EXPECT_EQ(step.size() % 512, 0U);
+        for (unsigned subset = 0; subset < 20; ++subset) {
+            auto torn = on_disk;
+            for (std::size_t at = 0; at < step.size(); at += 512) {
+                if (random.chance(50))
+                    std::copy_n(step.begin() + static_cast<std::ptrdiff_t>(at), 512,
+                                torn.begin() + static_cast<std::ptrdiff_t>(at));
+            }
+            const auto found = understood(torn);
+            if (steps.size() == 1) continue;
+            EXPECT_TRUE(found == new_header || (found == old_header && !is_new))
+                << found << "\nold " << old_header << "\nnew " << new_header << "\n"
+                << replay_hint();
+        }
+        on_disk = with(on_disk, 0, step);
+        is_new = is_new || understood(on_disk) == new_header;
+    }
+    EXPECT_EQ(understood(on_disk), new_header);
+    return on_disk;
+}
+
+TEST(HeaderEdit, VersionsChange) {
+    auto random = Random::named("header-version");
+    for (unsigned round = 0; round < 100; ++round) {
+        // A version 2 header with extensions, and a name behind them.
+        auto tail =
+            joined({random.chance(50) ? raw_format : Bytes(), random.chance(50) ? unknown_2 : Bytes(), Bytes(8)});
+        const std::string name(random.below(900), 'a');
+        auto cluster = with(header_v2(), fixed_header_v2, joined({tail, text_bytes(name)}));
+        if (!name.empty()) {
+            cluster = with_u32(with_u64(cluster, field::backing_file_offset, fixed_header_v2 + tail.size()),
+                               field::backing_file_size, static_cast<std::uint32_t>(name.size()));
+        }
+        const auto old = must(parse_header(cluster));
+        HeaderEdit newer(cluster);
+        newer.set_version(3);
+        const auto version3 = expect_old_or_new(cluster, must(newer.steps()), random);
+        auto header = must(parse_header(version3));
+        EXPECT_EQ(header.version, 3U);
+        EXPECT_EQ(header.header_length, 112U);
+        EXPECT_EQ(header.refcount_order, 4U);
+        EXPECT_EQ(header.backing_name, name);
+        EXPECT_EQ(header.unknown_extensions.size(), old.unknown_extensions.size());
+        HeaderEdit other(version3);
+        header.incompatible |= incompatible::compression_type;
+        other.set_state(header);
+        other.set_compression(Compression::zstd);
+        other.set_refcount_order(2);
+        const auto changed = must(parse_header(expect_old_or_new(version3, must(other.steps()), random)));
+        EXPECT_EQ(changed.compression, Compression::zstd);
+        EXPECT_EQ(changed.refcount_order, 2U);
+        HeaderEdit older(version3);
+        older.set_version(2);
+        EXPECT_EQ(after(version3, must(older.steps())), cluster);
+    }
+}
+
 TEST(HeaderEdit, ACrashLeavesTheOldHeaderOrTheNewOne) {
     auto random = Random::named("header-edit");
     unsigned many_steps = 0;
@@ -156,32 +238,10 @@ TEST(HeaderEdit, ACrashLeavesTheOldHeaderOrTheNewOne) {
         if (random.chance(30)) edit.remove_extension(ExtensionType::feature_names);
         if (random.chance(30))
             edit.set_extension(ExtensionType::bitmaps, joined({u32(1), u32(0), u64(100), u64(1 << 20)}));
+        if (random.chance(30)) edit.set_refcount_order(5);
         const auto steps = must(edit.steps());
         many_steps += steps.size() > 1 ? 1 : 0;
-        const auto old_header = understood(cluster);
-        const auto new_header = understood(after(cluster, steps));
-        EXPECT_THAT(new_header, testing::Not(HasSubstr("header"))) << new_header;
-        auto on_disk = cluster;
-        bool is_new = false;
-        for (const auto& step : steps) {
-            ASSERT_EQ(step.size() % 512, 0U);
-            for (unsigned subset = 0; subset < 20; ++subset) {
-                auto torn = on_disk;
-                for (std::size_t at = 0; at < step.size(); at += 512) {
-                    if (random.chance(50))
-                        std::copy_n(step.begin() + static_cast<std::ptrdiff_t>(at), 512,
-                                    torn.begin() + static_cast<std::ptrdiff_t>(at));
-                }
-                const auto found = understood(torn);
-                if (steps.size() == 1) continue;
-                ASSERT_TRUE(found == new_header || (found == old_header && !is_new))
-                    << found << "\nold " << old_header << "\nnew " << new_header << "\n"
-                    << replay_hint();
-            }
-            on_disk = with(on_disk, 0, step);
-            is_new = is_new || understood(on_disk) == new_header;
-        }
-        EXPECT_EQ(understood(on_disk), new_header);
+        const auto on_disk = expect_old_or_new(cluster, steps, random);
         // Nothing is left of what was only there for a while.
         auto again = HeaderEdit(on_disk);
         again.set_backing_name(must(parse_header(on_disk)).backing_name);

@@ -34,6 +34,8 @@ TEST(Corpus, Writes) { run_corpus("write", run_write_input); }
 TEST(Corpus, Headers) { run_corpus("header", run_header_input); }
 TEST(Corpus, Streams) { run_corpus("codec", run_codec_input); }
 TEST(Corpus, NbdClients) { run_corpus("nbd", run_nbd_input); }
+TEST(Corpus, Guests) { run_corpus("guest", run_guest_input); }
+TEST(Corpus, Commands) { run_corpus("control", run_control_input); }
 
 Gate shelf_of(const std::vector<SparseFile>& files) {
     return [&files](const FileReference& reference) -> Result<std::shared_ptr<Storage>> {

@@ -146,7 +146,7 @@ TEST_F(ConvertTest, RefusesWhatCannotBe) {
     refuses({.sources = {}, .target = NewImage{.path = path("target")}}, "nothing to convert");
     auto compressed_raw = job("source", "target");
     compressed_raw.compress = true;
-    refuses(compressed_raw, "raw has no compression");
+    refuses(compressed_raw, "it has no compression");
     refuses(into_existing("source", "small"), "512 bytes");
     auto zeros_over_backing = into_existing("small", "overlay");
     auto& target = std::get<ConvertJob::ExistingTarget>(zeros_over_backing.target);

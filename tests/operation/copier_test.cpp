@@ -124,7 +124,7 @@ public:
         given.runs.push_back({PreparedRun::Kind::data, given.bytes.size(), given.bytes});
         return {};
     }
-    Result<void> write(const Piece& given) override {
+    Result<void> write(Piece& given) override {
         const Inside entered(*this);
         EXPECT_EQ(given.runs.size(), 1U) << "prepared once";
         EXPECT_EQ(given.runs.front().length, given.bytes.size());

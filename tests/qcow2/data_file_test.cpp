@@ -13,7 +13,7 @@ TEST(DataFileTest, OfTheImageItselfLiesInTheImageFile) {
     EXPECT_FALSE(data.is_external());
     EXPECT_TRUE(data.fresh_bytes_are_zeros());
     EXPECT_EQ(data.to_flush(), nullptr);
-    must(data.write({0x9000}, repeated(4096, 7)));
+    must(data.write({0x9000}, {0}, repeated(4096, 7)));
     Bytes read(4096);
     must(data.read({0x9000}, {0}, read));
     EXPECT_EQ(read, repeated(4096, 7));
@@ -24,7 +24,7 @@ TEST(DataFileTest, OfTheImageItselfLiesInTheImageFile) {
 TEST(DataFileTest, GuestDataAreNotWrittenOverMetadata) {
     OpenParts open;
     open.parts->data.protect(open.metadata.get());
-    const auto written = open.parts->data.write({0}, repeated(512, 7));
+    const auto written = open.parts->data.write({0}, {0}, repeated(512, 7));
     ASSERT_FALSE(written);
     EXPECT_EQ(written.error().code, Errc::corrupt);
     EXPECT_TRUE(open.parts->metadata.state().has(format::incompatible::corrupt));
@@ -53,7 +53,7 @@ TEST(DataFileTest, AnExternalOneMayHoldAnythingAndEndsWithItsFile) {
     EXPECT_TRUE(data.is_external());
     EXPECT_FALSE(data.fresh_bytes_are_zeros());
     EXPECT_EQ(data.to_flush(), external.get());
-    must(data.write({0}, repeated(512, 7)));  // where the image file has its header
+    must(data.write({0}, {0}, repeated(512, 7)));  // where the image file has its header
     EXPECT_FALSE(open.parts->metadata.state().has(format::incompatible::corrupt));
     must(external->resize(1000));
     Bytes read(512);

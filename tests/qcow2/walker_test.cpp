@@ -281,7 +281,14 @@ std::vector<Damage> damages() {
         {"two bitmaps of one name", 144, joined({u32(2), u32(0), u64(64)}), Kind::duplicate, "bitmap directory",
          "there is more than one bitmap \"b\"", Finding::duplicate_name, Remedy::remove_bitmap, bitmap_directory,
          false},
-        {"raw data without a data file", 88, u64(3), Kind::no_data_file, "header field autoclear_features (byte 88)",
+        {"bitmaps without an extension", 136, u32(0x99999999), Kind::stale_autoclear,
+         "header field autoclear_features (byte 88)", "bitmaps without a bitmaps extension", Finding::bad_header,
+         Remedy::correct_entry, header, false},
+        {"a bitmap with extra data", at(bitmap_directory, 12), u32(4), Kind::refused_bitmap, "bitmap \"b\"",
+         "extra data", Finding::bad_entry, Remedy::correct_entry, bitmap_table, false},
+        {"a bitmap with a granularity of 2^8", at(bitmap_directory, 17), u8(8), Kind::refused_bitmap, "bitmap \"b\"",
+         "granularity", Finding::bad_entry, Remedy::remove_bitmap, bitmap_table, false},
+        {"raw data without a data file", 88, u64(3), Kind::stale_autoclear, "header field autoclear_features (byte 88)",
          "raw external data", Finding::bad_header, Remedy::correct_entry, header, false},
     };
 }

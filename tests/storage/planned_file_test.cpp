@@ -43,10 +43,33 @@ TEST(PlannedFile, AStepIsDurableBeforeTheNextOne) {
     for (const auto& event : log.events()) {
         if (event.kind != Kind::mark && event.kind != Kind::flush_begin) kinds.push_back(event.kind);
     }
-    EXPECT_EQ(kinds, (std::vector{Kind::write, Kind::flush_end, Kind::write, Kind::write, Kind::flush_end, Kind::zeroes,
-                                  Kind::flush_end}));
+    EXPECT_EQ(kinds, (std::vector{Kind::size, Kind::write, Kind::flush_end, Kind::write, Kind::write, Kind::flush_end,
+                                  Kind::zeroes, Kind::flush_end}));
     auto expected = with(with(repeated(5120, 1), 0, repeated(1, 3)), 512, repeated(512, 0));
     EXPECT_EQ(contents_of(*file), with(expected, 4096, repeated(1, 2)));
+}
+
+/// A disk that has no room behind the first 8 KiB.
+class FullDisk : public PassThrough {
+public:
+    using PassThrough::PassThrough;
+    Result<void> allocate(HostOffset at, std::uint64_t length) override {
+        if (at.value + length > 8192) return std::unexpected(Error{Errc::no_space, name(), "full"});
+        return inner().allocate(at, length);
+    }
+};
+
+TEST(PlannedFile, AFullDiskStaysAsItWas) {
+    const auto file = memory_storage(repeated(4096, 1));
+    const auto planned = value_of(PlannedFile::create(std::make_shared<FullDisk>(file), MiB));
+    ASSERT_TRUE(planned->write({0}, repeated(4, 2)));
+    ASSERT_TRUE(planned->write({4096}, repeated(4, 2)));
+    ASSERT_TRUE(planned->flush());
+    ASSERT_TRUE(planned->copy({0}, {16384}, 4096));
+    const auto done = planned->carry_out({});
+    ASSERT_FALSE(done);
+    EXPECT_EQ(done.error().code, Errc::no_space);
+    EXPECT_EQ(contents_of(*file), repeated(4096, 1));
 }
 
 TEST(PlannedFile, KnowsWhereItsHolesEnd) {

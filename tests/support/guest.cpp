@@ -10,11 +10,22 @@ Discarded::Discarded(std::uint64_t begin, std::uint64_t length, std::uint64_t bl
     tail_count = end == sectors && end > tail_first && tail_first >= first ? end - tail_first : 0;
 }
 
+namespace {
+
+std::vector<Value> values_in(std::span<const std::byte> disk) {
+    std::vector<Value> values;
+    for (std::uint64_t i = 0; i < disk.size() / sector_bytes; ++i)
+        values.push_back(value_in(i, disk.subspan(i * sector_bytes, sector_bytes)));
+    return values;
+}
+
+}  // namespace
+
 void adopt(Disk& disk, SectorModel& model) {
     Bytes bytes(disk.size());
     if (!disk.read({0}, bytes)) throw std::runtime_error("the disk cannot be read");
-    for (std::uint64_t i = 0; i < bytes.size() / sector_bytes; ++i)
-        model.preset(i, value_in(i, std::span(bytes).subspan(i * sector_bytes, sector_bytes)));
+    const auto values = values_in(bytes);
+    for (std::uint64_t i = 0; i < values.size(); ++i) model.preset(i, values[i]);
 }
 
 Result<void> Guest::write(std::uint64_t first, std::uint64_t count) {
@@ -67,10 +78,16 @@ Result<void> Guest::change_snapshots(std::uint64_t dice) {
         if (renamed) std::swap(last.name, last.other_name);
         return renamed;
     }
-    std::vector<Value> values;
-    for (std::uint64_t i = 0; i < sectors(); ++i)
-        values.push_back(value_in(i, std::span(last.contents).subspan(i * sector_bytes, sector_bytes)));
-    return change_all(values, [&] { return handle.apply(last.name); });
+    return change_all(values_in(last.contents), [&] { return handle.apply(last.name); });
+}
+
+Result<void> Guest::make_empty() {
+    Bytes below(image_.size());
+    if (const auto backing = image_.backing()) {
+        const auto there = std::min<std::uint64_t>(below.size(), backing->size());
+        if (auto read = backing->read({0}, std::span(below).first(there)); !read) return read;
+    }
+    return change_all(values_in(below), [&] { return image_.make_empty(); });
 }
 
 Result<void> Guest::flush() {

@@ -59,6 +59,9 @@ public:
         return result;
     }
 
+    /// Afterwards the disk holds what the layer below does. One thread.
+    Result<void> make_empty();
+
     Result<void> flush();
 
     [[nodiscard]] std::uint64_t failed_flushes() const { return failed_flushes_; }

@@ -188,7 +188,7 @@ TEST_F(RebaseTest, WarnsOfSnapshots) {
     qemu_img({"snapshot", "-c", "before", "disk.qcow2"});
     const auto done = tool({"rebase", "-b", "new.raw", "-F", "raw", "disk.qcow2"});
     EXPECT_EQ(done.status, 0);
-    EXPECT_THAT(done.err, HasSubstr("1 internal snapshots"));
+    EXPECT_THAT(done.err, HasSubstr("internal snapshots (1)"));
     expect_sound("disk.qcow2");
 }
 
@@ -213,6 +213,20 @@ TEST_F(RebaseTest, CanBeCancelledAndRunAgain) {
     EXPECT_EQ(last, 5U << 20);
     EXPECT_GT(done->copied_bytes, 0U);
     EXPECT_TRUE(contents("disk.qcow2") == before);
+}
+
+/// QEMU makes such a chain when it is asked to.
+TEST_F(RebaseTest, ALoopCanBeBroken) {
+    qemu_img({"rebase", "-u", "-b", "disk.qcow2", "-F", "qcow2", "old.qcow2"});
+    for (const auto& command : {Arguments{"commit", "disk.qcow2"}, Arguments{"snapshot", "-c", "s", "disk.qcow2"},
+                                Arguments{"resize", "disk.qcow2", "8M"}})
+        expect_refusal(command, AllOf(HasSubstr("is a loop"), HasSubstr("qcow rebase -u")));
+    EXPECT_EQ(tool({"check", "disk.qcow2"}).status, 1);
+    EXPECT_EQ(tool({"check", "-r", "all", "disk.qcow2"}).status, 1);
+    expect_refusal({"rebase", "-u", "-b", "disk.qcow2", "-F", "qcow2", "disk.qcow2"}, HasSubstr("would overwrite"));
+    must_tool({"rebase", "-u", "-b", "", "old.qcow2"});
+    EXPECT_EQ(contents("disk.qcow2").size(), 5U << 20);
+    expect_sound("disk.qcow2");
 }
 
 }  // namespace

@@ -101,6 +101,37 @@ TEST_F(SnapshotTest, WhatIsWrittenIsWhatQemuWrites) {
     EXPECT_NEAR(all[1].at("date-sec").get<double>(), all[0].at("date-sec").get<double>(), 60);
 }
 
+TEST_F(SnapshotTest, IdsThatAreNamesOfOthers) {
+    qemu_img({"create", "-q", "-f", "qcow2", "disk.qcow2", "1M"});
+    for (const auto* name : {"x", "1", "twice", "twice"}) snapshot(false, {"-c", name});
+    snapshot(false, {"--rename", "x", "2"});  // id 1 is called 2, and id 2 is called 1
+    for (const auto* name : {"1", "2", "twice"}) {
+        expect_refusal({"snapshot", "-d", name, "disk.qcow2"},
+                       testing::AllOf(HasSubstr("not clear"), HasSubstr("snapshot.id=ID")));
+    }
+    const auto names = [&] {
+        std::set<std::string> found;
+        const auto info = qemu_img_json({"info", "--output=json", "disk.qcow2"}, directory_.path());
+        for (const auto& one : info.at("snapshots"))
+            found.insert(one.at("id").get<std::string>() + ":" + one.at("name").get<std::string>());
+        return found;
+    };
+    must_qemu_io("disk.qcow2", "qcow2", {"write -q -P 9 0 64k"}, directory_.path());
+    snapshot(false, {"-c", "nine"});
+    snapshot(false, {"--rename", "nine", "3"});  // and id 3 is called twice
+    EXPECT_EQ(must_tool({"digest", "-l", "snapshot.id=3", "disk.qcow2"}).out.substr(0, 64),
+              must_tool({"digest", "-l", "3", "disk.qcow2"}).out.substr(0, 64));
+    EXPECT_EQ(must_tool({"digest", "-l", "snapshot.name=3", "disk.qcow2"}).out.substr(0, 64),
+              must_tool({"digest", "disk.qcow2"}).out.substr(0, 64));
+    snapshot(false, {"-d", "snapshot.name=3"});
+    snapshot(false, {"-a", "snapshot.id=2"});
+    snapshot(false, {"-d", "snapshot.name=1"});
+    EXPECT_EQ(names(), (std::set<std::string>{"1:2", "3:twice", "4:twice"}));
+    snapshot(false, {"-d", "snapshot.id=4"});
+    snapshot(false, {"--rename", "snapshot.id=1", "y"});
+    EXPECT_EQ(names(), (std::set<std::string>{"1:y", "3:twice"}));
+}
+
 TEST_F(SnapshotTest, Refusals) {
     qemu_img({"create", "-q", "-f", "qcow2", "-o", "data_file=data.raw", "with-data.qcow2", "1M"});
     expect_refusal({"snapshot", "-c", "x", "with-data.qcow2"}, HasSubstr("overlay"));
@@ -110,6 +141,15 @@ TEST_F(SnapshotTest, Refusals) {
     expect_refusal({"snapshot", "-d", "none", "disk.qcow2"}, HasSubstr("none"));
     expect_refusal({"snapshot", "-c", "x", "--force-share", "disk.qcow2"}, HasSubstr("--force-share"));
     EXPECT_NE(tool({"snapshot", "-c", "x", "-d", "y", "disk.qcow2"}).status, 0);
+}
+
+TEST_F(SnapshotTest, AFileMayEndWithoutPadding) {
+    must_qemu_img({"create", "-q", "-f", "qcow2", "padded.qcow2", "1M"}, directory_.path());
+    must_qemu_img({"snapshot", "-c", "s0", "padded.qcow2"}, directory_.path());
+    EXPECT_NE(bytes_of("padded.qcow2").size() % 8, 0U);
+    EXPECT_THAT(must_tool({"check", "padded.qcow2"}).out, testing::Not(HasSubstr("cut")));
+    must_tool({"compact", "padded.qcow2"});
+    must_qemu_img({"snapshot", "-a", "s0", "padded.qcow2"}, directory_.path());
 }
 
 }  // namespace

@@ -17,6 +17,20 @@ constexpr std::uint64_t search_window = std::uint64_t{1} << 18;  // clusters who
 constexpr std::uint64_t young_window = 4;                        // times what a request wants
 constexpr std::size_t max_runs = 256;  // in one reservation, where free clusters lie scattered
 
+/// Joins runs that lie one behind the other: giving a long run back to the file system takes one call.
+std::vector<Allocator::RetiredRun> joined(std::span<Allocator::RetiredRun> runs) {
+    std::ranges::sort(runs, {}, [](const auto& retired) { return std::pair(retired.table, retired.run.first); });
+    std::vector<Allocator::RetiredRun> result;
+    for (const auto& retired : runs) {
+        if (!result.empty() && result.back().table == retired.table && result.back().run.end() == retired.run.first) {
+            result.back().run.count += retired.run.count;
+        } else {
+            result.push_back(retired);
+        }
+    }
+    return result;
+}
+
 }  // namespace
 
 Result<void> Allocator::load() {
@@ -238,7 +252,7 @@ Result<void> Allocator::end_flush(Retired retired) {
     epochs_.advance();
     epochs_.advance();
     auto rest = std::ranges::partition(durable_, [&](const RetiredRun& run) { return !epochs_.passed(run.epoch); });
-    const std::vector<RetiredRun> passed(rest.begin(), rest.end());
+    const auto passed = joined(rest);
     durable_.erase(rest.begin(), rest.end());
     for (const auto& retired_run : passed) TRY_VOID(release(retired_run.run, retired_run.table));
     return {};

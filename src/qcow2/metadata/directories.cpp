@@ -18,6 +18,14 @@ Result<std::vector<std::byte>> read_bytes(const Storage& file, HostOffset at, st
     return result;
 }
 
+/// Part of a table: at most `bytes` bytes, as far as tables may lie.
+Result<std::vector<std::byte>> read_piece(const Metadata& metadata, HostOffset at, std::uint64_t bytes) {
+    const std::uint64_t end = TRY(metadata.addressable_bytes());
+    std::vector<std::byte> result(std::min(bytes, end - std::min(end, at.value)));
+    TRY(metadata.file().read(at, result));
+    return result;
+}
+
 }  // namespace
 
 Result<std::vector<std::byte>> read_first_cluster(const Storage& file) {
@@ -43,7 +51,7 @@ Result<SnapshotTable> read_snapshots(const Metadata& metadata) {
         auto entry = parse();
         if (!entry) {
             piece =
-                TRY(read_bytes(metadata.file(), header.snapshot_table + table.bytes,
+                TRY(read_piece(metadata, header.snapshot_table + table.bytes,
                                std::min(format::max_snapshot_bytes, format::max_snapshot_table_bytes - table.bytes)));
             piece_at = table.bytes;
             entry = parse();
@@ -62,8 +70,9 @@ Result<SnapshotTable> read_snapshots(const Metadata& metadata) {
 Result<std::vector<format::BitmapEntry>> read_bitmaps(const Metadata& metadata) {
     std::vector<format::BitmapEntry> result;
     const auto& header = metadata.header();
-    if (!header.bitmaps_consistent(metadata.state())) return result;
-    const auto& extension = *header.bitmaps;
+    const auto state = metadata.state();
+    if (!state.bitmaps_consistent()) return result;
+    const auto& extension = *state.bitmaps;
     const auto bad_extension = [&](std::string what) {
         return fail(
             Errc::corrupt,
@@ -85,7 +94,7 @@ Result<std::vector<format::BitmapEntry>> read_bitmaps(const Metadata& metadata) 
             fmt::format("{} bytes are more than {}", extension.directory_size, format::max_bitmap_directory_bytes));
     }
 
-    const auto bytes = TRY(read_bytes(metadata.file(), extension.directory, extension.directory_size));
+    const auto bytes = TRY(read_piece(metadata, extension.directory, extension.directory_size));
     auto rest = std::span<const std::byte>(bytes);
     for (std::uint32_t i = 0; i < extension.count; ++i) {
         auto entry = format::parse_bitmap(rest);
@@ -104,6 +113,24 @@ Result<std::vector<std::uint64_t>> load_words(const Metadata& metadata, HostOffs
     std::vector<std::uint64_t> words(entries);
     for (std::size_t i = 0; i < words.size();) i += TRY(metadata.words().load(table + i * 8, std::span(words).subspan(i)));
     return words;
+}
+
+std::vector<std::size_t> find_snapshots(std::span<const format::SnapshotEntry> snapshots, std::string_view id_or_name) {
+    const auto find = [&](std::string SnapshotInfo::* field, std::string_view text) {
+        std::vector<std::size_t> found;
+        for (std::size_t i = 0; i < snapshots.size(); ++i) {
+            if (snapshots[i].info.*field == text) found.push_back(i);
+        }
+        return found;
+    };
+    auto found = find(&SnapshotInfo::id, id_or_name);
+    if (found.empty()) found = find(&SnapshotInfo::name, id_or_name);
+    constexpr std::string_view id = "snapshot.id=";
+    constexpr std::string_view name = "snapshot.name=";
+    if (found.empty() && id_or_name.starts_with(id)) found = find(&SnapshotInfo::id, id_or_name.substr(id.size()));
+    if (found.empty() && id_or_name.starts_with(name))
+        found = find(&SnapshotInfo::name, id_or_name.substr(name.size()));
+    return found;
 }
 
 std::vector<std::byte> encode_words(std::span<const std::uint64_t> words, std::uint64_t bytes) {

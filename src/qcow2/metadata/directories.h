@@ -24,6 +24,10 @@ Result<std::vector<format::BitmapEntry>> read_bitmaps(const Metadata& metadata);
 /// `entries` words of a table as they are now, in the cache or in the file.
 Result<std::vector<std::uint64_t>> load_words(const Metadata& metadata, HostOffset table, std::uint64_t entries);
 
+/// Returns the indices of the snapshots with this id; if there is none, of those with this name. If there is none
+/// either, "snapshot.id=ID" means an id, and "snapshot.name=NAME" a name.
+std::vector<std::size_t> find_snapshots(std::span<const format::SnapshotEntry> snapshots, std::string_view id_or_name);
+
 /// The words as a table in a file has them, with zeros behind them: `bytes` in all.
 std::vector<std::byte> encode_words(std::span<const std::uint64_t> words, std::uint64_t bytes);
 

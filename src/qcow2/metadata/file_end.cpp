@@ -16,10 +16,15 @@ namespace {
 
 constexpr unsigned max_blocks = 16;
 
+/// The end of the file's last cluster. What the file lacks there reads as zeros.
+Result<std::uint64_t> end_of_clusters(const Storage& file, const format::FixedHeader& header) {
+    return divide_up(TRY(file.size()), header.cluster_size()) * header.cluster_size();
+}
+
 /// The refcount table, which lies within the limits and the file.
 Result<std::vector<std::byte>> read_refcount_table(const Storage& file, const format::FixedHeader& header,
                                                    const format::HeaderState& state) {
-    TRY_VOID(format::verify_refcount_table(state, header.cluster_bits, TRY(file.size())));
+    TRY_VOID(format::verify_refcount_table(state, header.cluster_bits, TRY(end_of_clusters(file, header))));
     std::vector<std::byte> table(std::size_t{state.refcount_table_clusters} << header.cluster_bits);
     TRY(file.read(state.refcount_table, table));
     return table;
@@ -30,7 +35,7 @@ Result<std::vector<std::byte>> read_refcount_table(const Storage& file, const fo
 Result<std::uint64_t> find_counted_end(const Storage& file, const format::FixedHeader& header,
                                        const format::HeaderState& state) {
     const unsigned cluster_bits = header.cluster_bits;
-    const std::uint64_t file_size = TRY(file.size());
+    const std::uint64_t file_size = TRY(end_of_clusters(file, header));
     const auto table = TRY(read_refcount_table(file, header, state));
 
     const unsigned order = header.refcount_order;
@@ -57,9 +62,9 @@ Result<std::uint64_t> find_counted_end(const Storage& file, const format::FixedH
 
 Result<bool> counts_no_data(const Storage& file, const format::FixedHeader& header, const format::HeaderState& state) {
     const unsigned cluster_bits = header.cluster_bits;
-    const std::uint64_t file_size = TRY(file.size());
+    const std::uint64_t file_size = TRY(end_of_clusters(file, header));
     // What these lie in would be counted, too. A dirty image may have data that are not counted.
-    if (state.snapshot_count != 0 || header.bitmaps || header.encryption || state.has(format::incompatible::dirty))
+    if (state.snapshot_count != 0 || state.bitmaps || header.encryption || state.has(format::incompatible::dirty))
         return false;
     const auto table = TRY(read_refcount_table(file, header, state));
 

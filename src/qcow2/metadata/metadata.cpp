@@ -43,11 +43,13 @@ void Metadata::replace_state(const format::HeaderState& state) {
     active_l1_.store(state.l1_table.value, std::memory_order_release);
 }
 
-Result<std::uint64_t> Metadata::addressable_bytes() const { return std::min(TRY(file_->size()), format::max_host_offset); }
+Result<std::uint64_t> Metadata::addressable_bytes() const {
+    return std::min(geometry().clusters(TRY(file_->size())) * cluster_size(), format::max_host_offset);
+}
 
 Result<bool> Metadata::is_in_file(HostOffset at, std::uint64_t bytes) const {
     if (lies_within(at.value, bytes, known_file_size_.load(std::memory_order_relaxed))) return true;
-    const auto file_size = TRY(addressable_bytes());
+    const auto file_size = std::min(TRY(file_->size()), format::max_host_offset);
     known_file_size_.store(file_size, std::memory_order_relaxed);
     return lies_within(at.value, bytes, file_size);
 }

@@ -55,7 +55,8 @@ public:
     [[nodiscard]] WordCache& words() const { return words_; }
     [[nodiscard]] std::size_t cache_bytes() const { return cache_bytes_; }
 
-    /// The length in bytes of the part of the file that tables may lie in: entries end at 2^56, files need not.
+    /// The length in bytes of the part of the file that tables may lie in. It includes the rest of the file's last
+    /// cluster, which reads as zeros. It ends at 2^56, as entries do.
     [[nodiscard]] Result<std::uint64_t> addressable_bytes() const;
 
     /// Whether the file holds these bytes, and an entry can express them. Asks for the file's length only where the

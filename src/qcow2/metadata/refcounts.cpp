@@ -126,9 +126,10 @@ std::string Refcounts::place_of(std::uint64_t cluster) const {
 }
 
 std::unexpected<Error> Refcounts::too_large(std::uint64_t cluster) const {
-    return fail(Errc::limit_exceeded, place_of(cluster),
-                fmt::format("{} bits cannot count further than {}; convert to an image with larger refcount_bits",
-                            1U << order_, format::max_refcount(order_)));
+    return fail(
+        Errc::limit_exceeded, place_of(cluster),
+        fmt::format("{} bits cannot count further than {}; qcow amend -o refcount_bits={} IMAGE makes room for more",
+                    1U << order_, format::max_refcount(order_), std::max(16U, 2U << order_)));
 }
 
 Result<void> Refcounts::add(ClusterRun run, std::int64_t delta) {

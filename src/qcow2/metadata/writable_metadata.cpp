@@ -25,7 +25,7 @@ WritableMetadata::WritableMetadata(Metadata& metadata, Storage* data_file, const
 
 Result<void> WritableMetadata::load() {
     const auto state = metadata_.state();
-    TRY_VOID(format::verify_refcount_table(state, metadata_.header().cluster_bits, TRY(metadata_.file().size())));
+    TRY_VOID(format::verify_refcount_table(state, metadata_.header().cluster_bits, TRY(metadata_.addressable_bytes())));
     if (metadata_.l1_left_out())
         TRY_VOID(metadata_.file().resize(state.l1_table.value + std::uint64_t{state.l1_entries} * 8));
     TRY_VOID(map_.load(metadata_));

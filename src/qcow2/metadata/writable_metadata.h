@@ -47,6 +47,9 @@ public:
     /// Errors: Errc::corrupt where metadata lie in these bytes of the image file. The image is then marked.
     [[nodiscard]] Result<void> verify_no_metadata(HostOffset at, std::uint64_t length);
 
+    /// Stops all writing, because of this error. Returns it.
+    std::unexpected<Error> stop(Error why) { return write_back_.stop(std::move(why)); }
+
     /// Marks the image as corrupt on disk and stops all writing. Returns the error to report. `damage` names the file
     /// in its place; `place` is within the image file.
     std::unexpected<Error> declare_corrupt(Error damage, std::string_view remedy = "check it") {
@@ -59,8 +62,8 @@ public:
     /// Changes the header, durably. Errors: Errc::io, no_space; a write that fails stops all writing.
     Result<void> change_header(const std::function<void(format::HeaderState&)>& change);
 
-    /// Changes other parts of the header: see WriteBack::edit_header.
-    Result<void> edit_header(const std::function<void(format::HeaderEdit&)>& edit) {
+    /// Changes extensions of the header, too: see WriteBack::edit_header.
+    Result<void> edit_header(const std::function<void(format::HeaderEdit&, format::HeaderState&)>& edit) {
         return write_back_.edit_header(edit);
     }
 

@@ -113,16 +113,19 @@ Result<void> WriteBack::update_header(const std::function<void(format::HeaderSta
     return {};
 }
 
-Result<void> WriteBack::edit_header(const std::function<void(format::HeaderEdit&)>& edit) {
+Result<void> WriteBack::edit_header(const std::function<void(format::HeaderEdit&, format::HeaderState&)>& edit) {
     const std::lock_guard lock(header_mutex_);
     std::vector<std::byte> cluster(metadata_.cluster_size());
     cluster.resize(TRY(metadata_.file().read({0}, cluster)));
     format::HeaderEdit edited(cluster);
-    edit(edited);
+    auto state = metadata_.state();
+    edit(edited, state);
+    edited.set_state(state);
     for (const auto& step : TRY(edited.steps())) {
         if (auto wrote = metadata_.file().write({0}, step); !wrote) return stop(std::move(wrote).error());
         TRY_VOID(sync());
     }
+    metadata_.replace_state(state);
     return {};
 }
 

@@ -61,9 +61,9 @@ public:
     /// writing.
     Result<void> update_header(const std::function<void(format::HeaderState&)>& change);
 
-    /// Changes parts of the header that no HeaderState has, durably; those in memory stay. A write that fails stops all
-    /// writing. Errors: Errc::limit_exceeded: it does not fit, and nothing has changed; io.
-    Result<void> edit_header(const std::function<void(format::HeaderEdit&)>& edit);
+    /// Changes the state and extensions of the header in one step, durably. In memory, only the state changes. A write
+    /// that fails stops all writing. Errors: Errc::limit_exceeded: it does not fit, and nothing has changed; io.
+    Result<void> edit_header(const std::function<void(format::HeaderEdit&, format::HeaderState&)>& edit);
 
     /// Refuses all changes from now on, because of this error: what the file holds can no longer be told.
     std::unexpected<Error> stop(Error why);

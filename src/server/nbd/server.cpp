@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 #include <poll.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -21,6 +20,7 @@
 #include "server/nbd/session.h"
 #include "server/nbd/tls.h"
 #include "server/socket.h"
+#include "server/wakeup.h"
 
 namespace qcow {
 namespace {
@@ -33,24 +33,6 @@ constexpr auto pause = std::chrono::milliseconds(100);
 
 /// Sockets beyond NbdLimits::connections, for clients that have not chosen an export yet, or never will.
 constexpr std::size_t anteroom = 64;
-
-/// An event that wakes a thread that polls.
-class Wakeup {
-public:
-    Wakeup() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
-    [[nodiscard]] int fd() const { return fd_.get(); }
-    void ring() const noexcept {
-        const std::uint64_t one = 1;
-        [[maybe_unused]] const auto written = write(fd_.get(), &one, sizeof one);
-    }
-    void quiet() const {
-        std::uint64_t count = 0;
-        [[maybe_unused]] const auto n = read(fd_.get(), &count, sizeof count);
-    }
-
-private:
-    FileDescriptor fd_;
-};
 
 /// Places for clients that are past the handshake. Thread-safe.
 class Places {

@@ -1,0 +1,19 @@
+#pragma once
+// Little-endian numbers in spans of bytes.
+
+#include "base/endian.h"
+
+namespace qcow {
+
+/// The number at byte `at`, which must lie within `bytes` with its whole width.
+template <std::unsigned_integral T>
+T load_le(std::span<const std::byte> bytes, std::size_t at) {
+    const T value = load_be<T>(bytes, at);
+    if constexpr (sizeof(T) == 1) {
+        return value;
+    } else {
+        return std::byteswap(value);
+    }
+}
+
+}  // namespace qcow

@@ -1,0 +1,296 @@
+#include "luks/volume.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <limits>
+#include <optional>
+
+#include "base/bits.h"
+#include "base/try.h"
+#include "crypto/kdf.h"
+#include "format/luks.h"
+#include "qcow/text.h"
+
+namespace qcow::luks {
+namespace {
+
+using crypto::SectorCipher;
+using format::Luks1Header;
+using format::LuksSlot;
+
+constexpr std::uint64_t alignment = 4096;  // of key materials, and of the data
+constexpr std::uint32_t min_iterations = 1000;
+constexpr std::uint64_t digest_share = 8;  // of iter_time_ms, for the digest of the key
+
+std::unexpected<Error> bad_option(std::string_view name, std::string what) {
+    return fail(Errc::invalid_argument, fmt::format("option encrypt.{}", name), std::move(what));
+}
+
+Result<Luks1Header> read_header(const Area& area) {
+    std::vector<std::byte> bytes(format::luks1_header_bytes);
+    const auto there = TRY(area.file.read(area.at, bytes));
+    auto header = format::parse_luks1_header(std::span(bytes).first(there));
+    if (!header) return std::unexpected(std::move(header).error().in(area.file.name()));
+    const std::uint64_t file_bytes = TRY(area.file.size());
+    const auto in_file = file_bytes - std::min(file_bytes, area.at.value);
+    if (auto sound = format::verify_luks1(*header, std::min(area.bytes, in_file)); !sound)
+        return std::unexpected(std::move(sound).error().in(area.file.name()));
+    return header;
+}
+
+/// PBKDF2 makes each so many bytes of a key for itself.
+Result<std::uint64_t> blocks_of(const std::string& hash, std::uint64_t key_bytes) {
+    return divide_up(key_bytes, TRY(crypto::hash_size(hash)));
+}
+
+Result<void> verify_work(const Area& area, const Luks1Header& header, double max_seconds) {
+    const auto blocks = TRY(blocks_of(header.hash, header.key_bytes));
+    const auto digest_blocks = TRY(blocks_of(header.hash, header.digest.size()));
+    double iterations = 0;
+    for (const auto& slot : header.slots) {
+        if (!slot.used) continue;
+        iterations += static_cast<double>(slot.iterations) * static_cast<double>(blocks);
+        iterations += static_cast<double>(header.iterations) * static_cast<double>(digest_blocks);
+    }
+    const double seconds = iterations / TRY(crypto::pbkdf2_speed(header.hash));
+    if (seconds <= max_seconds) return {};
+    return fail(Errc::limit_exceeded, area.file.name(),
+                fmt::format("its LUKS header asks for {:.0f} seconds of work to try the key, and {:.0f} are allowed; "
+                            "--max-kdf-seconds allows more",
+                            seconds, max_seconds));
+}
+
+/// The cipher that hides the key material of a slot.
+Result<std::shared_ptr<const SectorCipher>> cipher_of_slot(const Luks1Header& header, const LuksSlot& slot,
+                                                           const Secret& key) {
+    Secret derived(header.key_bytes);
+    TRY_VOID(crypto::pbkdf2(header.hash, key.bytes(), slot.salt, slot.iterations, derived.bytes()));
+    return SectorCipher::make(header.cipher, header.mode, derived.bytes());
+}
+
+std::uint64_t stored_material_bytes(const Luks1Header& header) {
+    return divide_up(header.material_bytes(), format::luks_sector_bytes) * format::luks_sector_bytes;
+}
+
+HostOffset material_at(HostOffset area, const LuksSlot& slot) {
+    return area + std::uint64_t{slot.material_sector} * format::luks_sector_bytes;
+}
+
+Result<bool> is_key(const Luks1Header& header, const Secret& data_key) {
+    std::array<std::byte, std::tuple_size_v<decltype(header.digest)>> digest;
+    TRY_VOID(crypto::pbkdf2(header.hash, data_key.bytes(), header.salt, header.iterations, digest));
+    return crypto::equal(digest, header.digest);
+}
+
+/// Returns the key of the data, if `key` opens the slot.
+Result<std::optional<Secret>> open_slot(const Area& area, const Luks1Header& header, const LuksSlot& slot,
+                                        const Secret& key) {
+    Secret material(stored_material_bytes(header));
+    if (TRY(area.file.read(material_at(area.at, slot), material.bytes())) != material.bytes().size())
+        return fail(Errc::corrupt, area.file.name(), "the file ends within the key material of LUKS");
+    TRY(cipher_of_slot(header, slot, key))->decrypt(0, material.bytes());
+    Secret data_key(header.key_bytes);
+    TRY_VOID(crypto::merge(header.hash, material.bytes().first(header.material_bytes()), data_key.bytes()));
+    if (!TRY(is_key(header, data_key))) return std::nullopt;
+    return data_key;
+}
+
+struct Opened {
+    std::size_t slot = 0;
+    Secret data_key;
+};
+
+std::unexpected<Error> wrong_key(const Area& area, std::size_t used) {
+    return fail(Errc::encrypted, area.file.name(),
+                used == 0 ? "no key slot is in use: nobody can read its data any more"
+                          : fmt::format("the key is wrong: it opens none of the {} key slots in use", used));
+}
+
+Result<Opened> open_any_slot(const Area& area, const Luks1Header& header, const Secret& key, double max_seconds) {
+    TRY_VOID(verify_work(area, header, max_seconds));
+    std::size_t used = 0;
+    for (std::size_t i = 0; i < header.slots.size(); ++i) {
+        if (!header.slots[i].used) continue;
+        ++used;
+        if (auto data_key = TRY(open_slot(area, header, header.slots[i], key))) return Opened{i, *std::move(data_key)};
+    }
+    return wrong_key(area, used);
+}
+
+/// Returns the iterations that take this time.
+Result<std::uint32_t> iterations_for(const std::string& hash, std::uint64_t key_bytes, double milliseconds) {
+    const auto blocks = TRY(blocks_of(hash, key_bytes));
+    const double iterations = TRY(crypto::pbkdf2_speed(hash)) * milliseconds / 1000 / static_cast<double>(blocks);
+    constexpr double most = std::numeric_limits<std::int32_t>::max();  // of what implementations accept
+    return static_cast<std::uint32_t>(std::clamp<double>(iterations, min_iterations, most));
+}
+
+/// Fills a slot. Returns its key material as it is stored.
+Result<std::vector<std::byte>> fill_slot(const Luks1Header& header, LuksSlot& slot, const Secret& data_key,
+                                         const Secret& key, std::uint32_t iter_time_ms) {
+    slot.used = true;
+    slot.stripes = format::luks_stripes;
+    slot.iterations = TRY(iterations_for(header.hash, header.key_bytes, iter_time_ms));
+    crypto::fill_random(slot.salt);
+    std::vector<std::byte> material(stored_material_bytes(header));
+    TRY_VOID(crypto::split(header.hash, data_key.bytes(), std::span(material).first(header.material_bytes())));
+    TRY(cipher_of_slot(header, slot, key))->encrypt(0, material);
+    return material;
+}
+
+/// A random UUID of version 4.
+std::string make_uuid() {
+    std::array<std::byte, 16> bytes;
+    crypto::fill_random(bytes);
+    bytes[6] = (bytes[6] & std::byte{0x0f}) | std::byte{0x40};
+    bytes[8] = (bytes[8] & std::byte{0x3f}) | std::byte{0x80};
+    std::string text;
+    for (std::size_t i = 0; i < bytes.size(); ++i) {
+        if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
+        text += fmt::format("{:02x}", static_cast<unsigned>(bytes[i]));
+    }
+    return text;
+}
+
+/// The header that these options ask for, without keys.
+Result<Luks1Header> plan(const EncryptionOptions& options) {
+    Luks1Header header;
+    const auto dash = options.cipher.find('-');
+    unsigned bits = 0;
+    if (dash != std::string::npos) {
+        const char* const end = options.cipher.data() + options.cipher.size();
+        if (std::from_chars(options.cipher.data() + dash + 1, end, bits).ptr != end) bits = 0;
+    }
+    if (bits == 0 || bits % 8 != 0 || bits > 512)
+        return bad_option("cipher-alg", fmt::format("\"{}\" is no cipher, such as aes-256", printable(options.cipher)));
+    header.cipher = options.cipher.substr(0, dash);
+    header.key_bytes = bits / 8 * (options.cipher_mode == "xts" ? 2 : 1);
+    if (options.ivgen != "essiv" && !options.ivgen_hash.empty())
+        return bad_option("ivgen-hash-alg", "only ivgen-alg=essiv has a hash");
+    header.mode = fmt::format("{}-{}", options.cipher_mode, options.ivgen);
+    if (options.ivgen == "essiv") header.mode += ":" + (options.ivgen_hash.empty() ? "sha256" : options.ivgen_hash);
+    header.hash = options.hash;
+    TRY(crypto::hash_size(header.hash));
+    // Whether there is such a cipher: before anything is written.
+    const std::vector<std::byte> sample(header.key_bytes);
+    TRY(SectorCipher::make(header.cipher, header.mode, sample));
+    std::uint64_t sector = alignment / format::luks_sector_bytes;
+    for (auto& slot : header.slots) {
+        slot.material_sector = static_cast<std::uint32_t>(sector);
+        sector += divide_up(header.material_bytes(), alignment) * alignment / format::luks_sector_bytes;
+    }
+    header.payload_sector = static_cast<std::uint32_t>(sector);
+    return header;
+}
+
+/// Overwrites the key material first, so that a crash leaves a slot that does not open and not one that does.
+Result<void> erase_slot(Storage& file, HostOffset at, Luks1Header& header, std::size_t index) {
+    auto& slot = header.slots[index];
+    std::vector<std::byte> noise(stored_material_bytes(header));
+    crypto::fill_random(noise);
+    TRY_VOID(file.write(material_at(at, slot), noise));
+    TRY_VOID(file.flush());
+    slot.used = false;
+    slot.iterations = 0;
+    slot.salt = {};
+    TRY_VOID(file.write(at, format::encode_luks1_header(header)));
+    return file.flush();
+}
+
+Result<void> add_slot(Storage& file, const Area& area, Luks1Header& header, const KeySlotChange& change,
+                      const Secret& existing, double max_seconds) {
+    const auto unused = std::ranges::find(header.slots, false, &LuksSlot::used);
+    if (!change.slot && unused == header.slots.end())
+        return bad_option("keyslot", "all 8 key slots are in use; erase one, or replace one with --force");
+    const std::size_t index = change.slot ? *change.slot : static_cast<std::size_t>(unused - header.slots.begin());
+    if (header.slots[index].used && !change.force) {
+        return bad_option("keyslot", fmt::format("key slot {} is in use; --force replaces its passphrase", index));
+    }
+    const auto opened = TRY(open_any_slot(area, header, existing, max_seconds));
+    auto slot = header.slots[index];
+    const auto material = TRY(fill_slot(header, slot, opened.data_key, *change.new_key, change.iter_time_ms));
+    if (header.slots[index].used) TRY_VOID(erase_slot(file, area.at, header, index));
+    TRY_VOID(file.write(material_at(area.at, slot), material));
+    TRY_VOID(file.flush());
+    header.slots[index] = slot;
+    TRY_VOID(file.write(area.at, format::encode_luks1_header(header)));
+    return file.flush();
+}
+
+Result<void> erase_slots(Storage& file, const Area& area, Luks1Header& header, const KeySlotChange& change,
+                         double max_seconds) {
+    std::vector<std::size_t> doomed;
+    const auto used = static_cast<std::size_t>(std::ranges::count(header.slots, true, &LuksSlot::used));
+    if (change.slot) {
+        if (!header.slots[*change.slot].used)
+            return bad_option("keyslot", fmt::format("key slot {} is not in use", *change.slot));
+        doomed.push_back(*change.slot);
+    } else if (change.old_key) {
+        TRY_VOID(verify_work(area, header, max_seconds));
+        for (std::size_t i = 0; i < header.slots.size(); ++i) {
+            if (header.slots[i].used && TRY(open_slot(area, header, header.slots[i], *change.old_key))) doomed.push_back(i);
+        }
+        if (doomed.empty()) return wrong_key(area, used);
+    } else {
+        return bad_option("state", "inactive needs a key slot (keyslot) or the passphrase to erase (old-secret)");
+    }
+    if (doomed.size() == used && !change.force) {
+        return fail(Errc::invalid_argument, area.file.name(),
+                    "these are its last key slots, without which nobody can read its data again; --force erases them");
+    }
+    for (const auto index : doomed) TRY_VOID(erase_slot(file, area.at, header, index));
+    return {};
+}
+
+}  // namespace
+
+Result<std::shared_ptr<const SectorCipher>> unlock(const Area& area, const Secret& key, double max_seconds) {
+    const auto header = TRY(read_header(area));
+    const auto opened = TRY(open_any_slot(area, header, key, max_seconds));
+    return SectorCipher::make(header.cipher, header.mode, opened.data_key.bytes());
+}
+
+Result<std::uint64_t> header_bytes(const EncryptionOptions& options) {
+    return std::uint64_t{TRY(plan(options)).payload_sector} * format::luks_sector_bytes;
+}
+
+Result<NewHeader> make_header(const EncryptionOptions& options) {
+    if (!options.key) return bad_option("key-secret", "the key is missing");
+    auto header = TRY(plan(options));
+    Secret data_key(header.key_bytes);
+    crypto::fill_random(data_key.bytes());
+    header.uuid = make_uuid();
+    crypto::fill_random(header.salt);
+    header.iterations = TRY(
+        iterations_for(header.hash, header.digest.size(), static_cast<double>(options.iter_time_ms) / digest_share));
+    TRY_VOID(crypto::pbkdf2(header.hash, data_key.bytes(), header.salt, header.iterations, header.digest));
+    auto& slot = header.slots.front();
+    const auto material = TRY(fill_slot(header, slot, data_key, *options.key, options.iter_time_ms));
+    NewHeader made;
+    made.bytes.resize(std::uint64_t{header.payload_sector} * format::luks_sector_bytes);
+    std::ranges::copy(format::encode_luks1_header(header), made.bytes.begin());
+    std::ranges::copy(material, std::span(made.bytes).subspan(material_at({0}, slot).value).begin());
+    made.cipher = TRY(SectorCipher::make(header.cipher, header.mode, data_key.bytes()));
+    return made;
+}
+
+Result<void> change_slots(Storage& file, HostOffset at, std::uint64_t bytes, const KeySlotChange& change,
+                          const Secret* existing, double max_seconds) {
+    const Area area{file, at, bytes};
+    auto header = TRY(read_header(area));
+    if (change.slot && *change.slot >= header.slots.size())
+        return bad_option("keyslot", fmt::format("{} is not a number from 0 to 7", *change.slot));
+    if (!change.new_key) return erase_slots(file, area, header, change, max_seconds);
+    return add_slot(file, area, header, change, *existing, max_seconds);
+}
+
+Result<std::shared_ptr<const SectorCipher>> legacy_cipher(const Secret& key) {
+    Secret padded(16);
+    std::ranges::copy(key.bytes().first(std::min(key.bytes().size(), padded.bytes().size())), padded.bytes().begin());
+    return SectorCipher::make("aes", "cbc-plain64", padded.bytes());
+}
+
+}  // namespace qcow::luks

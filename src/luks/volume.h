@@ -1,0 +1,49 @@
+#pragma once
+// LUKS1 on a Storage: the key of the data out of a key slot, new headers, changes of key slots.
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "crypto/cipher.h"
+#include "qcow/amend.h"
+#include "qcow/create.h"
+#include "qcow/key.h"
+#include "qcow/storage.h"
+
+namespace qcow::luks {
+
+/// Where a header lies with its key material.
+struct Area {
+    const Storage& file;
+    HostOffset at;
+    std::uint64_t bytes = 0;  ///< at most so many
+};
+
+/// Returns the cipher of the data. Tries the key slots in use, one derivation each.
+/// Errors: Errc::encrypted: the key is wrong; Errc::limit_exceeded: the header asks for more than `max_seconds` of
+/// work, which is found before any of it is done; Errc::corrupt, unsupported; io.
+Result<std::shared_ptr<const crypto::SectorCipher>> unlock(const Area& area, const Secret& key, double max_seconds);
+
+/// A new header with its key material, and the cipher of the data.
+struct NewHeader {
+    std::vector<std::byte> bytes;
+    std::shared_ptr<const crypto::SectorCipher> cipher;
+};
+
+/// Returns the length of the header of a new image. Errors: Errc::invalid_argument, unsupported.
+Result<std::uint64_t> header_bytes(const EncryptionOptions& options);
+
+/// Makes a header of header_bytes() with a random key of the data, and one key slot. Takes about `iter_time_ms`, and
+/// an eighth of it more. Errors: Errc::invalid_argument, unsupported.
+Result<NewHeader> make_header(const EncryptionOptions& options);
+
+/// Changes key slots, durably. `file` is the writable file of the area. `existing` opens the image; only adding needs
+/// it. See KeySlotChange. Errors: Errc::encrypted, invalid_argument; those of unlock; Errc::io.
+Result<void> change_slots(Storage& file, HostOffset at, std::uint64_t bytes, const KeySlotChange& change,
+                          const Secret* existing, double max_seconds);
+
+/// The cipher of the legacy encryption of qcow and qcow2. Any key is accepted: the format cannot tell a wrong one.
+Result<std::shared_ptr<const crypto::SectorCipher>> legacy_cipher(const Secret& key);
+
+}  // namespace qcow::luks

@@ -1,0 +1,19 @@
+#pragma once
+// Changing what only the header of an image says: the version, the width of refcounts, features.
+
+#include <memory>
+
+#include "qcow/amend.h"
+#include "qcow/storage.h"
+
+namespace qcow::qcow2 {
+
+/// Verifies that no cluster has more references than refcounts of so many bits can express. The image is sound.
+/// Errors: Errc::invalid_argument: a cluster has; corrupt, io.
+Result<void> verify_refcounts_fit(const std::shared_ptr<Storage>& file, unsigned bits, const JobControl& control);
+
+/// Makes all changes but those of the size, in the file of an image that is not open. They are possible. The order:
+/// version 3, features, refcounts, version 2. Each is durable before the next.
+Result<void> amend_header(const std::shared_ptr<Storage>& file, const AmendOptions& options, const JobControl& control);
+
+}  // namespace qcow::qcow2

@@ -1,0 +1,546 @@
+// qcow partitions, ls, tree, find, cat, get, df, put, rm and mkdir. The file systems are made by their own programs,
+// which also judge what comes out.
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "support/random.h"
+#include "tool/tool_fixture.h"
+
+namespace qcow::test {
+namespace {
+
+using nlohmann::json;
+using testing::AllOf;
+using testing::HasSubstr;
+using testing::Not;
+
+class InsideTest : public testing::Test {
+protected:
+    [[nodiscard]] Finished tool(Arguments arguments) const {
+        arguments.insert(arguments.begin(), QCOW_TOOL);
+        return run(arguments, directory_.path());
+    }
+    Finished must_tool(const Arguments& arguments) const {
+        auto finished = tool(arguments);
+        EXPECT_EQ(finished.status, 0) << finished.text();
+        EXPECT_EQ(finished.err, "") << finished.text();
+        return finished;
+    }
+    void expect_refusal(const Arguments& arguments, const testing::Matcher<std::string>& message) const {
+        const auto finished = tool(arguments);
+        EXPECT_EQ(finished.status, 1) << finished.text();
+        EXPECT_THAT(finished.err, AllOf(testing::StartsWith("qcow: "), message)) << finished.text();
+    }
+    std::string shell(const std::string& script) const {
+        return must_run({"bash", "-euc", script}, directory_.path()).out;
+    }
+
+    /// A tree with every kind of file, in "tree".
+    void make_tree() const {
+        shell(R"SH(mkdir -p tree/a/b/c tree/empty tree/many
+            cd tree
+            echo hello > a/f; ln a/f a/hard; ln -s ../f a/b/link; ln -s /etc/passwd absolute
+            ln -s "$(printf 'x%.0s' $(seq 200))" long-link
+            head -c 300000 /dev/urandom > a/big
+            mkfifo pipe; mknod null c 1 3; mknod device b 300 70000
+            python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind("socket")'
+            truncate -s 3M sparse; printf X | dd of=sparse bs=1 seek=1000000 conv=notrunc status=none
+            printf Y >> sparse
+            for i in $(seq 200); do echo $i > many/file-with-a-rather-long-name-$i; done
+            echo odd > "$(printf 'odd\n\377name')"
+            setfattr -n user.test -v value a/f; setfacl -m u:1000:rw a/big
+            setfattr -n user.long -v "$(printf 'y%.0s' $(seq 300))" a/big
+            chown 1234:70000 a/f; chmod 4755 a/f; chmod 1777 empty
+            touch -d '2001-02-03 04:05:06.123456789' a/f; touch -h -d '1999-02-03 04:05:06.5' absolute
+            touch -d 2020-01-01 empty a/b many a .)SH");
+    }
+
+    /// What rsync would have to do to make "out" what "tree" is. (mke2fs gives the root directory a time of its own.)
+    [[nodiscard]] std::string differences(const Arguments& options = {"-H"}) const {
+        Arguments command = {"rsync", "-aAXni", "--delete", "--checksum", "--exclude=/lost+found"};
+        command.insert(command.end(), options.begin(), options.end());
+        command.insert(command.end(), {"tree/", "out/"});
+        auto found = must_run(command, directory_.path()).out;
+        constexpr std::string_view root = ".d..t...... ./\n";
+        return found.starts_with(root) ? found.substr(root.size()) : found;
+    }
+
+    void make_ext(const std::string& name, const std::string& options, const std::string& size = "32M") const {
+        shell("truncate -s " + size + " " + name + "; mke2fs -q -F " + options + " -d tree " + name);
+    }
+
+    void expect_sound(const std::string& name) const {
+        const auto checked = run({"e2fsck", "-fn", name}, directory_.path());
+        EXPECT_EQ(checked.status, 0) << checked.text();
+    }
+
+    TemporaryDirectory directory_;
+};
+
+TEST_F(InsideTest, GetsEveryPropertyOutOfExt) {
+    make_tree();
+    const std::vector<std::string> kinds = {"-t ext2 -b 1024 -I 256",
+                                            "-t ext3 -b 2048 -I 256",
+                                            "-t ext4 -b 4096 -I 512 -O 64bit,inline_data",
+                                            "-t ext4 -O bigalloc -C 65536 -I 256",
+                                            "-t ext4 -O ^extent,^64bit,^has_journal -I 256",
+                                            "-t ext4 -O casefold,metadata_csum,ea_inode -I 256"};
+    for (const auto& kind : kinds) {
+        make_ext("disk.raw", kind);
+        must_tool({"get", "-f", "raw", "disk.raw", "/", "out"});
+        EXPECT_EQ(differences(), "") << kind;
+        shell("rm -r out disk.raw");
+    }
+    shell(
+        "truncate -s 4M old.raw; mke2fs -q -F -t ext2 -r 0 old.raw; debugfs -w -R 'write tree/a/big big' old.raw "
+        "2>/dev/null");
+    must_tool({"get", "-f", "raw", "old.raw", "/big", "big"});
+    EXPECT_EQ(read_file(directory_ / "big"), read_file(directory_ / "tree/a/big"));
+}
+
+TEST_F(InsideTest, ReadsThroughTheEngine) {
+    make_tree();
+    make_ext("disk.raw", "-t ext4 -I 256 -L root");
+    must_qemu_img({"convert", "-c", "-O", "qcow2", "disk.raw", "base.qcow2"}, directory_.path());
+    must_qemu_img({"snapshot", "-c", "before", "base.qcow2"}, directory_.path());
+    const auto base = read_file(directory_ / "base.qcow2");
+    must_tool({"get", "--force-share", "base.qcow2", "/", "out"});
+    EXPECT_EQ(differences(), "");
+    EXPECT_EQ(read_file(directory_ / "base.qcow2"), base) << "reading wrote";
+    shell("rm -r out; mkdir out");
+    must_tool({"get", "base.qcow2", "/a", "/many", "out"});
+    EXPECT_EQ(shell("ls out"), "a\nmany\n");
+    shell("rm -r out; mkdir out; '" QCOW_TOOL
+          "' get --tar base.qcow2 / | tar --xattrs --xattrs-include='*' --acls -C out -xpf -; rm tree/socket");
+    EXPECT_EQ(differences(), "");
+
+    must_qemu_img({"create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2"}, directory_.path());
+    EXPECT_EQ(must_tool({"cat", "top.qcow2", "/a/b/link"}).out, "hello\n");
+    must_tool({"rm", "-r", "top.qcow2", "/many"});
+    EXPECT_THAT(must_tool({"ls", "top.qcow2"}).out, Not(HasSubstr("many")));
+    EXPECT_EQ(read_file(directory_ / "base.qcow2"), base) << "the change went into the backing file";
+    must_tool({"rm", "-r", "base.qcow2", "/a"});
+    EXPECT_THAT(must_tool({"ls", "base.qcow2"}).out, Not(HasSubstr("a\n")));
+    EXPECT_EQ(must_tool({"cat", "-l", "before", "base.qcow2", "/a/f"}).out, "hello\n");
+    EXPECT_THAT(must_tool({"info", "base.qcow2"}).out, HasSubstr("ext4 \"root\""));
+    EXPECT_EQ(json::parse(must_tool({"df", "--json", "top.qcow2"}).out)[0]["label"], "root");
+}
+
+TEST_F(InsideTest, ListsAndFinds) {
+    make_tree();
+    make_ext("disk.raw", "-t ext4 -I 256");
+    const Arguments raw = {"-f", "raw", "disk.raw"};
+    const auto with = [&](Arguments front, const Arguments& back) {
+        front.insert(front.end(), raw.begin(), raw.end());
+        front.insert(front.end(), back.begin(), back.end());
+        return front;
+    };
+    EXPECT_EQ(must_tool(with({"ls"}, {"/a"})).out, "b\nbig\nf\nhard\n");
+    EXPECT_THAT(must_tool(with({"ls", "-l"}, {"/a"})).out, HasSubstr("-rwsr-xr-x"));
+    EXPECT_THAT(must_tool(with({"ls"}, {})).out, HasSubstr("odd\\x0a\\xffname"));
+    EXPECT_THAT(must_tool(with({"ls", "-R"}, {"/a"})).out, HasSubstr("/a/b:\nc\nlink\n"));
+    const auto file = json::parse(must_tool(with({"ls", "--json"}, {"/a/f"})).out)[0];
+    EXPECT_EQ(file["uid"], 1234);
+    EXPECT_EQ(file["gid"], 70000);
+    EXPECT_EQ(file["links"], 2);
+    EXPECT_EQ(file["mode"], "4755");
+    EXPECT_EQ(json::parse(must_tool(with({"ls", "--json"}, {"/device"})).out)[0]["device"], "300:70000");
+    EXPECT_THAT(must_tool(with({"tree"}, {"/a"})).out, HasSubstr("        link -> ../f\n"));
+    EXPECT_EQ(must_tool(with({"find"}, {"/", "--type", "f", "--size", "+200k"})).out, "/a/big\n/sparse\n");
+    EXPECT_EQ(must_tool(with({"find"}, {"/a", "--name", "h*d"})).out, "/a/hard\n");
+    EXPECT_EQ(must_tool(with({"find"}, {"/", "--older", "2002-01-01"})).out, "/a/f\n/a/hard\n/absolute\n");
+    expect_refusal(with({"cat"}, {"/nothing"}), HasSubstr("there is no such file in the disk"));
+    expect_refusal(with({"cat"}, {"/a"}), HasSubstr("this is a directory"));
+    expect_refusal(with({"get"}, {"/a/f", "tree/a/f"}), HasSubstr("it is not replaced"));
+    shell("debugfs -w -R 'sif /a/big flags 0x80800' disk.raw 2>/dev/null");
+    expect_refusal(with({"cat"}, {"/a/big"}), HasSubstr("the contents are encrypted (fscrypt)"));
+    shell("debugfs -w -R 'feature needs_recovery' disk.raw 2>/dev/null");
+    EXPECT_THAT(tool(with({"ls"}, {"/a"})).err, HasSubstr("the journal was not replayed"));
+    expect_refusal(with({"rm"}, {"/a/f"}), HasSubstr("its journal must be replayed"));
+}
+
+TEST_F(InsideTest, ChangesExtInPlace) {
+    make_tree();
+    for (const auto* const kind :
+         {"-t ext4 -I 256", "-t ext2 -b 1024 -I 256", "-t ext4 -b 4096 -O metadata_csum,64bit -I 256"}) {
+        shell("truncate -s 64M disk.raw; mke2fs -q -F " + std::string(kind) + " disk.raw");
+        must_qemu_img({"convert", "-O", "qcow2", "disk.raw", "disk.qcow2"}, directory_.path());
+        must_tool({"mkdir", "-p", "disk.qcow2", "/deep/er"});
+        must_tool({"put", "disk.qcow2", "tree", "/deep/er"});
+        must_tool({"put", "disk.qcow2", "tree/a/big", "/deep/er/tree/a/f"});  // replaces it
+        must_tool({"put", "disk.qcow2", "tree/a/f", "/deep/er/tree/a/f"});
+        must_tool({"get", "disk.qcow2", "/deep/er/tree", "out"});
+        // Hard links become files, and directories get the time of the change.
+        EXPECT_EQ(differences({"-O", "--modify-window=-1"}), "") << kind;  // to the nanosecond
+        must_qemu_img({"convert", "-O", "raw", "disk.qcow2", "after.raw"}, directory_.path());
+        expect_sound("after.raw");
+        must_tool({"rm", "-r", "disk.qcow2", "/deep"});
+        must_qemu_img({"convert", "-O", "raw", "disk.qcow2", "after.raw"}, directory_.path());
+        expect_sound("after.raw");
+        EXPECT_EQ(must_tool({"ls", "disk.qcow2"}).out, "lost+found\n");
+        shell("rm -r out");
+    }
+    expect_refusal({"rm", "disk.qcow2", "/lost+found/x"}, HasSubstr("there is no such file"));
+    expect_refusal({"put", "disk.qcow2", "tree/a/f", "/no/where"}, HasSubstr("there is no such file"));
+    shell("head -c 80M /dev/zero | tr '\\0' x > large");
+    expect_refusal({"put", "disk.qcow2", "large", "/"}, HasSubstr("large"));
+    must_qemu_img({"convert", "-O", "raw", "disk.qcow2", "after.raw"}, directory_.path());
+    expect_sound("after.raw");
+}
+
+// ---- Changes that are refused, or go on to the end ----
+
+TEST_F(InsideTest, ChangesNothingThatIsInUseOrNotUnderstood) {
+    shell("echo new > new");
+    const auto refused = [&](const std::string& message) {
+        const auto before = read_file(directory_ / "disk.raw");
+        for (const Arguments& command : {Arguments{"put", "-f", "raw", "disk.raw", "new", "/"},
+                                         {"mkdir", "-f", "raw", "disk.raw", "/d"},
+                                         {"rm", "-f", "raw", "disk.raw", "/lost+found"}})
+            expect_refusal(command, HasSubstr(message));
+        EXPECT_TRUE(read_file(directory_ / "disk.raw") == before);
+    };
+    shell("mke2fs -q -F -t ext2 disk.raw 4M; debugfs -w -R 'ssv state 0' disk.raw 2>/dev/null");
+    refused("it is mounted, or was not unmounted");
+    for (const auto* const feature : {"quota", "ea_inode"}) {
+        shell(std::string("rm disk.raw; mke2fs -q -F -t ext4 -O ") + feature + " disk.raw 8M");
+        refused(fmt::format("the feature \"{}\"", feature));
+    }
+}
+
+TEST_F(InsideTest, PutKeepsTheOldFileUntilTheNewOneIsComplete) {
+    for (const auto* const options : {"-t ext4 -I 256", "-t ext4 -O inline_data -I 256", "-t ext2 -O ^filetype"}) {
+        shell(std::string("rm -f disk.raw; mke2fs -q -F ") + options +
+              " disk.raw 8M; echo old > value; head -c 20M /dev/urandom > large; ln -sf value link");
+        must_tool({"put", "-f", "raw", "disk.raw", "value", "/value"});
+        expect_refusal({"put", "-f", "raw", "disk.raw", "large", "/value"}, HasSubstr("large"));
+        EXPECT_EQ(must_tool({"cat", "-f", "raw", "disk.raw", "/value"}).out, "old\n");
+        EXPECT_EQ(must_tool({"ls", "-f", "raw", "disk.raw"}).out, "lost+found\nvalue\n");
+        shell("head -c 1M /dev/urandom > value");
+        must_tool({"put", "-f", "raw", "disk.raw", "value", "/value"});
+        EXPECT_TRUE(must_tool({"cat", "-f", "raw", "disk.raw", "/value"}).out == read_file(directory_ / "value"));
+        expect_sound("disk.raw");
+        must_tool({"put", "-f", "raw", "disk.raw", "link", "/value"});
+        EXPECT_THAT(must_tool({"ls", "-l", "-f", "raw", "disk.raw", "/"}).out, HasSubstr("value -> value"));
+        EXPECT_EQ(must_tool({"ls", "-f", "raw", "disk.raw"}).out, "lost+found\nvalue\n");
+        expect_sound("disk.raw");
+    }
+}
+
+TEST_F(InsideTest, PutDoesNotTakeTheDiskItself) {
+    shell("mke2fs -q -F -t ext4 disk.raw 8M; mkdir above; ln disk.raw above/again");
+    must_qemu_img({"create", "-q", "-f", "qcow2", "-b", "disk.raw", "-F", "raw", "top.qcow2"}, directory_.path());
+    for (const auto* const source : {"disk.raw", "above"})
+        expect_refusal({"put", "-f", "raw", "disk.raw", source, "/"}, HasSubstr("the disk would overwrite"));
+    expect_refusal({"put", "top.qcow2", "top.qcow2", "/"}, HasSubstr("the disk would overwrite"));
+    expect_sound("disk.raw");
+}
+
+TEST_F(InsideTest, RemovesTreesWithoutTypesInEntries) {
+    shell("mke2fs -q -F -t ext2 -O ^filetype disk.raw 4M; mkdir -p d/e/f; echo 1 > d/e/g");
+    must_tool({"put", "-f", "raw", "disk.raw", "d", "/"});
+    must_tool({"rm", "-r", "-f", "raw", "disk.raw", "/d"});
+    EXPECT_EQ(must_tool({"ls", "-f", "raw", "disk.raw"}).out, "lost+found\n");
+    expect_sound("disk.raw");
+}
+
+/// Each file takes about as long as the first, and not longer the more there are.
+TEST_F(InsideTest, LargeDirectoriesAreChangedQuickly) {
+    shell(
+        "mkdir many; cd many; seq 4000 | sed s/^/file-with-a-rather-long-name-/ | xargs touch; cd ..; "
+        "mke2fs -q -F -t ext4 -N 10000 disk.raw 32M");
+    const auto begin = std::chrono::steady_clock::now();
+    must_tool({"put", "-f", "raw", "disk.raw", "many", "/"});
+    must_tool({"put", "-f", "raw", "disk.raw", "many", "/"});
+    must_tool({"rm", "-r", "-f", "raw", "disk.raw", "/many"});
+    EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(30));
+    expect_sound("disk.raw");
+}
+
+TEST_F(InsideTest, GoesOnAfterAFileThatIsMissing) {
+    shell("mke2fs -q -F -t ext4 disk.raw 4M; echo A > -A; echo B > B");
+    must_tool({"put", "-f", "raw", "disk.raw", "--", "-A", "B", "/"});
+    const auto printed = tool({"cat", "-f", "raw", "disk.raw", "/-A", "/missing", "/lost+found", "/B"});
+    EXPECT_EQ(printed.status, 1);
+    EXPECT_EQ(printed.out, "A\nB\n");
+    EXPECT_THAT(printed.err, AllOf(HasSubstr("/missing: there is no such file"), HasSubstr("this is a directory")));
+    const auto listed = tool({"ls", "-f", "raw", "disk.raw", "/missing", "/B"});
+    EXPECT_EQ(listed.status, 1);
+    EXPECT_EQ(listed.out, "/missing:\n/B:\n/B\n");
+    EXPECT_THAT(listed.err, HasSubstr("/missing: there is no such file"));
+    // What follows "--" is no option.
+    EXPECT_EQ(must_tool({"cat", "-f", "raw", "disk.raw", "--", "-A"}).out, "A\n");
+    EXPECT_EQ(must_tool({"cat", "-f", "raw", "disk.raw", "B", "--", "/B", "-A"}).out, "B\nB\nA\n");
+    shell("mkdir got");
+    must_tool({"get", "-f", "raw", "--", "disk.raw", "-A", "B", "got"});
+    for (const auto* const command : {"info", "map", "check"})
+        expect_refusal({command, "-f", "raw", "disk.raw", "--", "-x"}, HasSubstr("\"-x\" is one argument too many"));
+}
+
+TEST_F(InsideTest, GetsInodesByNumber) {
+    shell("mke2fs -q -F -t ext4 disk.raw 4M; echo A > A; echo B > B");
+    must_tool({"put", "-f", "raw", "disk.raw", "A", "B", "/"});
+    must_tool({"get", "--inode", "12", "--inode", "13", "-f", "raw", "disk.raw", "."});
+    EXPECT_EQ(read_file(directory_ / "inode-12") + read_file(directory_ / "inode-13"), "A\nB\n");
+}
+
+TEST_F(InsideTest, SignalsLeaveNoPartOfAFile) {
+    shell("truncate -s 600M disk.raw; mke2fs -q -F -t ext2 disk.raw; head -c 400M /dev/zero | tr '\\0' x > large");
+    must_tool({"put", "-f", "raw", "disk.raw", "large", "/"});
+    shell("rm large; mkdir out");
+    Subprocess getting({"sh", "-c", "echo $$ > pid; exec " QCOW_TOOL " get -f raw disk.raw /large out"},
+                       directory_.path());
+    const auto has_written = [&] {
+        const auto bytes =
+            shell("[ -s pid ] || { echo 0; exit; }; sed -n 's/^wchar: //p' /proc/$(cat pid)/io || echo 999999999");
+        return std::strtoul(bytes.c_str(), nullptr, 10) > 20'000'000;
+    };
+    while (!has_written()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    getting.signal(SIGINT);
+    EXPECT_EQ(getting.finish().status, 128 + SIGINT);
+    EXPECT_EQ(shell("ls -A out"), "");
+    must_tool({"get", "-f", "raw", "disk.raw", "/large", "out"});
+}
+
+TEST_F(InsideTest, ReadsOtherFileSystems) {
+    shell(R"SH(mkdir -p tree/sub; cd tree; head -c 300000 /dev/urandom > big; echo hello > sub/file; ln -s sub/file link
+        for i in $(seq 50); do echo $i > "sub/A rather long name $i.txt"; done)SH");
+    const auto same = [&](const std::string& disk) {
+        must_tool({"get", "-f", "raw", disk, "/", "out"});
+        shell("diff -r --no-dereference tree out; rm -r out");
+    };
+    shell("mksquashfs tree squash.raw -quiet -no-progress > /dev/null; truncate -s %512 squash.raw");
+    same("squash.raw");
+    shell("tar -C tree -cf tar.raw .");
+    same("tar.raw");
+    shell("xorriso -as mkisofs -quiet -R -o iso.raw tree 2>/dev/null");
+    same("iso.raw");
+    shell("rm tree/link");
+    for (const auto* const kind : {"12", "16", "32"}) {
+        shell("rm -f fat.raw; truncate -s " + std::string(kind == std::string("12") ? "8M" : "64M") +
+              " fat.raw; mkfs.vfat -n LABEL -F " + kind +
+              " fat.raw > /dev/null; mcopy -i fat.raw -s tree/big tree/sub ::");
+        same("fat.raw");
+    }
+    shell(
+        "truncate -s 16M ntfs.raw; mkntfs -q -F -L LABEL ntfs.raw 2>/dev/null; ntfscp -f ntfs.raw tree/big big; ntfscp "
+        "-f ntfs.raw tree/sub/file file");
+    EXPECT_EQ(must_tool({"cat", "-f", "raw", "ntfs.raw", "/big"}).out, read_file(directory_ / "tree/big"));
+    EXPECT_EQ(must_tool({"cat", "-f", "raw", "ntfs.raw", "/file"}).out, "hello\n");
+    EXPECT_EQ(must_tool({"ls", "-f", "raw", "ntfs.raw"}).out, "big\nfile\n");
+    shell("truncate -s 16M exfat.raw; mkfs.exfat -L LABEL exfat.raw > /dev/null");
+    EXPECT_EQ(must_tool({"ls", "-f", "raw", "exfat.raw"}).out, "");
+    for (const auto* const disk : {"fat.raw", "ntfs.raw", "exfat.raw"})
+        EXPECT_THAT(must_tool({"partitions", "-f", "raw", disk}).out, HasSubstr("\"LABEL\"")) << disk;
+    // What was deleted can still be found in FAT.
+    shell("mdel -i fat.raw ::/big");
+    EXPECT_THAT(must_tool({"ls", "-f", "raw", "fat.raw"}).out, Not(HasSubstr("ig")));
+    const auto entries = json::parse(must_tool({"ls", "--deleted", "--json", "-f", "raw", "fat.raw"}).out);
+    const auto deleted = std::ranges::find_if(entries, [](const auto& entry) { return entry.value("deleted", false); });
+    ASSERT_NE(deleted, entries.end()) << entries;
+    EXPECT_EQ(must_tool({"cat", "--inode", std::to_string((*deleted)["inode"].get<int>()), "-f", "raw", "fat.raw"}).out,
+              read_file(directory_ / "tree/big"));
+    shell("truncate -s 300M xfs.raw; mkfs.xfs -q xfs.raw");
+    expect_refusal({"ls", "-f", "raw", "xfs.raw"}, HasSubstr("xfs: nothing in qcowkit reads the files of this"));
+}
+
+// ---- Partitions ----
+
+/// Compares with what sfdisk says.
+void expect_as_sfdisk(const json& ours, const json& theirs, std::uint64_t sector) {
+    const auto& table = theirs["partitiontable"];
+    EXPECT_EQ(ours["table"], table["label"] == "dos" ? "mbr" : "gpt");
+    std::string id = table["id"];
+    std::ranges::transform(id, id.begin(), [](unsigned char c) { return std::tolower(c); });
+    EXPECT_EQ(ours["uuid"], id);
+    ASSERT_EQ(ours["partitions"].size(), table["partitions"].size());
+    for (std::size_t i = 0; i < ours["partitions"].size(); ++i) {
+        const auto& mine = ours["partitions"][i];
+        const auto& other = table["partitions"][i];
+        EXPECT_EQ(mine["start"], other["start"].get<std::uint64_t>() * sector);
+        EXPECT_EQ(mine["size"], other["size"].get<std::uint64_t>() * sector);
+        std::string type = other["type"];
+        std::ranges::transform(type, type.begin(), [](unsigned char c) { return std::tolower(c); });
+        const std::string hex = mine["type"];
+        EXPECT_TRUE(hex == type || std::stoul(hex.substr(2), nullptr, 16) == std::stoul(type, nullptr, 16))
+            << mine << other;
+        EXPECT_EQ(mine.value("name", ""), other.value("name", ""));
+        EXPECT_EQ(mine.value("bootable", false), other.value("bootable", false));
+        const std::string node = other["node"];
+        EXPECT_TRUE(node.ends_with(std::to_string(mine["number"].get<int>()))) << mine << other;
+    }
+}
+
+TEST_F(InsideTest, ListsPartitions) {
+    const auto listed = [&](const std::string& disk) {
+        return json::parse(must_tool({"partitions", "--json", "-f", "raw", disk}).out);
+    };
+    const auto theirs = [&](const std::string& disk) { return json::parse(shell("sfdisk --json " + disk)); };
+    shell(R"SH(truncate -s 64M gpt.raw; sfdisk -q gpt.raw <<<'label: gpt
+        size=8M, type=uefi, name="EFI ä"
+        size=16M, type=linux, bootable
+        start=40M, size=4M, type=swap')SH");
+    expect_as_sfdisk(listed("gpt.raw"), theirs("gpt.raw"), 512);
+    EXPECT_EQ(listed("gpt.raw")["partitions"][0]["type-name"], "EFI System");
+    shell(R"SH(truncate -s 64M mbr.raw; sfdisk -q mbr.raw <<<'label: dos
+        size=8M, type=c, bootable
+        type=5
+        size=4M, type=83
+        size=8M, type=82
+        size=2M, type=83')SH");
+    expect_as_sfdisk(listed("mbr.raw"), theirs("mbr.raw"), 512);
+    EXPECT_EQ(listed("mbr.raw")["partitions"].size(), 5);
+
+    // Sectors of 4096 bytes: sfdisk makes these only on a device that has them.
+    shell(R"SH(python3 - <<'PROGRAM'
+import struct, uuid, zlib
+sector, last = 4096, 16383
+entry = uuid.UUID('0fc63daf-8483-4772-8e79-3d69d8477de4').bytes_le + uuid.uuid4().bytes_le
+entry += struct.pack('<QQQ', 256, 256 + 2047, 0) + 'x'.encode('utf-16-le').ljust(72, b'\0')
+entries = entry.ljust(128 * 128, b'\0')
+def header(at, other, first):
+    made = struct.pack('<8sIIIIQQQQ16sQIII', b'EFI PART', 65536, 92, 0, 0, at, other, 6, last - 6,
+                       uuid.UUID(int=1).bytes_le, first, 128, 128, zlib.crc32(entries))
+    return made[:16] + struct.pack('<I', zlib.crc32(made)) + made[20:]
+with open('sectors.raw', 'wb') as disk:
+    disk.truncate((last + 1) * sector)
+    disk.seek(446); disk.write(bytes([0, 0, 2, 0, 0xee, 0, 0, 0, 1, 0, 0, 0, 0xff, 0x3f, 0, 0]))
+    disk.seek(510); disk.write(bytes([0x55, 0xaa]))
+    disk.seek(sector); disk.write(header(1, last, 2))
+    disk.seek(2 * sector); disk.write(entries)
+    disk.seek((last - 4) * sector); disk.write(entries)
+    disk.seek(last * sector); disk.write(header(last, 1, last - 4))
+PROGRAM
+)SH");
+    EXPECT_EQ(listed("sectors.raw")["sector-size"], 4096);
+    EXPECT_EQ(listed("sectors.raw")["partitions"][0]["start"], 1 << 20);
+    EXPECT_EQ(listed("sectors.raw")["partitions"][0]["size"], 8 << 20);
+    EXPECT_EQ(listed("sectors.raw")["warnings"], json::array());
+
+    // A damaged table is read from its backup. Without that, it is an error.
+    const auto whole = listed("gpt.raw");
+    shell("printf XXXX | dd of=gpt.raw bs=1 seek=1100 conv=notrunc status=none");
+    const auto damaged = tool({"partitions", "--json", "-f", "raw", "gpt.raw"});
+    EXPECT_THAT(damaged.err, HasSubstr("read from its backup"));
+    EXPECT_EQ(json::parse(damaged.out)["partitions"], whole["partitions"]);
+    shell("printf X | dd of=gpt.raw bs=1 seek=$((64*1024*1024-512+20)) conv=notrunc status=none");
+    expect_refusal({"partitions", "-f", "raw", "gpt.raw"}, HasSubstr("neither it nor its backup is valid"));
+
+    // A chain that leads back to its beginning.
+    auto bytes = read_file(directory_ / "mbr.raw");
+    const auto start = listed("mbr.raw")["partitions"][1]["start"].get<std::size_t>();
+    for (int i = 0; i < 4; ++i) bytes[start + 446 + 16 + 8 + static_cast<std::size_t>(i)] = '\0';
+    write_file(directory_ / "mbr.raw", bytes);
+    EXPECT_THAT(tool({"partitions", "-f", "raw", "mbr.raw"}).err, HasSubstr("is a loop"));
+}
+
+TEST_F(InsideTest, FindsThePartition) {
+    make_tree();
+    make_ext("root.raw", "-t ext4 -I 256 -L root", "16M");
+    shell(R"SH(truncate -s 64M disk.raw; sfdisk -q disk.raw <<<'label: gpt
+        start=1M, size=8M, type=uefi
+        start=16M, size=16M, type=linux'
+        dd if=root.raw of=disk.raw bs=1M seek=16 conv=notrunc status=none)SH");
+    must_qemu_img({"convert", "-O", "qcow2", "disk.raw", "disk.qcow2"}, directory_.path());
+    EXPECT_EQ(must_tool({"cat", "disk.qcow2:2", "/a/f"}).out, "hello\n");
+    EXPECT_EQ(must_tool({"cat", "disk.qcow2", "/a/f"}).out, "hello\n") << "the only partition that is known";
+    EXPECT_THAT(must_tool({"info", "disk.qcow2"}).out, HasSubstr("ext4 \"root\""));
+    expect_refusal({"ls", "disk.qcow2:1"}, HasSubstr("no file system is known here"));
+    expect_refusal({"ls", "disk.qcow2:7"}, HasSubstr("no partition with this number"));
+    shell("mkfs.vfat -n EFI --offset 2048 disk.raw 8192 > /dev/null");
+    expect_refusal({"ls", "-f", "raw", "disk.raw"}, HasSubstr("1 (vfat EFI), 2 (ext4 root)"));
+    must_tool({"put", "-f", "raw", "disk.raw:2", "tree/a/big", "/new"});
+    must_tool({"get", "-f", "raw", "disk.raw:2", "/new", "new"});
+    EXPECT_EQ(read_file(directory_ / "new"), read_file(directory_ / "tree/a/big"));
+    // A name with a colon is the file that has it.
+    shell("mv disk.qcow2 disk:2; mv root.raw 3:4");
+    EXPECT_THAT(must_tool({"partitions", "disk:2"}).out, HasSubstr("EFI System"));
+    EXPECT_EQ(must_tool({"cat", "disk:2:2", "/a/f"}).out, "hello\n");
+    EXPECT_EQ(must_tool({"cat", "-f", "raw", "3:4", "/a/f"}).out, "hello\n");
+}
+
+// ---- Hostile file systems ----
+
+TEST_F(InsideTest, NamesDoNotLeadOut) {
+    shell(
+        "mkdir -p tree/yyyy outside; ln -s \"$PWD/outside\" tree/xxxx; echo evil > tree/yyyy/file; echo evil > "
+        "tree/zzz");
+    make_ext("disk.raw", "-t ext2 -O ^dir_index", "4M");
+    auto bytes = read_file(directory_ / "disk.raw");
+    const auto patch = [&](const std::string& from, const std::string& to) {
+        for (auto at = bytes.find(from); at != std::string::npos; at = bytes.find(from, at + 1))
+            bytes.replace(at, from.size(), to);
+        write_file(directory_ / "disk.raw", bytes);
+    };
+    patch("yyyy", "xxxx");  // a link that leads out, and then a directory with the same name
+    const auto finished = tool({"get", "-f", "raw", "disk.raw", "/", "out"});
+    EXPECT_EQ(finished.status, 1) << finished.text();
+    EXPECT_EQ(shell("ls outside"), "");
+    patch("zzz", "../");
+    shell("rm -rf out");
+    expect_refusal({"get", "-f", "raw", "disk.raw", "/", "out"}, HasSubstr("which no entry can have"));
+    EXPECT_EQ(shell("ls outside"), "");
+}
+
+TEST_F(InsideTest, DamageEndsInAnErrorOrAResult) {
+    shell(R"SH(mkdir -p tree/sub; cd tree; head -c 100000 /dev/urandom > big; echo hello > sub/file; ln -s sub/file link
+        for i in $(seq 40); do echo $i > "sub/name $i"; done; cd ..
+        truncate -s 2M ext2.raw ext4.raw fat.raw ntfs.raw
+        mke2fs -q -F -t ext2 -d tree ext2.raw; mke2fs -q -F -t ext4 -O ^has_journal,inline_data,^metadata_csum -I 256 -d tree ext4.raw
+        mkfs.vfat fat.raw > /dev/null; rm tree/link; mcopy -i fat.raw -s tree/* ::
+        mkntfs -q -F ntfs.raw 2>/dev/null; ntfscp -f ntfs.raw tree/big big
+        mksquashfs tree squash.raw -quiet -no-progress > /dev/null; truncate -s %512 squash.raw
+        xorriso -as mkisofs -quiet -R -o iso.raw tree 2>/dev/null; tar -C tree -cf tar.raw .)SH");
+    Random random(20260131);
+    for (const auto* const name : {"ext2.raw", "ext4.raw", "fat.raw", "ntfs.raw", "squash.raw", "iso.raw", "tar.raw"}) {
+        const auto whole = read_file(directory_ / name);
+        // Metadata: what is not zero at the front, and for NTFS in the middle.
+        for (int round = 0; round < 25; ++round) {
+            auto bytes = whole;
+            for (int i = 0; i < 20; ++i) {
+                std::size_t at = 0;
+                for (int tries = 0; tries < 1000 && (at < 512 || whole[at] == 0); ++tries)
+                    at = random.below(whole.size());
+                bytes[at] = static_cast<char>(random.below(256));
+            }
+            write_file(directory_ / "damaged", bytes);
+            for (const Arguments& command :
+                 {Arguments{"tree", "-f", "raw", "damaged"}, {"get", "-f", "raw", "damaged", "/", "out"}}) {
+                const auto finished = tool(command);
+                EXPECT_LE(finished.status, 1) << name << " round " << round << ": " << finished.text();
+            }
+            std::filesystem::remove_all(directory_ / "out");
+        }
+    }
+}
+
+/// A signal ends put between two pieces of work: the file system is whole, and the image is closed.
+TEST_F(InsideTest, SignalsLeaveAWholeFileSystem) {
+    must_run({"mke2fs", "-q", "-F", "-t", "ext4", "disk.raw", "512M"}, directory_.path());
+    must_qemu_img({"convert", "-f", "raw", "-O", "qcow2", "disk.raw", "disk.qcow2"}, directory_.path());
+    must_qemu_img({"bitmap", "--add", "disk.qcow2", "b"}, directory_.path());
+    std::filesystem::create_directory(directory_.file("many"));
+    put_file(directory_.file("many/0"), std::string(16 << 20, 'x'));
+    for (unsigned i = 1; i < 24; ++i)
+        std::filesystem::create_hard_link(directory_.file("many/0"), directory_.file(fmt::format("many/{}", i)));
+    const auto before = std::filesystem::file_size(directory_.file("disk.qcow2"));
+    Subprocess putting({QCOW_TOOL, "put", "disk.qcow2", "many", "/many"}, directory_.path());
+    while (std::filesystem::file_size(directory_.file("disk.qcow2")) < before + (8 << 20))
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    putting.signal(SIGTERM);
+    EXPECT_EQ(putting.finish().status, 128 + SIGTERM);
+    const auto info = qemu_img_json({"info", "--output=json", "disk.qcow2"}, directory_.path());
+    EXPECT_EQ(info["format-specific"]["data"]["bitmaps"][0]["flags"], nlohmann::json::array({"auto"}));
+    must_qemu_img({"check", "-q", "disk.qcow2"}, directory_.path());
+    must_qemu_img({"convert", "-f", "qcow2", "-O", "raw", "disk.qcow2", "disk.raw"}, directory_.path());
+    must_run({"e2fsck", "-fn", "disk.raw"}, directory_.path());
+}
+
+}  // namespace
+}  // namespace qcow::test

@@ -1,0 +1,163 @@
+// qcow get: copies files out of the file system of a disk.
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "command.h"
+#include "inside.h"
+#include "progress.h"
+#include "qcow/text.h"
+#include "signals.h"
+
+namespace tool {
+namespace {
+
+struct Options {
+    DiskName disk;
+    std::vector<std::string> paths;  // and the target, unless `tar`
+    std::vector<std::uint64_t> inodes;
+    bool tar = false;
+    bool progress = false;
+    unsigned workers = 0;
+};
+
+/// A file in the disk, and where it goes.
+struct Item {
+    qcow::Inode inode = 0;
+    std::string shown;  // for messages
+    std::string name;   // its last name; empty: the root
+};
+
+std::string last_name(std::string path) {
+    while (path.ends_with('/')) path.pop_back();
+    return path.substr(path.rfind('/') + 1);
+}
+
+std::unexpected<qcow::Error> refuse(std::string place, std::string what) {
+    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(place), std::move(what)});
+}
+
+bool is_directory(const std::string& path) {
+    struct stat status = {};
+    return stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
+}
+
+qcow::Result<std::vector<Item>> items_of(Inside& inside, const Options& options, std::size_t paths) {
+    std::vector<Item> items;
+    for (std::size_t i = 0; i < paths; ++i) {
+        const auto& path = options.paths[i];
+        auto name = last_name(path);
+        if (name == "." || name == "..") name.clear();
+        items.push_back({QCOW_TRY(qcow::find_path(*inside.files, path, false)), path, name});
+    }
+    for (const auto inode : options.inodes) {
+        const auto shown = fmt::format("inode-{}", inode);
+        items.push_back({inode, shown, shown});
+    }
+    return items;
+}
+
+/// Where items go: a directory of this machine, and a name in it if the item gets another one.
+struct Target {
+    std::string directory;
+    std::optional<std::string> name;
+};
+
+qcow::Result<Target> target_of(const std::string& target, const std::vector<Item>& items) {
+    if (is_directory(target)) return Target{target, {}};
+    if (items.size() > 1 || target.ends_with('/'))
+        return refuse(qcow::printable(target), "there is no such directory; make it first");
+    if (items.front().name.empty()) {
+        // A whole file system becomes a new directory.
+        if (mkdir(target.c_str(), 0777) != 0) return refuse(qcow::printable(target), "cannot make this directory");
+        return Target{target, {}};
+    }
+    const auto slash = target.rfind('/');
+    if (slash == std::string::npos) return Target{".", target};
+    return Target{slash == 0 ? "/" : target.substr(0, slash), target.substr(slash + 1)};
+}
+
+qcow::Result<int> run(const Options& options) {
+    if (!options.tar && options.paths.empty()) return refuse("TARGET", "name where the files go, or give --tar");
+    const std::size_t paths = options.paths.size() - (options.tar ? 0 : 1);
+    if (paths == 0 && options.inodes.empty())
+        return refuse("get", "name a file in the disk and a target, or give --inode");
+    auto inside = QCOW_TRY(open_inside(options.disk));
+    const auto items = QCOW_TRY(items_of(inside, options, paths));
+    Target target;
+    if (options.tar) {
+        if (isatty(STDOUT_FILENO) != 0) {
+            return refuse("standard output",
+                          "is a terminal, which is no place for an archive; lead the output into a file");
+        }
+        qcow::FilesInUse in_use;
+        using enum qcow::FilesInUse::Use;
+        QCOW_TRY_VOID(in_use.add(read, *inside.image, QCOW_TRY(spec_of(options.disk.source)), "the image"));
+        QCOW_TRY_VOID(in_use.add(written, "/dev/stdout", "standard output"));
+    } else {
+        target = QCOW_TRY(target_of(options.paths.back(), items));
+    }
+
+    std::uint64_t failures = 0;
+    std::vector<std::string> not_kept;
+    {
+        Progress progress("getting", options.progress);
+        const CleanUpOnSignals clean_up;
+        const auto info = inside.files->info();
+        const auto total = info ? info->bytes - std::min(info->bytes, info->free_bytes.value_or(0)) : 0;
+        std::uint64_t before = 0;  // bytes of the items that are done
+        for (const auto& item : items) {
+            qcow::ExtractOptions how;
+            how.disk = inside.disk.get();
+            how.workers = options.workers;
+            how.failed = [&](const std::string& path, const qcow::Error& error) {
+                complain_about(path.empty() ? item.shown : item.shown + (item.shown.ends_with('/') ? "" : "/") + path,
+                               error);
+            };
+            how.progress = [&](std::uint64_t bytes) { progress.update(std::min(before + bytes, total), total); };
+            const auto report =
+                QCOW_TRY(options.tar ? qcow::write_tar(*inside.files, item.inode, item.name, STDOUT_FILENO, how)
+                                     : qcow::extract(*inside.files, item.inode, target.directory,
+                                                     target.name.value_or(item.name), how));
+            before += report.bytes;
+            failures += report.failed;
+            for (const auto& what : report.not_kept)
+                if (std::ranges::find(not_kept, what) == not_kept.end()) not_kept.push_back(what);
+        }
+    }
+    if (!not_kept.empty()) {
+        complain(
+            fmt::format("warning: this user may not set, or the target does not have: {}", fmt::join(not_kept, ", ")));
+    }
+    return failures == 0 ? ok : failed;
+}
+
+}  // namespace
+
+void declare_get(CLI::App& root, int& status) {
+    const auto options = std::make_shared<Options>();
+    auto& app = declare(
+        root, status, "get", "Copy files and directories out of the file system of a disk",
+        "Keeps owners, modes, times, hard and symbolic links, holes, device nodes and extended attributes, as far as "
+        "the\n"
+        "user may set them. Nothing that exists is replaced, and nothing outside of TARGET is touched, whatever names\n"
+        "and links the disk has. If TARGET is a directory, the files go into it.\n"
+        "Examples:\n"
+        "  qcow get disk.qcow2:2 /etc/fstab .\n"
+        "  qcow get disk.qcow2:2 / tree                       the whole file system\n"
+        "  qcow get --tar disk.qcow2:2 /var | zstd > var.tar.zst\n"
+        "  qcow get --inode 1234 disk.qcow2:2 .               as inode-1234",
+        [options] { return run(*options); });
+    add_disk_options(app, options->disk);
+    app.add_option("PATH", options->paths, "Files in the disk, and at last TARGET, where they go")->expected(0, -1);
+    app.add_option("--inode", options->inodes, "Get the file with this inode number, also one that was deleted")
+        ->type_name("NUMBER")
+        ->allow_extra_args(false);
+    app.add_flag("--tar", options->tar, "Write a tar archive to standard output, without TARGET");
+    app.add_flag("-p,--progress", options->progress, "Show progress even if standard error is not a terminal");
+    add_workers_option(app, options->workers);
+}
+
+}  // namespace tool

@@ -1,0 +1,255 @@
+#include "keys.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <map>
+#include <optional>
+#include <system_error>
+
+#include "arguments.h"
+#include "create_options.h"
+#include "qcow/text.h"
+#include "qcow/try.h"
+#include "signals.h"
+
+namespace tool {
+namespace {
+
+using qcow::Errc;
+using qcow::Result;
+using qcow::Secret;
+
+constexpr std::size_t max_key_bytes = 8192;
+
+std::unexpected<qcow::Error> refuse(std::string place, std::string what) {
+    return std::unexpected(qcow::Error{Errc::invalid_argument, std::move(place), std::move(what)});
+}
+
+/// The values of the options.
+struct Arguments {
+    std::vector<std::string> objects;
+    std::vector<std::string> files;
+    std::vector<int> descriptors;
+
+    // Keys by the file that they belong to: an image that is opened twice takes no second key.
+    std::map<std::string, Secret> known;
+    std::size_t taken = 0;
+};
+
+Arguments& arguments() {
+    static Arguments all;
+    return all;
+}
+
+class Descriptor {
+public:
+    explicit Descriptor(int fd) : fd_(fd) {}
+    Descriptor(const Descriptor&) = delete;
+    Descriptor& operator=(const Descriptor&) = delete;
+    ~Descriptor() {
+        if (fd_ > STDERR_FILENO) ::close(fd_);
+    }
+    [[nodiscard]] int get() const { return fd_; }
+
+private:
+    int fd_;
+};
+
+std::unexpected<qcow::Error> system_error(const std::string& name) {
+    const int code = errno;
+    const auto kind = code == ENOENT ? Errc::not_found : code == EACCES ? Errc::access_denied : Errc::io;
+    return std::unexpected(qcow::Error{kind, name, std::generic_category().message(code)});
+}
+
+/// Reads up to the end, or to the end of the first line, which is left out.
+Result<Secret> read_secret(int fd, const std::string& name, bool one_line) {
+    Secret buffer(max_key_bytes + 1);
+    std::size_t length = 0;
+    while (length < buffer.bytes().size()) {
+        const auto got = ::read(fd, buffer.bytes().data() + length, one_line ? 1 : buffer.bytes().size() - length);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return system_error(name);
+        if (got == 0 || (one_line && buffer.bytes()[length] == std::byte{'\n'})) break;
+        length += static_cast<std::size_t>(got);
+    }
+    if (length > max_key_bytes) return refuse(name, fmt::format("the key has more than {} bytes", max_key_bytes));
+    return Secret(std::as_const(buffer).bytes().first(length));
+}
+
+Result<Secret> read_key_file(const std::string& path) {
+    if (path == "-") return read_secret(STDIN_FILENO, "standard input", true);
+    const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+    if (file.get() < 0) return system_error(path);
+    return read_secret(file.get(), path, false);
+}
+
+/// Undoes base64 (RFC 4648), with line ends anywhere.
+Result<Secret> decoded(const Secret& text, const std::string& name) {
+    constexpr std::string_view alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    Secret bytes(text.bytes().size());
+    std::size_t length = 0;
+    unsigned bits = 0;
+    unsigned count = 0;
+    for (const auto byte : text.bytes()) {
+        const char c = static_cast<char>(byte);
+        if (c == '=') break;
+        if (c == '\n' || c == '\r') continue;
+        const auto digit = alphabet.find(c);
+        if (digit == std::string_view::npos) return refuse(name, "it is not base64");
+        bits = (bits << 6 | static_cast<unsigned>(digit)) & 0xfff;
+        count += 6;
+        if (count < 8) continue;
+        count -= 8;
+        bytes.bytes()[length++] = static_cast<std::byte>(bits >> count);
+    }
+    return Secret(std::as_const(bytes).bytes().first(length));
+}
+
+/// The values of "secret,id=...,file=...,format=raw".
+Result<std::map<std::string, std::string>> parse_object(const std::string& text) {
+    std::map<std::string, std::string> values;
+    const auto parts = parts_of(text);
+    if (parts.front() != "secret") return refuse("--object " + parts.front(), "only secret is an object here");
+    for (const auto& part : std::span(parts).subspan(1)) {
+        const auto equals = std::min(part.find('='), part.size());
+        const auto name = part.substr(0, equals);
+        if (name != "id" && name != "file" && name != "data" && name != "format")
+            return refuse("--object secret", fmt::format("\"{}\" is not id, file, data or format", name));
+        values[name] = part.substr(std::min(equals + 1, part.size()));
+    }
+    if (values["id"].empty()) return refuse("--object secret", "its id is missing");
+    return values;
+}
+
+Result<Secret> value_of(const std::map<std::string, std::string>& object) {
+    const auto name = fmt::format("--object secret \"{}\"", object.at("id"));
+    const bool has_file = object.contains("file");
+    if (has_file == object.contains("data")) return refuse(name, "give it either a file or data");
+    const auto format = object.contains("format") ? object.at("format") : "raw";
+    if (format != "raw" && format != "base64") return refuse(name, not_one_of(format, {"raw", "base64"}));
+    auto value = has_file ? QCOW_TRY(read_key_file(object.at("file")))
+                          : Secret(std::as_bytes(std::span<const char>(object.at("data"))));
+    return format == "raw" ? Result<Secret>(std::move(value)) : decoded(value, name);
+}
+
+Result<Secret> find_secret(const std::string& id) {
+    for (const auto& text : arguments().objects) {
+        const auto object = QCOW_TRY(parse_object(text));
+        if (object.at("id") == id) return value_of(object);
+    }
+    return refuse(fmt::format("secret \"{}\"", id), fmt::format("define it with --object secret,id={},file=FILE", id));
+}
+
+/// Asks on the terminal, which does not show what is typed.
+Result<std::optional<Secret>> ask(const std::string& question) {
+    // Where messages go to a file, nobody would see the question.
+    if (isatty(STDERR_FILENO) == 0) return std::nullopt;
+    const Descriptor terminal(::open("/dev/tty", O_RDWR | O_CLOEXEC));
+    const auto put = [&](const std::string& text) {
+        static_cast<void>(!::write(terminal.get(), text.data(), text.size()));
+    };
+    std::optional<Result<Secret>> typed;
+    {
+        const SilentTerminal silent(terminal.get());
+        if (!silent.works()) return std::nullopt;
+        put(question);
+        typed = read_secret(terminal.get(), "terminal", true);
+    }
+    put("\n");
+    if (!*typed) return std::unexpected(std::move(*typed).error());
+    return **std::move(typed);
+}
+
+std::unexpected<qcow::Error> no_way_to_ask(const std::string& file) {
+    return std::unexpected(qcow::Error{Errc::encrypted, file,
+                                       "it is encrypted, and there is no terminal to ask for its key; --key FILE or "
+                                       "--object secret,id=ID,file=FILE gives it"});
+}
+
+/// The next key that options give. Nothing: there is none.
+Result<std::optional<Secret>> given_key(const std::string& file) {
+    auto& all = arguments();
+    const std::size_t keys = all.files.size() + all.descriptors.size();
+    if (keys > 0) {
+        const std::size_t i = std::min(all.taken++, keys - 1);
+        if (i < all.files.size()) return QCOW_TRY(read_key_file(all.files[i]));
+        const int fd = all.descriptors[i - all.files.size()];
+        return QCOW_TRY(read_secret(fd, fmt::format("--key-fd {}", fd), false));
+    }
+    if (all.objects.size() > 1)
+        return refuse(file,
+                      "there are several secrets; say with --image-opts which is its key (encrypt.key-secret=ID)");
+    if (all.objects.empty()) return std::nullopt;
+    return QCOW_TRY(value_of(QCOW_TRY(parse_object(all.objects.front()))));
+}
+
+Result<Secret> find_key(const qcow::KeyRequest& request, const std::vector<std::string>& secrets) {
+    if (request.depth < secrets.size() && !secrets[request.depth].empty()) return find_secret(secrets[request.depth]);
+    auto& known = arguments().known;
+    if (const auto found = known.find(request.file); found != known.end())
+        return Secret(std::as_const(found->second).bytes());
+    auto key = QCOW_TRY(given_key(request.file));
+    if (!key) key = QCOW_TRY(ask(fmt::format("Key of {}: ", qcow::printable(request.file))));
+    if (!key) return no_way_to_ask(request.file);
+    known.insert_or_assign(request.file, Secret(std::as_const(*key).bytes()));
+    return *std::move(key);
+}
+
+}  // namespace
+
+void add_key_options(CLI::App& app) {
+    auto& all = arguments();
+    app.add_option("--object", all.objects,
+                   "Define a secret: secret,id=ID,file=FILE or data=TEXT, and format=raw or base64. It is the key of\n"
+                   "encrypted images if it is the only one, else of those that name it (--image-opts)")
+        ->type_name("SECRET")
+        ->allow_extra_args(false);
+    app.add_option("--key", all.files,
+                   "Take the key of an encrypted image from this file, as it is, or from a line of standard input\n"
+                   "(-). Repeated: of the next encrypted image or layer (default: ask on the terminal)")
+        ->type_name("FILE")
+        ->allow_extra_args(false)
+        ->check(name_text);
+    app.add_option("--key-fd", all.descriptors, "Take the key from this file descriptor, up to its end")
+        ->type_name("NUMBER")
+        ->allow_extra_args(false)
+        ->check(whole_number(0, 1 << 20));
+}
+
+qcow::KeySource key_source(std::vector<std::string> secrets) {
+    return [secrets = std::move(secrets)](const qcow::KeyRequest& request) { return find_key(request, secrets); };
+}
+
+Result<std::shared_ptr<const Secret>> secret_of(const std::string& id) {
+    return std::make_shared<const Secret>(QCOW_TRY(find_secret(id)));
+}
+
+Result<std::shared_ptr<const Secret>> new_key(const std::string& path) {
+    auto key = QCOW_TRY(given_key(path));
+    if (!key) {
+        const auto name = qcow::printable(path);
+        key = QCOW_TRY(ask(fmt::format("New key of {}: ", name)));
+        if (!key) return no_way_to_ask(path);
+        const auto again = QCOW_TRY(ask(fmt::format("The same key again: ")));
+        if (!again || !std::ranges::equal(again->bytes(), std::as_const(*key).bytes()))
+            return refuse(path, "the two keys differ");
+    }
+    return std::make_shared<const Secret>(*std::move(key));
+}
+
+void hide_secrets(int argc, char** argv) {
+    constexpr std::string_view data = "data=";
+    for (int i = 1; i < argc; ++i) {
+        const std::string_view text = argv[i];
+        const auto begin = text.find(data);
+        if (text.find("secret,") == std::string_view::npos || begin == std::string_view::npos) continue;
+        std::memset(argv[i] + begin + data.size(), '*', text.size() - begin - data.size());
+    }
+}
+
+}  // namespace tool
