@@ -87,8 +87,8 @@ void declare_amend(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(
         root, status, "amend", "Change the options of an image",
-        "The contents of the disk stay the same, but for backing_file. If amend is interrupted, the image has some of\n"
-        "the changes; run it again. Before it changes anything, it names all that stands in the way.\n"
+        "The contents of the disk stay the same, except with backing_file. If amend is interrupted, the image has\n"
+        "some of the changes; run it again. Before it changes anything, it names all that stands in the way.\n"
         "Options for -o, as name=value, separated by commas:\n"
         "  compat=1.1|0.10         1.1 makes version 3, 0.10 version 2. Version 2 has no zero clusters: they become\n"
         "                          holes, or data clusters where a backing file would show through\n"

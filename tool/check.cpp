@@ -250,7 +250,7 @@ void print_repair(const qcow::RepairResult& result, bool dry_run) {
     if (result.postponed_fixed > 0) fmt::print("{} postponed refcounts {} corrected\n", result.postponed_fixed, were);
     if (result.cleared_dirty()) fmt::print("the mark \"dirty\" {} cleared\n", was);
     if (result.cleared_corrupt()) fmt::print("the mark \"corrupt\" {} cleared\n", was);
-    if (result.refcounts_rebuilt) fmt::print("the refcounts {} counted anew\n", were);
+    if (result.refcounts_rebuilt) fmt::print("the refcounts {} rebuilt\n", were);
     if (result.copied_clusters > 0)
         fmt::print("{} clusters {} copied to places of their own\n", result.copied_clusters, were);
     if (!result.removed_bitmaps.empty())

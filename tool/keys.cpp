@@ -171,7 +171,7 @@ std::unexpected<qcow::Error> no_way_to_ask(const std::string& file) {
                                        "--object secret,id=ID,file=FILE gives it"});
 }
 
-/// The next key that options give. Nothing: there is none.
+/// The next key that options give, if there is one.
 Result<std::optional<Secret>> given_key(const std::string& file) {
     auto& all = arguments();
     const std::size_t keys = all.files.size() + all.descriptors.size();

@@ -55,8 +55,8 @@ struct AmendJob {
 
 /// Changes the options of a qcow2 image, or the key slots of a LUKS1 image. The key material of an erased slot is
 /// overwritten with random bytes, durably, before the header forgets the slot. (Copies of the old bytes may remain in
-/// snapshots of the file system, and in devices that write elsewhere.) The contents of its disk stay, but for a larger
-/// size and another backing file.
+/// snapshots of the file system, and in devices that write elsewhere.) The contents of its disk stay, except for a
+/// larger size and another backing file.
 ///
 /// The job first verifies that all of the options can be had. Its message names everything that stands in the way. Then
 /// it makes the changes one after the other, each durable before the next. It can be cancelled, and the process may

@@ -51,7 +51,7 @@ struct RepairOptions {
     /// Receives each loss that RepairResult::losses lists, before anything is written. Called on the caller's thread. A
     /// caller that does not accept a loss requests a stop: the repair then fails with Errc::cancelled.
     std::function<void(const RepairLoss&)> on_loss = {};
-    JobControl control = {};  ///< progress begins anew for each pass over the metadata, and for the writing
+    JobControl control = {};  ///< progress starts from zero for each pass over the metadata, and for the writing
 };
 
 struct RepairResult {
@@ -67,7 +67,7 @@ struct RepairResult {
     std::uint64_t copied_clusters = 0;  ///< host clusters that were copied to a place of their own
     /// Names of the bitmaps that were removed because of RepairOptions::remove_inconsistent_bitmaps.
     std::vector<std::string> removed_bitmaps;
-    bool refcounts_rebuilt = false;  ///< the refcount table and its blocks were written anew
+    bool refcounts_rebuilt = false;  ///< the refcount table and its blocks were rebuilt
     bool changed = false;            ///< the image was changed; of a dry run: it would be
 
     // Marks of the header that the repair cleared, because the repaired image has no damage.

@@ -21,8 +21,8 @@ struct SnapshotInfo;
 /// "snapshot.id=ID" and "snapshot.name=NAME" say which one is meant.
 ///
 /// Changes need an image that is open for writing. They are durable when they return. A crash leaves the image as it
-/// was before or as it is after the change, with its dirty mark if clusters must be counted anew: the next writer does
-/// that. (Version 2 has no such mark: qcow check then finds leaks and COPIED flags to correct. They do no harm.)
+/// was before or as it is after the change, with its dirty mark if references must be counted again: the next writer
+/// does that. (Version 2 has no such mark: qcow check then finds leaks and COPIED flags to correct. They do no harm.)
 /// Errors of all changes: Errc::unsupported: the format has no snapshots, or the image has an external data file;
 /// Errc::read_only, corrupt, no_space, io.
 ///

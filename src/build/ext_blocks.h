@@ -78,7 +78,7 @@ public:
     Directory(const Children& children, std::uint32_t own, std::uint32_t parent)
         : children_(children), own_(own), parent_(parent) {}
 
-    /// Nothing: there are too many files.
+    /// Returns nothing if there are too many files.
     [[nodiscard]] std::optional<DirectoryBlocks> blocks(const DirectoryShape& shape, const NameHash& hash) const;
 
 private:

@@ -14,7 +14,7 @@ class FileRuns {
 public:
     FileRuns(std::uint64_t at, std::uint64_t size) : begin_(at), end_(at), size_(size) {}
     [[nodiscard]] bool full() const { return runs_.size() >= FileSystem::most_extents || end_ >= size_; }
-    /// False: it lies in front of an extent that came before.
+    /// Returns false if the run lies in front of an extent that came before.
     bool add(std::uint64_t at, std::uint64_t length, std::optional<GuestOffset> stored) {
         if (at < last_) return false;
         last_ = at + length;

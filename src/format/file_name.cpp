@@ -168,7 +168,7 @@ Result<Location> parse_protocol_level(const Node& node) {
     return location;
 }
 
-/// What the description says of the file that holds the image. Nothing: it says nothing.
+/// What the description says of the file that holds the image, if anything.
 Result<std::optional<Node>> file_of(const Node& node) {
     constexpr std::string_view prefix = "file.";
     std::optional<Node> file;

@@ -146,7 +146,7 @@ Result<void> parse_extensions(std::span<const std::byte> in, std::size_t limit, 
         if (count == max_extensions) {
             return fail(Errc::limit_exceeded, fmt::format("header extension {:#010x} (byte {})", type, at),
                         fmt::format("there are more than {} extensions; no program makes so many, so have the image's "
-                                    "maker write it anew",
+                                    "maker write it again",
                                     max_extensions));
         }
         TRY_VOID(parse_extension(type, in.subspan(at + 8, length), at, h));

@@ -122,7 +122,7 @@ private:
 /// An open image with its chain, from the top down.
 struct Chain {
     std::vector<std::shared_ptr<Layer>> layers;
-    std::vector<ReferenceInfo> names;  // of the layers but for the first, as the one above has them
+    std::vector<ReferenceInfo> names;  // of all layers except the first, as the layer above has them
 
     [[nodiscard]] std::string path(std::size_t i) const { return layers[i]->files().front(); }
 };

@@ -25,7 +25,7 @@ Result<void> run_in_order(unsigned workers, Job& job) {
     using Outcome = decltype(job.perform(**job.next(), std::declval<typename Job::Memory&>()));
     // A bound on memory. It is far off: a worker that the system stops for a moment holds up nobody.
     constexpr std::uint64_t most_ahead = 1024;
-    std::mutex mutex;  // guards all that follows, and the job but for `perform`
+    std::mutex mutex;  // guards all that follows, and the job except for `perform`
     std::condition_variable changed;
     std::map<std::uint64_t, Outcome> ready;
     std::uint64_t next_number = 0;

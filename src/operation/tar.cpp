@@ -90,7 +90,7 @@ private:
         return visited.info.type == FileType::directory ? Descend::yes : Descend::no;
     }
 
-    /// Fills the header. False: the archive has no such kind of file.
+    /// Fills the header. Returns false if the archive has no such kind of file.
     Result<bool> prepare(const Visited& visited, const std::string& path) {
         auto* const entry = archive_entry_clear(entry_.get());
         const auto& info = visited.info;

@@ -27,7 +27,7 @@ std::unique_ptr<Metadata> metadata_of(const std::shared_ptr<Storage>& file, cons
     return std::make_unique<Metadata>(header, file, cache_bytes);
 }
 
-/// Counts the references of an image, but for those of its refcount table.
+/// Counts the references of an image, except those of its refcount table.
 Result<Diagnosis> count(const Metadata& metadata, const JobControl& control) {
     CheckOptions options;
     options.control.stop = control.stop;

@@ -38,7 +38,7 @@ Result<void> CompressedWrites::write(GuestOffset at, std::span<const std::byte> 
     return {};
 }
 
-/// False: it does not become smaller, or would lie where an entry cannot say so.
+/// Returns false if the cluster does not become smaller, or would lie where an entry cannot point.
 Result<bool> CompressedWrites::write_cluster(GuestOffset at, std::span<const std::byte> from,
                                              codec::Compressor& compressor) {
     std::vector<std::byte> stream(from.size() - 1);

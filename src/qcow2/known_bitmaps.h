@@ -13,8 +13,8 @@
 namespace qcow::qcow2 {
 
 /// Reads the directory when a bitmap is asked for by name for the first time; from then on it is known, and asking
-/// costs nothing. What is kept does not change until forget(), but for the marks of the image's own writer, who knows
-/// which those are. Thread-safe but for forget().
+/// costs nothing. What is kept does not change until forget(), except for the marks of the image's own writer, who
+/// knows which those are. Thread-safe, except for forget().
 class KnownBitmaps {
 public:
     struct Known {

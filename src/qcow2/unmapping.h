@@ -9,7 +9,7 @@
 namespace qcow::qcow2 {
 
 struct UnmapOptions {
-    /// Data clusters that hold only zeros, and tables that map only zeros. False: only tables without any entry.
+    /// Data clusters that hold only zeros, and tables that map only zeros; if false, only tables without any entry.
     bool zeroes = false;
     unsigned workers = 1;     ///< threads; 0: one per processor
     JobControl control = {};  ///< progress is in bytes of L2 tables

@@ -16,7 +16,7 @@ struct Reference {
     Structure kind = Structure::data;  ///< what the clusters hold
     Place place = {};
     HostOffset at = {};
-    /// From `at` on. The reference uses each host cluster that they touch. All of these lie in the file, but for one
+    /// From `at` on. The reference uses each host cluster that they touch. All of these lie in the file, except one
     /// that is preallocated, which may begin where the file's last cluster ends.
     std::uint64_t bytes = 0;
     std::uint64_t count = 1;  ///< how many references it stands for: an L2 table that is shared is visited once
@@ -42,8 +42,8 @@ public:
 };
 
 struct WalkOptions {
-    /// False: the walk follows no L2 table, and no L1 table of a snapshot, and visits no structure that is longer than
-    /// images have in practice (Flaw::Kind::too_long). These are the clusters that a guard of the metadata knows.
+    /// If false, the walk follows no L2 table, and no L1 table of a snapshot, and visits no structure that is longer
+    /// than images have in practice (Flaw::Kind::too_long). These are the clusters that a guard of the metadata knows.
     bool guest_data = true;
     bool refcounts = true;               ///< false: the walk does not visit the refcount table and its blocks
     const Storage* data_file = nullptr;  ///< the external data file; null: there is none, or it is not looked at

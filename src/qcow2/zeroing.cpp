@@ -110,8 +110,8 @@ Result<void> Zeroing::zero_data_file(GuestOffset at, std::uint64_t length) {
     return parts_.data.write_zeroes({at.value}, length);
 }
 
-/// Returns what an entry becomes when these subclusters (bits; 1 without subclusters) of its are zeroed. Nothing: it
-/// cannot say so.
+/// Returns what an entry becomes when these subclusters (bits; 1 without subclusters) of its are zeroed. Returns
+/// nothing if no entry can say so.
 Result<std::optional<L2Entry>> Zeroing::zeroed(std::uint64_t cluster, L2Entry old, std::uint64_t subclusters,
                                                Mode mode) {
     const bool extended = rules_.geometry.extended_l2;

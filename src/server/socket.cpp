@@ -155,7 +155,7 @@ void SocketStream::wait_forever() {
     set_timeout(std::chrono::microseconds(0));
 }
 
-/// For the next call to the system. False: it is too late for another one.
+/// For the next call to the system. Returns false if it is too late for another one.
 bool SocketStream::limit_waiting() {
     if (!deadline_) return true;
     const auto left =

@@ -19,7 +19,7 @@ public:
     /// Waits for bytes and takes what there is: at least one, at most to.size(). 0: there will be no more.
     virtual std::size_t receive(std::span<std::byte> to) = 0;
 
-    /// Sends everything. False: the peer is gone.
+    /// Sends everything. Returns false if the peer is gone.
     virtual bool send(std::span<const std::byte> bytes) = 0;
 
     /// From now on the peer may be silent for as long as it likes. Before, it has a limited time to get here.

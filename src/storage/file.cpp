@@ -306,8 +306,8 @@ Result<std::uint64_t> FileStorage::copy_from(const Storage& source, HostOffset f
     return done;
 }
 
-/// What the system says that direct I/O on the file must go by; what suffices anywhere, where it does not say. Nothing:
-/// there is no direct I/O.
+/// What the system says that direct I/O on the file must go by; what suffices anywhere, where it does not say. Returns
+/// nothing if there is no direct I/O.
 std::optional<DirectAlignment> direct_alignment(int fd) {
     struct statx status = {};
     if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &status) != 0 || (status.stx_mask & STATX_DIOALIGN) == 0)

@@ -11,7 +11,7 @@
 
 namespace qcow {
 
-/// Takes the locks of a reader (consistent reads, no writers beside it) or of a writer (also writes and resizes). They
+/// Takes the locks of a reader (consistent reads, no other writers) or of a writer (also writes and resizes). They
 /// last until `fd` is closed. File systems without locks are taken as they are. Errc::locked.
 Result<void> lock_file(int fd, const std::string& path, bool writable);
 

@@ -31,7 +31,7 @@ fs::path directory_of(const fs::path& target) {
     return target.has_parent_path() ? target.parent_path() : fs::path(".");
 }
 
-/// A name beside the target that nothing else has, and that is as short as the longest file name allows.
+/// A name in the directory of the target that no file has. It is no longer than a file name may be.
 std::string part_name(const fs::path& target) {
     std::random_device random;
     return (target.parent_path() / fmt::format(".{:08x}{:08x}.part", random(), random())).string();

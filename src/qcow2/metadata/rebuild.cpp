@@ -1,4 +1,4 @@
-// The refcounts of an image that was not closed, counted anew.
+// The refcounts of an image that was not closed, counted again.
 
 #include <fmt/format.h>
 

@@ -31,18 +31,18 @@ public:
     /// `most`: clusters that one window may have, beyond those that a request needs at once.
     explicit Reservations(std::uint64_t most) : most_(most) {}
 
-    /// The host clusters reserved for the guest clusters from `guest` on: 1 to `wanted`. Nothing: none are.
+    /// The host clusters reserved for the guest clusters from `guest` on, 1 to `wanted`, if there are any.
     std::optional<ClusterRun> take_for(std::uint64_t guest, std::uint64_t wanted);
 
     /// `wanted` host clusters that are reserved for nothing, for the guest clusters from `guest` on, which have no
-    /// place. Nothing: there are not as many in one place.
+    /// place. Returns nothing if there are not as many in one run.
     std::optional<ClusterRun> take_spare(std::uint64_t guest, std::uint64_t wanted);
 
     /// One host cluster that is reserved for something else: the last of a window that was not used for long.
     std::optional<ClusterRun> take_any();
 
     /// For which guest clusters of a disk of `disk` clusters to reserve, where `guest` has no place: it is one of them.
-    /// Nothing: no window is near, or much is reserved already, so that spare clusters do as well.
+    /// Returns nothing if no window is near, or if much is reserved already: spare clusters do as well.
     [[nodiscard]] std::optional<GuestRun> next_window(std::uint64_t guest, std::uint64_t wanted,
                                                       std::uint64_t disk) const;
 

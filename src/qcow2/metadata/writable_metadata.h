@@ -29,7 +29,7 @@ public:
     /// Counts all references and compares them with the refcounts and the files' lengths. Errors: Errc::corrupt, marked
     /// in the image, where a write could destroy what it holds: see find_hazard().
     Result<void> verify_refcounts();
-    /// Counts all references anew, of an image that is marked as dirty. Errors: Errc::corrupt, io.
+    /// Counts all references of an image that is marked as dirty. Errors: Errc::corrupt, io.
     Result<void> rebuild_refcounts() { return allocator_.rebuild(); }
     /// Takes the dirty mark away if the image is sound. Errors: Errc::corrupt, io.
     Result<void> end_rebuild();

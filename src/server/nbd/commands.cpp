@@ -160,7 +160,7 @@ Result<void> change(Disk& disk, const Request& request) {
         case Command::flush: return disk.flush();
         case Command::trim: return disk.discard({request.offset}, request.length);
         case Command::write_zeroes:
-            // This is a change of metadata but for what is left of two blocks: as fast as FAST_ZERO asks for.
+            // This changes only metadata, except in the blocks at both ends: as fast as FAST_ZERO asks for.
             return disk.write_zeroes({request.offset}, request.length,
                                      request.has(command_flag::no_hole) ? Disk::Zeroes::keep : Disk::Zeroes::release);
         default: return fail(Errc::unsupported, "", "unknown command");

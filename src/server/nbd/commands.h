@@ -1,5 +1,5 @@
 #pragma once
-// What the commands do to a disk, but for writes, whose data is the connection's business.
+// What the commands do to a disk, except for writes, whose data is the connection's business.
 
 #include "server/nbd/replies.h"
 #include "server/nbd/session.h"

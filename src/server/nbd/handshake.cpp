@@ -40,7 +40,7 @@ private:
     std::vector<std::byte> bytes_;
 };
 
-/// False: the client is gone.
+/// Returns false if the client is gone.
 bool send_reply(Stream& stream, Option option, OptionReply type, std::span<const std::byte> data = {}) {
     return stream.send(Message()
                            .number<std::uint64_t>(option_reply_magic)

@@ -15,15 +15,16 @@ struct Greeting {
     bool tls = false;        ///< what follows comes through TLS
 };
 
-/// Nothing: the client does not speak the protocol.
+/// Returns nothing if the client does not speak the protocol.
 std::optional<Greeting> greet(Stream& stream, Input& input);
 
-/// Refuses everything until the client asks for TLS, which is to begin with the stream's next byte. False: it left, or
-/// cannot go on. Nothing that it has said so far may count behind TLS: it may have been said by somebody in between.
+/// Refuses everything until the client asks for TLS, which is to begin with the stream's next byte. Returns false
+/// if the client left or cannot go on. Nothing that it has said so far may count behind TLS: it may have been said by
+/// somebody in between.
 bool await_tls(Stream& stream, Input& input);
 
-/// Negotiates until the client chooses an export. Nothing: it left, or does not speak the protocol. Every export has
-/// its built-in contexts among its contexts here, and there is at least one.
+/// Negotiates until the client chooses an export. Returns nothing if it left, or does not speak the protocol. Every
+/// export has its built-in contexts among its contexts here, and there is at least one.
 std::optional<Session> negotiate(Stream& stream, Input& input, const Greeting& greeting,
                                  std::span<const NbdExport> exports);
 

@@ -17,10 +17,11 @@ public:
     /// Bytes that can be taken without waiting.
     [[nodiscard]] std::size_t buffered() const { return end_ - begin_; }
 
-    /// The next `count` bytes, valid until the next call; nothing: the peer is gone before them.
+    /// The next `count` bytes, valid until the next call. Returns nothing if the peer left before them.
     std::optional<std::span<const std::byte>> take(std::size_t count);
 
-    /// The next bytes into `to`, all of it; those that are not in the buffer yet take no detour. False: as above.
+    /// The next bytes into `to`, all of it. Bytes that are not in the buffer yet go there directly. Returns false if
+    /// the peer left before them.
     bool take_into(std::span<std::byte> to);
 
     /// Leaves bytes out.

@@ -180,7 +180,7 @@ struct Bounds {
     std::uint64_t chunk = 0;  ///< the largest piece of data in one chunk
 };
 
-/// Nothing: the request makes sense, and its range lies within the disk.
+/// Returns nothing if the request makes sense, and its range lies within the disk.
 std::optional<Refusal> refuse(const Request& request, Style style, const Bounds& bounds);
 
 namespace chunk_type {

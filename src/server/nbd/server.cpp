@@ -44,7 +44,7 @@ public:
         return free_ > 0;
     }
 
-    /// Waits until there is one. False: nobody gets one any more.
+    /// Waits until there is one. Returns false if nobody gets one any more.
     bool take() {
         std::unique_lock lock(mutex_);
         changed_.wait(lock, [&] { return free_ > 0 || closed_; });

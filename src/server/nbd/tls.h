@@ -11,7 +11,7 @@ namespace qcow::nbd {
 /// The two directions of another Stream, encrypted. Whoever speaks anything but TLS, or is not who it must be, is gone.
 class TlsStream : public Stream {
 public:
-    /// Comes before everything else. False: the client cannot be served.
+    /// Comes before everything else. Returns false if the client cannot be served.
     virtual bool shake_hands() = 0;
 
     /// Tells the client that nothing more will come, so that it does not take that for an attack. Only when nobody
