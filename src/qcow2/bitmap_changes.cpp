@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <list>
+#include <map>
 #include <optional>
 
 #include "base/try.h"
@@ -48,7 +50,7 @@ public:
         auto rest = std::span<const std::byte>(bytes);
         for (const auto& entry : entries) {
             const auto encoded = rest.first(entry.encoded_bytes);
-            bitmaps_.push_back({entry, {encoded.begin(), encoded.end()}});
+            keep({entry, {encoded.begin(), encoded.end()}});
             rest = rest.subspan(encoded.size());
         }
         return {};
@@ -99,7 +101,7 @@ public:
     }
 
 private:
-    using Position = std::vector<Bitmap>::iterator;
+    using Position = std::list<Bitmap>::iterator;
 
     [[nodiscard]] const std::string& file_name() const { return name_; }
 
@@ -108,10 +110,15 @@ private:
     }
 
     Result<Position> find(std::string_view name) {
-        const auto found = std::ranges::find(bitmaps_, name, [](const auto& bitmap) { return bitmap.entry.info.name; });
-        if (found == bitmaps_.end())
+        const auto found = by_name_.lower_bound(name);
+        if (found == by_name_.end() || found->first != name)
             return fail(Errc::not_found, place_of(name), "there is none of this name; qcow info lists the bitmaps");
-        return found;
+        return found->second;
+    }
+
+    void keep(Bitmap bitmap) {
+        const auto position = bitmaps_.insert(bitmaps_.end(), std::move(bitmap));
+        by_name_.emplace(position->entry.info.name, position);
     }
 
     [[nodiscard]] Result<void> verify_usable(const Bitmap& bitmap) const {
@@ -138,7 +145,8 @@ private:
         if (!std::has_single_bit(granularity) || granularity < bit(BitmapEntry::min_granularity_bits) ||
             granularity > bit(BitmapEntry::max_granularity_bits))
             return invalid(fmt::format("granularity {} is not a power of two from 512 to 2G", granularity));
-        if (find(action.bitmap)) return invalid("there is one of this name already; remove it or clear it");
+        if (by_name_.contains(action.bitmap))
+            return invalid("there is one of this name already; remove it or clear it");
         if (state_.size == 0) return invalid("a disk of 0 bytes has no bitmaps; resize it first");
         if (bitmaps_.size() >= format::max_bitmaps)
             return bad(Errc::limit_exceeded, "the image has 65535 bitmaps, and no room for more; remove others first");
@@ -155,13 +163,14 @@ private:
         bitmap.encoded = encode_bitmap(bitmap.entry);
         bitmap.set_enabled(true);
         bitmap.new_words.emplace(entries);
-        bitmaps_.push_back(std::move(bitmap));
+        keep(std::move(bitmap));
         return {};
     }
 
     Result<void> remove(Position bitmap) {
         TRY_VOID(drop_bits(*bitmap));
         drop_table(*bitmap);
+        by_name_.erase(by_name_.lower_bound(bitmap->entry.info.name));
         bitmaps_.erase(bitmap);
         return {};
     }
@@ -288,7 +297,8 @@ private:
     const std::string name_ = metadata_.file().name();
     const format::HeaderState state_;
     Change change_;
-    std::vector<Bitmap> bitmaps_;
+    std::list<Bitmap> bitmaps_;                          // in the order of the directory
+    std::multimap<std::string_view, Position> by_name_;  // a damaged image may have a name twice: the first one counts
 };
 
 }  // namespace
