@@ -90,7 +90,10 @@ private:
 /// A qcow2 image, over a filled backing file if `over` names one.
 class ImageFile {
 public:
-    ImageFile(const std::string& path, bool filled, const std::string& over = {}) : file_(path) {
+    ImageFile(const std::string& path, bool filled, const std::string& over = {}, bool encrypted = false)
+        : file_(path) {
+        const std::string_view secret = "x";
+        const auto key = [&] { return Secret(std::as_bytes(std::span(secret))); };
         {
             FilesInUse in_use;
             auto file = must(NewFile::begin(path, in_use, "the image"));
@@ -100,12 +103,14 @@ public:
                 options.backing_name = over;
                 options.backing_format = "raw";
             }
+            if (encrypted) options.encryption = {.key = std::make_shared<const Secret>(key()), .iter_time_ms = 10};
             must(create_image({file.storage(), nullptr}, options));
             must(file.publish());
         }
         OpenOptions options;
         options.writable = true;
         options.gate = local_files(true);
+        options.keys = [&](const KeyRequest&) { return key(); };
         image_ = must(open_image(must(open_file(path, {.writable = true})), options));
         for (std::uint64_t at = 0; filled && at < disk_bytes; at += 4 * MiB) write(at, some_bytes(4 * MiB));
         if (filled) must(image_->flush());
@@ -120,40 +125,52 @@ private:
     std::shared_ptr<Image> image_;
 };
 
-/// Pseudo-random offsets of blocks.
+/// A qcow2 image that is encrypted with AES-256-XTS.
+class EncryptedFile : public ImageFile {
+public:
+    EncryptedFile(const std::string& path, bool filled) : ImageFile(path, filled, {}, true) {}
+};
+
+/// Pseudo-random offsets of requests of a length, which they are multiples of.
 class Offsets {
 public:
-    explicit Offsets(int thread) : state_(0x9e3779b97f4a7c15 * static_cast<std::uint64_t>(thread + 1)) {}
+    Offsets(int thread, std::uint64_t length)
+        : state_(0x9e3779b97f4a7c15 * static_cast<std::uint64_t>(thread + 1)), length_(length) {}
     std::uint64_t next() {
         state_ ^= state_ << 13;
         state_ ^= state_ >> 7;
         state_ ^= state_ << 17;
-        return state_ % (disk_bytes / block) * block;
+        return state_ % (disk_bytes / length_) * length_;
     }
 
 private:
     std::uint64_t state_;
+    std::uint64_t length_;
 };
 
 template <class Target>
 std::unique_ptr<Target> shared_target;  // NOLINT: shared by the threads of one case
 
+/// Reads of `state.range(0)` bytes.
 template <class Target>
 void random_reads(benchmark::State& state) {
+    const auto length = static_cast<std::size_t>(state.range(0));
     if (state.thread_index() == 0) shared_target<Target> = std::make_unique<Target>(in_memory("random"), true);
-    std::vector<std::byte> buffer(block);
-    Offsets offsets(state.thread_index());
+    std::vector<std::byte> buffer(length);
+    Offsets offsets(state.thread_index(), length);
     for (auto _ : state) shared_target<Target>->read(offsets.next(), buffer);
-    state.SetItemsProcessed(state.iterations());
+    state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(length));
     if (state.thread_index() == 0) shared_target<Target>.reset();
 }
 
+/// Writes of `state.range(0)` bytes.
 template <class Target>
 void random_overwrites(benchmark::State& state) {
+    const auto length = static_cast<std::size_t>(state.range(0));
     if (state.thread_index() == 0) shared_target<Target> = std::make_unique<Target>(in_memory("random"), true);
-    Offsets offsets(state.thread_index());
-    for (auto _ : state) shared_target<Target>->write(offsets.next(), some_bytes(block));
-    state.SetItemsProcessed(state.iterations());
+    Offsets offsets(state.thread_index(), length);
+    for (auto _ : state) shared_target<Target>->write(offsets.next(), some_bytes(length));
+    state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(length));
     if (state.thread_index() == 0) shared_target<Target>.reset();
 }
 
@@ -231,12 +248,15 @@ void write_and_flush(benchmark::State& state) {
     state.SetItemsProcessed(state.iterations());
 }
 
-BENCHMARK(random_reads<RawFile>)->ThreadRange(1, 2)->UseRealTime();
-BENCHMARK(random_reads<ImageFile>)->ThreadRange(1, 2)->UseRealTime();
-BENCHMARK(random_overwrites<RawFile>)->ThreadRange(1, 2)->UseRealTime();
-BENCHMARK(random_overwrites<ImageFile>)->ThreadRange(1, 2)->UseRealTime();
+BENCHMARK(random_reads<RawFile>)->Arg(4 * KiB)->Arg(1 * MiB)->ThreadRange(1, 2)->UseRealTime();
+BENCHMARK(random_reads<ImageFile>)->Arg(4 * KiB)->Arg(1 * MiB)->ThreadRange(1, 2)->UseRealTime();
+BENCHMARK(random_reads<EncryptedFile>)->Arg(4 * KiB)->Arg(1 * MiB)->ThreadRange(1, 2)->UseRealTime();
+BENCHMARK(random_overwrites<RawFile>)->Arg(4 * KiB)->Arg(1 * MiB)->ThreadRange(1, 2)->UseRealTime();
+BENCHMARK(random_overwrites<ImageFile>)->Arg(4 * KiB)->Arg(1 * MiB)->ThreadRange(1, 2)->UseRealTime();
+BENCHMARK(random_overwrites<EncryptedFile>)->Arg(4 * KiB)->Arg(1 * MiB)->ThreadRange(1, 2)->UseRealTime();
 BENCHMARK(allocating_writes<RawFile>)->Arg(4 * KiB)->Arg(64 * KiB)->Arg(1 * MiB)->UseRealTime();
 BENCHMARK(allocating_writes<ImageFile>)->Arg(4 * KiB)->Arg(64 * KiB)->Arg(1 * MiB)->UseRealTime();
+BENCHMARK(allocating_writes<EncryptedFile>)->Arg(4 * KiB)->Arg(64 * KiB)->Arg(1 * MiB)->UseRealTime();
 BENCHMARK(copying_by_hand)->UseRealTime();
 BENCHMARK(copy_on_write)->UseRealTime();
 BENCHMARK(write_and_flush<RawFile>)->UseRealTime();

@@ -268,7 +268,9 @@ qcow::Result<int> run_repair(const Options& options, const qcow::JobControl& con
     repair.memory_bytes = parse_size(options.memory);
     repair.control = control;
     repair.on_loss = [](const qcow::RepairLoss& loss) { complain("warning: " + qcow::text_of(loss)); };
-    const auto result = QCOW_TRY(qcow::repair(QCOW_TRY(spec_of(options.source)), repair));
+    auto source = options.source;
+    source.examines = !all;  // data that move may have to be encrypted again
+    const auto result = QCOW_TRY(qcow::repair(QCOW_TRY(spec_of(source)), repair));
     if (result.unlisted_losses > 0) complain(fmt::format("warning: {} more losses", result.unlisted_losses));
     if (options.json) {
         auto json = report_json(result.after, options.source.path, qcow::Format::qcow2);
@@ -334,7 +336,8 @@ void declare_check(CLI::App& root, int& status) {
         "With -r, it repairs a qcow2 image in place. Before it writes, it says what is lost: guest data whose place "
         "is\n"
         "unknown, and snapshots and bitmaps that cannot be read. A repair may be interrupted at any moment, and run\n"
-        "again. It needs nobody else to use the image.\n"
+        "again. It needs nobody else to use the image. Data that share a cluster with something else are copied. If\n"
+        "they are encrypted with LUKS, they are encrypted again, which takes the key of the image.\n"
         "Exit status: 0 clean; 1 the check failed or could not verify everything; 2 corrupt; 3 only leaked clusters\n"
         "or postponed refcounts; 63 the format has no metadata to check. With -r, it is about the repaired image.\n"
         "Examples:\n"

@@ -91,7 +91,8 @@ void declare_compact(CLI::App& root, int& status) {
         "the image. It may be interrupted at any moment, and run again.\n"
         "Only space that the guest has given back is free: trim in the guest first, or use --zeroes.\n"
         "A damaged image is refused: repair it with qcow check -r all.\n"
-        "Data that are encrypted with LUKS are encrypted again as they move, which takes the key of the image.\n"
+        "Data that are encrypted with LUKS are encrypted again as they move, which takes the key of the image. To\n"
+        "find zeros in an encrypted image takes it, too. Encrypted data are not compressed: they would be readable.\n"
         "Examples:\n"
         "  qcow compact --dry-run disk.qcow2    how much it would give back\n"
         "  qcow compact --zeroes disk.qcow2     give back clusters that hold only zeros, too",

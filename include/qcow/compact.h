@@ -11,7 +11,9 @@
 namespace qcow {
 
 struct CompactJob {
-    ImageSpec image;  ///< ImageSpec::write is not used. LUKS data need the key: they are encrypted again as they move
+    /// ImageSpec::write is not used. LUKS data need the key, since they are encrypted again as they move. `zeroes`
+    /// needs it for every encrypted image.
+    ImageSpec image;
     /// Clusters that hold only zeros become entries without a cluster, in the disk and in its snapshots. An image of
     /// version 2 with a backing file cannot express that, so it keeps them.
     bool zeroes = false;
@@ -49,11 +51,11 @@ struct CompactResult {
 ///
 /// Progress is in bytes that move, and with CompactJob::zeroes first in bytes of L2 tables.
 ///
-/// Errors: Errc::unsupported for formats other than qcow2, and for CompactJob::zeroes and CompactJob::compress on
-/// encrypted images. Errc::encrypted for an image that is encrypted with LUKS, if the key is missing or wrong; a dry
-/// run needs none. Errc::corrupt if the image is not sound, was not closed, or is marked as corrupt: see repair().
-/// Errc::locked if another process uses the image; Errc::read_only, access_denied; Errc::limit_exceeded if
-/// CompactJob::memory_bytes is too small; Errc::cancelled; Errc::no_space, io.
+/// Errors: Errc::unsupported for formats other than qcow2, and for CompactJob::compress on encrypted images.
+/// Errc::encrypted for an encrypted image, if the key that the job needs is missing or wrong; without
+/// CompactJob::zeroes, a dry run needs none. Errc::corrupt if the image is not sound, was not closed, or is marked as
+/// corrupt: see repair(). Errc::locked if another process uses the image; Errc::read_only, access_denied;
+/// Errc::limit_exceeded if CompactJob::memory_bytes is too small; Errc::cancelled; Errc::no_space, io.
 ///
 /// Thread safety: jobs may run at the same time. What one writes, another must not use.
 QCOW_API Result<CompactResult> compact(const CompactJob& job, const JobControl& control = {});

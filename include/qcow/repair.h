@@ -88,7 +88,11 @@ struct RepairResult {
 /// New clusters lie in free clusters of the file where the check knows these, and else at the end of the file. Once
 /// data are lost, all lie at the end, if the file can grow: what was lost may then still be found in the file.
 ///
-/// Errors: Errc::invalid_argument for remove_inconsistent_bitmaps with What::leaks; Errc::no_space, with the image as
+/// Data that are encrypted with LUKS depend on their place in the file. They are decrypted and encrypted again as they
+/// get another one, with the key of the image. ImageSpec::keys is asked for it only then, and never in a dry run.
+///
+/// Errors: Errc::encrypted if that key is missing or wrong, with the image as it was;
+/// Errc::invalid_argument for remove_inconsistent_bitmaps with What::leaks; Errc::no_space, with the image as
 /// it was, if there is no room for what the repair adds (a dry run knows only of the room on a block device);
 /// Errc::unsupported for formats other than qcow2; Errc::locked if another process uses the image;
 /// Errc::read_only, access_denied; Errc::corrupt if the header cannot be used; Errc::limit_exceeded if

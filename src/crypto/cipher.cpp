@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
@@ -83,10 +84,13 @@ public:
 
     [[nodiscard]] std::size_t sector_bytes() const override { return sector_bytes_; }
 
-    void encrypt(std::uint64_t sector, std::span<std::byte> bytes) const override {
-        run(Direction::encrypt, sector, bytes);
+    void encrypt(std::uint64_t sector, std::span<const std::byte> from, std::span<std::byte> to) const override {
+        if (wide_) return wide_->run(Direction::encrypt, numbers(sector), from, to.data());
+        if (from.data() != to.data()) std::ranges::copy(from, to.begin());
+        run(Direction::encrypt, sector, to.first(from.size()));
     }
     void decrypt(std::uint64_t sector, std::span<std::byte> bytes) const override {
+        if (wide_) return wide_->run(Direction::decrypt, numbers(sector), bytes, bytes.data());
         run(Direction::decrypt, sector, bytes);
     }
 
@@ -99,22 +103,22 @@ private:
     };
 
     void run(Direction direction, std::uint64_t sector, std::span<std::byte> bytes) const {
-        const std::uint64_t step = sector_bytes_ / sector_unit;
-        const SectorNumbers numbers{sector, step, mask(), sector_bytes_};
-        if (wide_) return wide_->run(direction, numbers, bytes);
         auto work = take(direction);
         if (mode_ == "xts") {
-            xts(*work->data, *work->vectors, numbers, bytes);
+            xts(*work->data, *work->vectors, numbers(sector), bytes);
         } else if (vectors_ == Vectors::none) {
             work->data->run({}, bytes);
         } else {
-            for (; !bytes.empty(); bytes = bytes.subspan(sector_bytes_), sector += step) {
+            for (; !bytes.empty(); bytes = bytes.subspan(sector_bytes_), sector += step()) {
                 const auto vector = vector_of(*work, sector);
                 work->data->run(std::span(vector).first(block_bytes_), bytes.first(sector_bytes_));
             }
         }
         give_back(std::move(work));
     }
+
+    [[nodiscard]] std::uint64_t step() const { return sector_bytes_ / sector_unit; }
+    [[nodiscard]] SectorNumbers numbers(std::uint64_t first) const { return {first, step(), mask(), sector_bytes_}; }
 
     /// Of the bits of a number that vectors are made of.
     [[nodiscard]] std::uint64_t mask() const { return vectors_ == Vectors::plain ? all_of_32_bits : UINT64_MAX; }

@@ -15,7 +15,7 @@ namespace qcow::crypto {
 /// Sectors are counted in this unit. A sector of 4096 bytes has the number of the first of its units.
 inline constexpr std::size_t sector_unit = 512;
 
-/// Encrypts and decrypts whole sectors in place. The keys stay in the library's contexts, which are wiped at the end.
+/// Encrypts and decrypts whole sectors. The keys stay in the library's contexts, which are wiped at the end.
 ///
 /// Thread safety: all functions may be called from any number of threads at once.
 class SectorCipher {
@@ -36,8 +36,12 @@ public:
     /// Returns the length of a sector: the unit of encryption, with an initialisation vector of its own.
     [[nodiscard]] virtual std::size_t sector_bytes() const = 0;
 
-    /// `bytes`: whole sectors, the first of which has the number `sector`. Throws std::bad_alloc.
-    virtual void encrypt(std::uint64_t sector, std::span<std::byte> bytes) const = 0;
+    /// Encrypts whole sectors, the first of which has the number `sector`, to the front of `to`. `from` and `to` begin
+    /// at the same place, or do not overlap. Throws std::bad_alloc.
+    virtual void encrypt(std::uint64_t sector, std::span<const std::byte> from, std::span<std::byte> to) const = 0;
+    void encrypt(std::uint64_t sector, std::span<std::byte> bytes) const { encrypt(sector, bytes, bytes); }
+
+    /// Decrypts whole sectors in place. Throws std::bad_alloc.
     virtual void decrypt(std::uint64_t sector, std::span<std::byte> bytes) const = 0;
 };
 

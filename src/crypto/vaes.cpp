@@ -137,32 +137,33 @@ QCOW_WIDE_INLINE void encrypt_numbers(const Block* keys, std::size_t rounds, Sec
 
 /// Encrypts or decrypts one stride. Returns the tweak of the next.
 template <Direction direction, std::size_t... i>
-QCOW_WIDE_INLINE __m512i run_stride(const Block* keys, std::size_t rounds, __m512i tweak, std::byte* at,
-                                    std::index_sequence<i...>) {
+QCOW_WIDE_INLINE __m512i run_stride(const Block* keys, std::size_t rounds, __m512i tweak, const std::byte* from,
+                                    std::byte* to, std::index_sequence<i...>) {
     std::array<FourBlocks, sizeof...(i)> tweaks;
     std::array<FourBlocks, sizeof...(i)> blocks;
     ((tweaks[i].bits = tweak, tweak = next_four(tweak)), ...);
-    ((blocks[i].bits = _mm512_xor_si512(_mm512_loadu_si512(at + i * vector_bytes), tweaks[i].bits)), ...);
+    ((blocks[i].bits = _mm512_xor_si512(_mm512_loadu_si512(from + i * vector_bytes), tweaks[i].bits)), ...);
     run_rounds<direction>(keys, rounds, blocks);
-    (_mm512_storeu_si512(at + i * vector_bytes, _mm512_xor_si512(blocks[i].bits, tweaks[i].bits)), ...);
+    (_mm512_storeu_si512(to + i * vector_bytes, _mm512_xor_si512(blocks[i].bits, tweaks[i].bits)), ...);
     return tweak;
 }
 
 template <Direction direction>
 QCOW_WIDE void run_sectors(const RoundKeys& data_keys, const RoundKeys& tweak_keys, std::size_t rounds,
-                           SectorNumbers numbers, std::span<std::byte> bytes) {
+                           SectorNumbers numbers, std::span<const std::byte> from, std::byte* to) {
     std::array<Block, sectors_at_once> starts;
-    for (std::size_t sector = 0; !bytes.empty(); ++sector) {
+    for (std::size_t sector = 0; !from.empty(); ++sector) {
         if (sector % sectors_at_once == 0) {
             encrypt_numbers(tweak_keys.data(), rounds, numbers, starts);
             numbers.first += sectors_at_once * numbers.step;
         }
         auto tweak = first_four(starts[sector % sectors_at_once].bits);
         for (std::size_t at = 0; at < numbers.sector_bytes; at += stride) {
-            tweak = run_stride<direction>(data_keys.data(), rounds, tweak, bytes.data() + at,
+            tweak = run_stride<direction>(data_keys.data(), rounds, tweak, from.data() + at, to + at,
                                           std::make_index_sequence<stride / vector_bytes>());
         }
-        bytes = bytes.subspan(numbers.sector_bytes);
+        from = from.subspan(numbers.sector_bytes);
+        to += numbers.sector_bytes;
     }
 }
 
@@ -176,11 +177,12 @@ public:
         expand(key.subspan(half), keys_.tweak);
     }
 
-    void run(Direction direction, SectorNumbers numbers, std::span<std::byte> bytes) const override {
+    void run(Direction direction, SectorNumbers numbers, std::span<const std::byte> from,
+             std::byte* to) const override {
         if (direction == Direction::encrypt) {
-            run_sectors<Direction::encrypt>(keys_.encrypt, keys_.tweak, rounds_, numbers, bytes);
+            run_sectors<Direction::encrypt>(keys_.encrypt, keys_.tweak, rounds_, numbers, from, to);
         } else {
-            run_sectors<Direction::decrypt>(keys_.decrypt, keys_.tweak, rounds_, numbers, bytes);
+            run_sectors<Direction::decrypt>(keys_.decrypt, keys_.tweak, rounds_, numbers, from, to);
         }
     }
 

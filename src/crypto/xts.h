@@ -37,7 +37,9 @@ public:
     WideXts& operator=(const WideXts&) = delete;
     virtual ~WideXts() = default;
 
-    virtual void run(Direction direction, SectorNumbers numbers, std::span<std::byte> bytes) const = 0;
+    /// Runs it on whole sectors. `to` is as long as `from`, and begins at the same place or does not overlap it.
+    virtual void run(Direction direction, SectorNumbers numbers, std::span<const std::byte> from,
+                     std::byte* to) const = 0;
 };
 
 }  // namespace qcow::crypto

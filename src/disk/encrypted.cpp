@@ -20,7 +20,8 @@ std::span<std::byte> memory_of_thread() {
 }
 
 /// Whether all pieces of memory are whole sectors.
-bool is_whole(std::uint64_t position, Buffers buffers, std::uint64_t sector) {
+template <class Pieces>
+bool is_whole(std::uint64_t position, Pieces buffers, std::uint64_t sector) {
     if (!is_aligned(position | buffers.size(), sector)) return false;
     for (const auto piece : buffers)
         if (!is_aligned(piece.size(), sector)) return false;
@@ -99,6 +100,14 @@ Result<void> EncryptedBytes::write_piece(Storage& file, HostOffset at, std::uint
     const HostOffset start{at.value - skip};
     const auto number = (position - skip) / crypto::sector_unit;
     memory = memory.first(divide_up(end, sector) * sector);
+    if (is_whole(position, from, sector)) {
+        std::size_t done = 0;
+        for (const auto piece : from) {
+            cipher_->encrypt(number + done / crypto::sector_unit, piece, memory.subspan(done));
+            done += piece.size();
+        }
+        return file.write(start, memory);
+    }
     const auto read_sector = [&](std::uint64_t offset) -> Result<void> {
         const auto bytes = memory.subspan(offset, sector);
         TRY(file.read(start + offset, bytes));

@@ -11,6 +11,8 @@
 #include "format/file_name.h"
 #include "format/header.h"
 #include "image/gate.h"
+#include "qcow2/data_file.h"
+#include "qcow2/metadata/directories.h"
 #include "qcow2/repair_directories.h"
 
 namespace qcow {
@@ -42,6 +44,12 @@ Result<MetadataFiles> open_metadata_files(const ImageSpec& spec, bool writable, 
     if (!data_file) return std::unexpected(std::move(data_file).error().in(path));
     files.data = *std::move(data_file);
     return files;
+}
+
+Result<std::shared_ptr<const crypto::SectorCipher>> find_cipher(const ImageSpec& spec, const Storage& image) {
+    const auto header = TRY(format::parse_header(TRY(qcow2::read_first_cluster(image))));
+    const auto key = TRY(spec.keys({image.name(), header.crypt == format::Crypt::luks ? "luks" : "aes", 0}));
+    return qcow2::unlock(header, image, key, spec.max_kdf_seconds);
 }
 
 Result<ExaminedImage> open_to_examine(const ImageSpec& spec, const Warn& warn) {

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string_view>
 
+#include "crypto/cipher.h"
 #include "qcow/check.h"
 #include "qcow/image_spec.h"
 #include "qcow/storage.h"
@@ -19,6 +20,10 @@ struct MetadataFiles {
 /// Opens them. `done` says what the job does, for the message about an image of another format: "repaired". Errors:
 /// Errc::unsupported for formats other than qcow2; those of opening files.
 Result<MetadataFiles> open_metadata_files(const ImageSpec& spec, bool writable, std::string_view done);
+
+/// Returns the cipher of an encrypted image. ImageSpec::keys is asked for its key. Errors: those of asking and of
+/// luks::unlock.
+Result<std::shared_ptr<const crypto::SectorCipher>> find_cipher(const ImageSpec& spec, const Storage& image);
 
 /// An image that was opened to be examined.
 struct ExaminedImage {

@@ -34,10 +34,13 @@ Result<RepairResult> repair(const ImageSpec& spec, const RepairOptions& options)
                         "a repair of leaks does not remove bitmaps; repair everything (-r all) to remove them");
         }
         auto files = TRY(open_metadata_files(spec, !options.dry_run, "repaired"));
-        auto result = TRY(qcow2::repair_image(files.image, files.data.get(), options, is_device(spec)));
+        qcow2::FindCipher cipher;
+        if (spec.keys) cipher = [&] { return find_cipher(spec, *files.image); };
+        auto result = TRY(qcow2::repair_image(files.image, files.data.get(), options, cipher, is_device(spec)));
         files = {};  // its lock
         auto reading = spec;
         reading.write.reset();
+        reading.keys = {};  // nobody reads the data
         if (const auto examined = open_to_examine(reading, options.control.warn)) {
             add_broken_chain(result.before, examined->broken_chain);
             add_broken_chain(result.after, examined->broken_chain);

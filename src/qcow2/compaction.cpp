@@ -88,6 +88,7 @@ public:
           job_(job),
           control_(control),
           batch_bytes_(batch_bytes),
+          cipher_(cipher),
           encryption_(cipher ? std::make_unique<EncryptedBytes>(std::move(cipher)) : nullptr) {
         copying_.copy = [this](HostOffset from, HostOffset to, std::uint64_t length, Copying::Contents contents) {
             return copy(from, to, length, contents);
@@ -115,8 +116,8 @@ public:
             diagnosis = TRY(check());
         }
         result_.leaked_clusters = diagnosis.report.leaks;
-        const bool unmapped =
-            TRY(unmap_zeros(*image_, {.zeroes = job_.zeroes, .workers = job_.workers, .control = control_}));
+        const bool unmapped = TRY(unmap_zeros(*image_, DataFile(*image_, nullptr, cipher_),
+                                              {.zeroes = job_.zeroes, .workers = job_.workers, .control = control_}));
         if (unmapped || diagnosis.report.leaks + diagnosis.report.counted_past_end > 0) {
             diagnosis.references.reset();
             result_.unmapped_clusters = TRY(give_back_leaks()) - result_.leaked_clusters;
@@ -162,11 +163,12 @@ private:
 
     [[nodiscard]] Result<void> verify_possible() const {
         const auto& name = image_->file().name();
-        if (image_->header().crypt != format::Crypt::none && (job_.zeroes || job_.compress)) {
-            return fail(Errc::unsupported, name,
-                        "zeros cannot be found in encrypted data, nor can these be compressed");
-        }
         if (!job_.compress) return {};
+        if (image_->header().crypt != format::Crypt::none) {
+            return fail(
+                Errc::unsupported, name,
+                "the image is encrypted, and compressed clusters would not be: the format leaves them readable");
+        }
         if (image_->rules().external_data)
             return fail(Errc::unsupported, name, "an external data file cannot hold compressed clusters");
         TRY(codec::make_compressor(image_->header().compression, job_.level));
@@ -357,7 +359,8 @@ private:
     /// Holes stay holes.
     Result<void> copy(HostOffset from, HostOffset to, std::uint64_t length, Copying::Contents contents) {
         if (planned_ != nullptr && contents != Copying::Contents::metadata) return planned_->allocate(to, length);
-        if (encryption_ && contents == Copying::Contents::data) return encryption_->copy(*file_, from, to, length);
+        const bool depends_on_place = image_->header().crypt == format::Crypt::luks;
+        if (depends_on_place && contents == Copying::Contents::data) return encryption_->copy(*file_, from, to, length);
         thread_local std::vector<std::byte> buffer;
         while (length > 0) {
             const auto run = TRY(file_->run(from, length));
@@ -702,7 +705,8 @@ private:
     const CompactJob& job_;
     const JobControl& control_;
     const std::uint64_t batch_bytes_;
-    const std::unique_ptr<EncryptedBytes> encryption_;  // null: data do not depend on their place
+    const std::shared_ptr<const crypto::SectorCipher> cipher_;  // null: nothing is to be decrypted
+    const std::unique_ptr<EncryptedBytes> encryption_;          // the same
     Copying copying_;
 
     std::unique_ptr<Metadata> image_;
@@ -725,7 +729,7 @@ Result<CompactResult> compact_image(std::shared_ptr<Storage> file, const Storage
         return Compaction(std::move(file), nullptr, data_file, job, control, batch_bytes, std::move(cipher)).run();
     }
     const auto planned = TRY(PlannedFile::create(std::move(file), job.memory_bytes));
-    return Compaction(planned, planned.get(), data_file, job, control, batch_bytes, nullptr).run();
+    return Compaction(planned, planned.get(), data_file, job, control, batch_bytes, std::move(cipher)).run();
 }
 
 }  // namespace qcow::qcow2

@@ -7,9 +7,17 @@
 #include "base/bits.h"
 #include "base/try.h"
 #include "disk/range.h"
+#include "luks/volume.h"
 #include "qcow2/metadata/writable_metadata.h"
 
 namespace qcow::qcow2 {
+
+Result<std::shared_ptr<const crypto::SectorCipher>> unlock(const format::Header& header, const Storage& file,
+                                                           const Secret& key, double max_kdf_seconds) {
+    if (header.crypt == format::Crypt::aes) return luks::legacy_cipher(key);
+    const auto& [at, length] = *header.encryption;
+    return luks::unlock({file, at, length}, key, max_kdf_seconds);
+}
 
 DataFile::DataFile(const Metadata& metadata, const std::shared_ptr<Storage>& external,
                    std::shared_ptr<const crypto::SectorCipher> cipher)

@@ -12,6 +12,10 @@ namespace qcow::qcow2 {
 
 class WritableMetadata;
 
+/// Returns the cipher of the data of an encrypted image. Errors: those of luks::unlock.
+Result<std::shared_ptr<const crypto::SectorCipher>> unlock(const format::Header& header, const Storage& file,
+                                                           const Secret& key, double max_kdf_seconds);
+
 /// The file that the clusters of guest data lie in: the image file, or an external data file.
 ///
 /// Fresh bytes, those of a cluster that was just taken, are zeros in the image file. In an external data file a guest

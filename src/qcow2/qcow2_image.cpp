@@ -73,14 +73,6 @@ Result<EncryptionInfo> encryption_info(const Metadata& metadata) {
     return info;
 }
 
-/// Returns the cipher of the data.
-Result<std::shared_ptr<const crypto::SectorCipher>> cipher_of(const format::Header& header, const Storage& file,
-                                                              const Secret& key, double max_kdf_seconds) {
-    if (header.crypt == format::Crypt::aes) return luks::legacy_cipher(key);
-    const auto& [at, length] = *header.encryption;
-    return luks::unlock({file, at, length}, key, max_kdf_seconds);
-}
-
 /// A reference as the image has it, and what it comes to if it can be understood.
 ReferenceInfo reference_info(FileReference::Role role, const std::string& name,
                              const std::optional<std::string>& format, const Metadata& metadata) {
@@ -339,7 +331,7 @@ public:
 
     Result<std::shared_ptr<Layer>> open(Neighbours neighbours) override {
         std::shared_ptr<const crypto::SectorCipher> cipher;
-        if (neighbours.key) cipher = TRY(cipher_of(header_, *storage_, *neighbours.key, neighbours.max_kdf_seconds));
+        if (neighbours.key) cipher = TRY(unlock(header_, *storage_, *neighbours.key, neighbours.max_kdf_seconds));
         auto backing_name = neighbours.alone ? std::string() : header_.backing_name;
         auto parts = std::make_shared<ImageParts>(header_, std::move(storage_), neighbours.data_file,
                                                   std::move(neighbours.backing), std::move(backing_name),

@@ -11,6 +11,7 @@
 
 #include "base/endian.h"
 #include "base/going_on.h"
+#include "disk/encrypted.h"
 #include "format/refcount.h"
 #include "qcow2/image_check.h"
 #include "qcow2/metadata/directories.h"
@@ -34,8 +35,13 @@ constexpr std::size_t cache_bytes = 1 * MiB;
 /// 4. Only then are refcounts lowered.
 class Repair {
 public:
-    Repair(std::shared_ptr<PlannedFile> file, const Storage* data_file, const RepairOptions& options, bool fixed_size)
-        : file_(std::move(file)), data_file_(data_file), options_(options), fixed_size_(fixed_size) {
+    Repair(std::shared_ptr<PlannedFile> file, const Storage* data_file, const RepairOptions& options,
+           const FindCipher& find_cipher, bool fixed_size)
+        : file_(std::move(file)),
+          data_file_(data_file),
+          options_(options),
+          find_cipher_(find_cipher),
+          fixed_size_(fixed_size) {
         check_.workers = options.workers;
         check_.max_findings = options.max_findings;
         check_.memory_bytes = options.memory_bytes;
@@ -179,17 +185,32 @@ private:
     Result<bool> move(const CountedClusters& counted, NewClusters& added, const RepairPlan& plan) {
         for (const auto& copy : plan.copies) {
             result_.copied_clusters += counted.metadata.geometry().clusters(copy.bytes);
-            if (!copy.metadata) {
+            if (copy.what == Structure::data) {
+                TRY_VOID(file_->copy(copy.from, copy.to, copy.bytes, TRY(copying_of_data(counted.metadata))));
+            } else if (copy.what == Structure::compressed) {
                 TRY_VOID(file_->copy(copy.from, copy.to, copy.bytes));
-                continue;
+            } else {
+                std::vector<std::byte> bytes(copy.bytes);
+                TRY(file_->read(copy.from, bytes));
+                TRY_VOID(file_->write(copy.to, bytes));
             }
-            std::vector<std::byte> bytes(copy.bytes);
-            TRY(file_->read(copy.from, bytes));
-            TRY_VOID(file_->write(copy.to, bytes));
         }
         TRY_VOID(count_new(counted, added));
         TRY_VOID(write_entries(plan.pointers));
         return true;
+    }
+
+    /// LUKS encrypts data for their place in the file.
+    Result<CopyBytes> copying_of_data(const Metadata& image) {
+        if (options_.dry_run || image.header().crypt != format::Crypt::luks) return copy_unchanged;
+        if (!find_cipher_) {
+            return fail(Errc::encrypted, file_->name(),
+                        "it is encrypted, and data that get a place of their own are encrypted again, with its key");
+        }
+        if (!encryption_) encryption_ = std::make_shared<EncryptedBytes>(TRY(find_cipher_()));
+        return [encryption = encryption_](Storage& file, HostOffset from, HostOffset to, std::uint64_t bytes) {
+            return encryption->copy(file, from, to, bytes);
+        };
     }
 
     Result<bool> correct_refcounts(const CountedClusters& counted, NewClusters& added, const RepairPlan& plan) {
@@ -319,6 +340,8 @@ private:
     std::unique_ptr<Metadata> image_;  // as the file has it at the beginning of a round
     const Storage* const data_file_;
     const RepairOptions& options_;
+    const FindCipher& find_cipher_;
+    std::shared_ptr<EncryptedBytes> encryption_;  // null: no such data have moved yet
     const bool fixed_size_;
     CheckOptions check_;
     /// The image's refcount table or its blocks cannot be used. New ones count everything but these.
@@ -342,9 +365,9 @@ Result<void> clear_corrupt_mark(Storage& file) {
 }  // namespace
 
 Result<RepairResult> repair_image(const std::shared_ptr<Storage>& file, const Storage* data_file,
-                                  const RepairOptions& options, bool fixed_size) {
+                                  const RepairOptions& options, const FindCipher& find_cipher, bool fixed_size) {
     auto planned = TRY(PlannedFile::create(file, options.memory_bytes));
-    auto result = TRY(Repair(planned, data_file, options, fixed_size).run());
+    auto result = TRY(Repair(planned, data_file, options, find_cipher, fixed_size).run());
     if (options.on_loss) {
         for (const auto& loss : result.losses) options.on_loss(loss);
     }

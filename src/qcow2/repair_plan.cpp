@@ -32,8 +32,6 @@ public:
           references_(*diagnosis.references),
           max_refcount_(std::min<std::uint64_t>(format::max_refcount(metadata.header().refcount_order),
                                                 References::max_count - 1)),
-          // The position of an encrypted cluster is part of its key.
-          data_can_move_(metadata.header().crypt != format::Crypt::luks),
           zeros_hide_backing_(rules_.version >= 3 || metadata.header().backing_name.empty()),
           memory_bytes_(options.memory_bytes),
           max_copies_(2 * geometry_.clusters(diagnosis.file_bytes) + 1024),
@@ -146,7 +144,7 @@ private:
     }
 
     /// A copy of `bytes` bytes, with `count` references to it.
-    Result<HostOffset> copy(HostOffset from, std::uint64_t bytes, std::uint64_t count, bool metadata) {
+    Result<HostOffset> copy(HostOffset from, std::uint64_t bytes, std::uint64_t count, Structure what) {
         if (plan_.copies.size() >= max_copies_) {
             return fail(Errc::limit_exceeded, metadata_.file().name(),
                         fmt::format("the repair would copy more than {} clusters", max_copies_));
@@ -155,18 +153,18 @@ private:
         TRY_VOID(take_memory(sizeof(RepairPlan::Copy) + clusters * sizeof(std::uint64_t)));
         const auto to = TRY(new_clusters_.allocate(clusters));
         new_clusters_.refer(to, clusters, count);
-        plan_.copies.push_back({from, to, bytes, metadata});
+        plan_.copies.push_back({from, to, bytes, what});
         return to;
     }
 
     /// The copy that all references of a use share.
     Result<HostOffset> shared_copy(std::map<std::uint64_t, HostOffset>& copies, std::uint64_t cluster,
-                                   std::uint64_t count, bool metadata) {
+                                   std::uint64_t count, Structure what) {
         if (const auto found = copies.find(cluster); found != copies.end()) {
             new_clusters_.refer(found->second, 1, count);
             return found->second;
         }
-        const auto to = TRY(copy({cluster << geometry_.cluster_bits}, geometry_.cluster_size(), count, metadata));
+        const auto to = TRY(copy({cluster << geometry_.cluster_bits}, geometry_.cluster_size(), count, what));
         copies.emplace(cluster, to);
         return to;
     }
@@ -189,14 +187,14 @@ private:
         const auto references = references_.at(cluster);
         std::optional<HostOffset> to;
         if (gives_way(references, References::l2_table)) {
-            to = TRY(shared_copy(l2_copies_, cluster, reference.count, true));
+            to = TRY(shared_copy(l2_copies_, cluster, reference.count, reference.kind));
             moving_tables_.insert(reference.at);
         } else if (exceeds(rules_.external_data ? 1 : max_refcount_, cluster, references, reference.count)) {
-            to = TRY(copy(reference.at, geometry_.cluster_size(), reference.count, true));
+            to = TRY(copy(reference.at, geometry_.cluster_size(), reference.count, reference.kind));
             // In an external data file, the place of an L1 entry says where all data of its table lie.
             if (rules_.external_data) moving_tables_.insert(reference.at);
         } else if (reference.active && references.count() > 1 && TRY(needs_separation(cluster, References::copied))) {
-            to = TRY(copy(reference.at, geometry_.cluster_size(), reference.count, true));
+            to = TRY(copy(reference.at, geometry_.cluster_size(), reference.count, reference.kind));
         }
         if (to) return add(plan_.pointers, {.at = reference.place.at, .word = to->value});
         const bool own = references.count() == 1;
@@ -212,7 +210,7 @@ private:
             if (has_several_uses(references.word & References::uses)) moving_tables_.insert(reference.at);
             if ((references.word & References::uses) != References::metadata || references.count() < 2) continue;
             if (reference.kind == Structure::bitmap_bits) {
-                const auto to = TRY(copy(reference.at, reference.bytes, 1, true));
+                const auto to = TRY(copy(reference.at, reference.bytes, 1, reference.kind));
                 return add(plan_.pointers, {.at = reference.place.at, .word = to.value});
             }
             note_shared(reference.kind, reference.at, reference.bytes, reference.place);
@@ -288,10 +286,9 @@ private:
             TRY_VOID(add(plan_.corrections, pointer));  // zeros need no cluster
             return true;
         }
-        if (!data_can_move_) return false;
-        const auto to =
-            overlaps ? TRY(shared_copy(data_copies_, cluster, reference.count, false))
-                     : TRY(copy({cluster << geometry_.cluster_bits}, geometry_.cluster_size(), reference.count, false));
+        const auto to = overlaps ? TRY(shared_copy(data_copies_, cluster, reference.count, reference.kind))
+                                 : TRY(copy({cluster << geometry_.cluster_bits}, geometry_.cluster_size(),
+                                            reference.count, reference.kind));
         pointer.word = to.value;
         TRY_VOID(add(plan_.pointers, pointer));
         return true;
@@ -309,7 +306,7 @@ private:
         if (!moves) return {};
         const std::lock_guard lock(mutex_);
         if (moving_tables_.contains(reference.place.table)) return {};
-        const auto to = TRY(copy(reference.at, reference.bytes, reference.count, false));
+        const auto to = TRY(copy(reference.at, reference.bytes, reference.count, reference.kind));
         if (!lies_within(to.value, reference.bytes, bit(format::compressed_offset_bits(geometry_.cluster_bits)))) {
             return fail(Errc::limit_exceeded, metadata_.file().name(),
                         "the file is too long for another compressed cluster at its end");
@@ -510,7 +507,6 @@ private:
     const format::EntryRules& rules_;
     const ReferenceMap& references_;
     const std::uint64_t max_refcount_;
-    const bool data_can_move_;
     const bool zeros_hide_backing_;
     const std::size_t memory_bytes_;
     const std::uint64_t max_copies_;

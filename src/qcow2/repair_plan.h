@@ -62,7 +62,7 @@ struct RepairPlan {
         HostOffset from;
         HostOffset to;
         std::uint64_t bytes = 0;
-        bool metadata = false;
+        Structure what = Structure::data;
     };
     std::vector<Copy> copies;
     std::vector<EntryRun> pointers;  ///< entries that lead to the copies

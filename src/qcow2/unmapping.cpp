@@ -18,13 +18,15 @@ namespace {
 
 using format::L2Entry;
 
+constexpr std::uint64_t piece_bytes = 64 * KiB;
+
 /// Whether all of these bytes of the file are zeros.
 Result<bool> holds_zeros(const Storage& file, HostOffset at, std::uint64_t length) {
     thread_local std::vector<std::byte> buffer;
     while (length > 0) {
         const auto run = TRY(file.run(at, length));
         for (std::uint64_t done = 0; run.data && done < run.length;) {
-            buffer.resize(std::min<std::uint64_t>(run.length - done, 64 * KiB));
+            buffer.resize(std::min(run.length - done, piece_bytes));
             TRY(file.read(at + done, buffer));
             if (!is_zero(buffer)) return false;
             done += buffer.size();
@@ -35,11 +37,23 @@ Result<bool> holds_zeros(const Storage& file, HostOffset at, std::uint64_t lengt
     return true;
 }
 
+/// Whether these encrypted guest bytes are zeros.
+Result<bool> decrypts_to_zeros(const DataFile& data, HostOffset host, GuestOffset at, std::uint64_t length) {
+    thread_local std::vector<std::byte> buffer;
+    for (std::uint64_t done = 0; done < length; done += buffer.size()) {
+        buffer.resize(std::min(length - done, piece_bytes));
+        TRY_VOID(data.read(host + done, at + done, std::span(buffer)));
+        if (!is_zero(buffer)) return false;
+    }
+    return true;
+}
+
 /// Changes the entries of data clusters, and keeps the L2 tables that lead to some.
 class ClusterVisitor : public SoundVisitor {
 public:
-    ClusterVisitor(const Metadata& metadata, bool zeroes)
+    ClusterVisitor(const Metadata& metadata, const DataFile& data, bool zeroes)
         : SoundVisitor(metadata),
+          data_(data),
           unmaps_(zeroes && (metadata.header().version >= 3 || metadata.header().backing_name.empty())) {}
 
     Result<void> reference(const Reference& reference) override {
@@ -54,7 +68,7 @@ public:
         for (std::uint64_t i = 0; unmaps_ && i < count; ++i) {
             L2Entry entry{load_be<std::uint64_t>(entries, i * entry_bytes)};
             if (geometry.extended_l2) entry.bitmap = load_be<std::uint64_t>(entries, i * entry_bytes + 8);
-            if (TRY(reads_zeros(entry))) {
+            if (TRY(reads_zeros(entry, *reference.place.guest + i * geometry.cluster_size()))) {
                 TRY_VOID(unmap(reference.place.at + i * entry_bytes, entry));
             } else {
                 kept = true;
@@ -74,17 +88,22 @@ private:
         kept_.insert(table.value);
     }
 
-    /// Whether all data of the entry's cluster are zeros.
-    [[nodiscard]] Result<bool> reads_zeros(L2Entry entry) const {
+    [[nodiscard]] Result<bool> are_zeros(HostOffset host, GuestOffset at, std::uint64_t length) const {
+        return data_.is_encrypted() ? decrypts_to_zeros(data_, host, at, length)
+                                    : holds_zeros(metadata_.file(), host, length);
+    }
+
+    /// Whether all data of the entry's cluster are zeros. `at`: the first byte that it maps.
+    [[nodiscard]] Result<bool> reads_zeros(L2Entry entry, GuestOffset at) const {
         const auto& geometry = metadata_.geometry();
         if (!geometry.extended_l2) {
             if (metadata_.rules().run(entry, 0).kind == format::ClusterKind::zero_allocated) return true;
-            return holds_zeros(metadata_.file(), entry.cluster(), geometry.cluster_size());
+            return are_zeros(entry.cluster(), at, geometry.cluster_size());
         }
         const std::uint64_t unit = bit(geometry.subcluster_bits());
         for (auto allocated = static_cast<std::uint32_t>(entry.bitmap); allocated != 0; allocated &= allocated - 1) {
             const auto index = static_cast<std::uint64_t>(std::countr_zero(allocated));
-            if (!TRY(holds_zeros(metadata_.file(), entry.cluster() + index * unit, unit))) return false;
+            if (!TRY(are_zeros(entry.cluster() + index * unit, at + index * unit, unit))) return false;
         }
         return true;
     }
@@ -101,6 +120,7 @@ private:
         return metadata_.file().write(at, std::span(bytes).first(8));
     }
 
+    const DataFile& data_;
     const bool unmaps_;
     std::atomic<bool> changed_ = false;
     std::mutex mutex_;
@@ -135,7 +155,7 @@ private:
 
 }  // namespace
 
-Result<bool> unmap_zeros(const Metadata& metadata, const UnmapOptions& options) {
+Result<bool> unmap_zeros(const Metadata& metadata, const DataFile& data, const UnmapOptions& options) {
     // Nothing tells which tables lead to an external data file.
     if (metadata.rules().external_data) return false;
     const std::uint64_t file_bytes = TRY(walked_length(metadata));
@@ -144,7 +164,7 @@ Result<bool> unmap_zeros(const Metadata& metadata, const UnmapOptions& options) 
     walk_options.workers = options.workers;
     walk_options.control.stop = options.control.stop;
     if (options.zeroes) walk_options.control.progress = options.control.progress;
-    ClusterVisitor clusters(metadata, options.zeroes);
+    ClusterVisitor clusters(metadata, data, options.zeroes);
     TRY(walk(metadata, file_bytes, walk_options, clusters));
     walk_options.control.progress = {};
     TableVisitor tables(metadata, clusters, options.zeroes);

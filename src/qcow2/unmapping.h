@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "qcow/job.h"
+#include "qcow2/data_file.h"
 #include "qcow2/metadata/metadata.h"
 
 namespace qcow::qcow2 {
@@ -17,10 +18,10 @@ struct UnmapOptions {
 
 /// Changes the entries of a sound image, of its disk and of its snapshots alike, so that zeros take no clusters. Each
 /// entry changes at once, and means the same before and after. The refcounts stay: what nothing leads to any more is
-/// leaked.
+/// leaked. `data`: of the image, with its key if it is encrypted and UnmapOptions::zeroes is set.
 ///
 /// An image of version 2 with a backing file keeps its data clusters, and an external data file keeps all of them. A
 /// table of zeros stays if the image has a backing file. Returns whether it changed anything. Errors: io, cancelled.
-Result<bool> unmap_zeros(const Metadata& metadata, const UnmapOptions& options);
+Result<bool> unmap_zeros(const Metadata& metadata, const DataFile& data, const UnmapOptions& options);
 
 }  // namespace qcow::qcow2

@@ -16,6 +16,16 @@ constexpr std::size_t piece_bytes = 1 * MiB;
 
 }  // namespace
 
+Result<void> copy_unchanged(Storage& file, HostOffset from, HostOffset to, std::uint64_t bytes) {
+    std::vector<std::byte> buffer(std::min<std::uint64_t>(bytes, piece_bytes));
+    for (std::uint64_t done = 0; done < bytes; done += buffer.size()) {
+        const auto piece = std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), bytes - done));
+        TRY(file.read(from + done, piece));
+        TRY_VOID(file.write(to + done, piece));
+    }
+    return {};
+}
+
 Result<std::shared_ptr<PlannedFile>> PlannedFile::create(std::shared_ptr<Storage> file, std::size_t budget_bytes) {
     const auto size = TRY(file->size());
     return std::shared_ptr<PlannedFile>(new PlannedFile(std::move(file), size, budget_bytes));
@@ -121,8 +131,8 @@ Result<Storage::Run> PlannedFile::run(HostOffset at, std::uint64_t limit) const 
     return run;
 }
 
-Result<void> PlannedFile::copy(HostOffset from, HostOffset to, std::uint64_t bytes) {
-    steps_.back().copies.push_back({from, to, bytes});
+Result<void> PlannedFile::copy(HostOffset from, HostOffset to, std::uint64_t bytes, CopyBytes how) {
+    steps_.back().copies.push_back({from, to, bytes, std::move(how)});
     return grow(to.value + bytes);
 }
 
@@ -136,16 +146,6 @@ void PlannedFile::punch(HostOffset at, std::uint64_t bytes) {
 
 bool PlannedFile::unchanged() const {
     return steps_.size() == 1 && steps_.front().empty() && holes_.empty() && size_ == old_size_;
-}
-
-Result<void> PlannedFile::carry_out_copy(const Copy& copy) const {
-    std::vector<std::byte> buffer(std::min<std::uint64_t>(copy.bytes, piece_bytes));
-    for (std::uint64_t done = 0; done < copy.bytes; done += buffer.size()) {
-        const auto piece = std::span(buffer).first(std::min<std::uint64_t>(buffer.size(), copy.bytes - done));
-        TRY(inner().read(copy.from + done, piece));
-        TRY_VOID(inner().write(copy.to + done, piece));
-    }
-    return {};
 }
 
 /// Calls visit(pages, end) for each run of neighbouring pages.
@@ -214,7 +214,7 @@ Result<void> PlannedFile::carry_out(const JobControl& control) {
         if (step.empty()) continue;
         TRY_VOID(verify_goes_on(control));
         for (const auto& copy : step.copies) {
-            TRY_VOID(carry_out_copy(copy));
+            TRY_VOID(copy.how(inner(), copy.from, copy.to, copy.bytes));
             done += copy.bytes;
             report();
         }

@@ -2,6 +2,7 @@
 // A file with changes that are planned, and not made yet.
 
 #include <array>
+#include <functional>
 #include <map>
 #include <memory>
 #include <unordered_map>
@@ -12,6 +13,12 @@
 #include "storage/pass_through.h"
 
 namespace qcow {
+
+/// Copies bytes within a file. What it does to them may depend on their places.
+using CopyBytes = std::function<Result<void>(Storage& file, HostOffset from, HostOffset to, std::uint64_t bytes)>;
+
+/// A CopyBytes that leaves them as they are.
+Result<void> copy_unchanged(Storage& file, HostOffset from, HostOffset to, std::uint64_t bytes);
 
 /// Keeps all changes in memory. Reads return the file as it will be; the file below stays as it is until carry_out().
 ///
@@ -38,7 +45,7 @@ public:
     // Changes of data that the planner never reads. Reads do not show them.
 
     /// Copies bytes in the present step. They are what the steps before leave there.
-    Result<void> copy(HostOffset from, HostOffset to, std::uint64_t bytes);
+    Result<void> copy(HostOffset from, HostOffset to, std::uint64_t bytes, CopyBytes how = copy_unchanged);
     /// Makes a hole when all steps are done.
     void punch(HostOffset at, std::uint64_t bytes);
 
@@ -58,6 +65,7 @@ private:
         HostOffset from;
         HostOffset to;
         std::uint64_t bytes = 0;
+        CopyBytes how;
     };
     struct Step {
         std::map<std::uint64_t, std::unique_ptr<Page>> pages;  // by number
@@ -71,7 +79,6 @@ private:
     template <class Visit>
     static Result<void> each_run(const Step& step, const Visit& visit);
     [[nodiscard]] Result<void> reserve() const;
-    Result<void> carry_out_copy(const Copy& copy) const;
     Result<void> carry_out_pages(const Step& step, std::uint64_t& done) const;
 
     const std::size_t budget_bytes_;

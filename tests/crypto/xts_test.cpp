@@ -74,7 +74,7 @@ TEST_P(XtsTest, WithWideInstructions) {
     const auto wide = crypto::WideXts::make(key_);
     if (!wide) GTEST_SKIP() << "the processor does not have them";
     compare([&](Direction direction, SectorNumbers numbers, std::span<std::byte> bytes) {
-        wide->run(direction, numbers, bytes);
+        wide->run(direction, numbers, bytes, bytes.data());
     });
 }
 
@@ -92,7 +92,7 @@ TEST(XtsKeysTest, Of192Bits) {
         crypto::xts(*crypto::openssl_cipher("aes", "ecb", half, direction),
                     *crypto::openssl_cipher("aes", "ecb", std::span(key).subspan(24), Direction::encrypt), {.first = 3},
                     expected);
-        wide->run(direction, {.first = 3}, bytes);
+        wide->run(direction, {.first = 3}, bytes, bytes.data());
         EXPECT_EQ(bytes, expected);
     }
     EXPECT_FALSE(crypto::WideXts::make(random_bytes(40)));

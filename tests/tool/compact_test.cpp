@@ -140,7 +140,7 @@ TEST_F(CompactToolTest, EncryptedImages) {
     const auto before = convert({}, "before.raw");
     put_file(directory_.file("wrong"), "y");
     expect_refusal({"compact", "--key", "wrong", "disk.qcow2"}, HasSubstr("the key is wrong"));
-    expect_refusal({"compact", "--zeroes", "--object", secret.back(), "disk.qcow2"}, HasSubstr("encrypted"));
+    expect_refusal({"compact", "--compress", "--object", secret.back(), "disk.qcow2"}, HasSubstr("encrypted"));
     const auto planned = only_json(must_tool({"compact", "--dry-run", "--json", "disk.qcow2"}));
     const auto done = only_json(must_tool({"compact", "--json", "--object", secret.back(), "disk.qcow2"}));
     EXPECT_GT(done["moved-clusters"], 0);
