@@ -147,13 +147,13 @@ std::string names_text(const std::vector<std::string>& names) {
 /// Prints what the user can do about the findings.
 void print_advice(const qcow::CheckReport& report, const std::string& path) {
     if (report.dirty) {
-        fmt::print("The image was not closed: its last writer left old refcounts in the file. This is not damage.\n");
+        fmt::print(
+            "The image was not closed: its last writer left old refcounts or flags in the file. This is not damage.\n");
         if (report.mended_by_writing()) {
             fmt::print("Opening it for writing corrects them, and so does qcow check -r all {}\n",
                        qcow::printable(path));
         } else {
-            fmt::print(
-                "It cannot be opened for writing, which would rebuild the refcounts, because of the other findings.\n");
+            fmt::print("It cannot be opened for writing, which would rebuild them, because of the other findings.\n");
         }
     }
     if (report.marked_corrupt && report.corruptions + report.errors == 0) {
@@ -209,7 +209,7 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
     } else {
         auto sums = fmt::format("{} corruptions, {} leaked clusters, {} errors (not verified)", report.corruptions,
                                 report.leaks, report.errors);
-        if (report.dirty) sums += fmt::format(", {} postponed refcounts", report.postponed);
+        if (report.dirty) sums += fmt::format(", {} postponed refcounts and flags", report.postponed);
         fmt::print("{}: {}\n", qcow::printable(path),
                    paint(sums, report.corruptions + report.errors > 0 ? Colour::red : Colour::yellow));
     }
@@ -247,7 +247,8 @@ void print_repair(const qcow::RepairResult& result, bool dry_run) {
     const auto* was = dry_run ? "would be" : "was";
     fmt::print("{} leaked clusters and {} corruptions {} repaired\n", result.leaks_fixed, result.corruptions_fixed,
                were);
-    if (result.postponed_fixed > 0) fmt::print("{} postponed refcounts {} corrected\n", result.postponed_fixed, were);
+    if (result.postponed_fixed > 0)
+        fmt::print("{} postponed refcounts and flags {} corrected\n", result.postponed_fixed, were);
     if (result.cleared_dirty()) fmt::print("the mark \"dirty\" {} cleared\n", was);
     if (result.cleared_corrupt()) fmt::print("the mark \"corrupt\" {} cleared\n", was);
     if (result.refcounts_rebuilt) fmt::print("the refcounts {} rebuilt\n", were);
@@ -331,15 +332,15 @@ void declare_check(CLI::App& root, int& status) {
         root, status, "check", "Check the metadata of an image, and repair it",
         "Counts the references to each cluster and compares them with the refcounts. Verifies all tables, snapshots\n"
         "and bitmaps, and that the backing chain can be opened. Without -r, it changes nothing.\n"
-        "An image that was not closed may have old refcounts (\"postponed\"). They are not damage: opening the image\n"
-        "for writing corrects them.\n"
+        "An image that was not closed may have old refcounts and COPIED flags (\"postponed\"). They are not damage:\n"
+        "opening the image for writing corrects them.\n"
         "With -r, it repairs a qcow2 image in place. Before it writes, it says what is lost: guest data whose place "
         "is\n"
         "unknown, and snapshots and bitmaps that cannot be read. A repair may be interrupted at any moment, and run\n"
         "again. It needs nobody else to use the image. Data that share a cluster with something else are copied. If\n"
         "they are encrypted with LUKS, they are encrypted again, which takes the key of the image.\n"
         "Exit status: 0 clean; 1 the check failed or could not verify everything; 2 corrupt; 3 only leaked clusters\n"
-        "or postponed refcounts; 63 the format has no metadata to check. With -r, it is about the repaired image.\n"
+        "or postponed findings; 63 the format has no metadata to check. With -r, it is about the repaired image.\n"
         "Examples:\n"
         "  qcow check --json disk.qcow2 | jq .corruptions\n"
         "  qcow check -r all --dry-run disk.qcow2    what a repair would do\n"

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <optional>
 #include <span>
 
 #include "command.h"
@@ -157,14 +158,21 @@ void tell_losses(const qcow::Losses& losses, const Options& options) {
 
 qcow::Result<int> run(const Options& options) {
     const auto job = QCOW_TRY(job_of(options));
+    // What is new is removed. An image that was there is closed in order.
+    std::optional<StopOnSignals> stop;
+    if (std::holds_alternative<qcow::ConvertJob::ExistingTarget>(job.target)) stop.emplace();
     const auto converted = [&] {
         Progress progress("converting", options.progress);
         const CleanUpOnSignals clean_up;
         return qcow::convert(
             job, {.progress = [&](std::uint64_t done, std::uint64_t total) { progress.update(done, total); },
-                  .warn = warn_on_stderr(options.existing ? "--target-format" : "-O")});
+                  .warn = warn_on_stderr(options.existing ? "--target-format" : "-O"),
+                  .stop = stop ? stop->token() : std::stop_token()});
     }();
-    if (!converted) return std::unexpected(converted.error());
+    if (!converted) {
+        if (converted.error().code == qcow::Errc::cancelled) complain(converted.error().message());
+        return std::unexpected(converted.error());
+    }
     const auto& losses = converted->losses;
     if (losses.bytes != 0) tell_losses(losses, options);
     if (options.json) print_summary(losses, converted->bytes, options);

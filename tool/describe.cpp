@@ -224,10 +224,11 @@ void print_snapshots(const qcow::ImageInfo& info) {
                  {"DATE"},
                  {"VM CLOCK"},
                  {"VM STATE", Table::Align::right},
+                 {"ICOUNT", Table::Align::right},
                  {"VIRTUAL SIZE", Table::Align::right}});
     for (const auto& s : info.snapshots) {
         table.add({printable(s.id), printable(s.name), date(s), clock(s.vm_clock_nanoseconds), human(s.vm_state_bytes),
-                   human(s.virtual_size)});
+                   s.icount ? std::to_string(*s.icount) : "--", human(s.virtual_size)});
     }
     table.print();
 }

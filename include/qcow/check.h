@@ -20,7 +20,7 @@ struct CheckFinding {
         leak,        ///< space that nothing uses; harmless
         corruption,  ///< metadata that contradict each other; data are lost or may be lost
         error,       ///< something that could not be verified
-        postponed,   ///< a refcount of an image that was not closed; opening it for writing corrects it
+        postponed,   ///< a refcount or COPIED flag of an image that was not closed; opening it for writing corrects it
     };
     enum class Kind : std::uint8_t {
         other,             ///< none of the kinds below
@@ -65,7 +65,7 @@ struct CheckReport {
     std::uint64_t leaks = 0;  ///< host clusters
     std::uint64_t corruptions = 0;
     std::uint64_t errors = 0;
-    std::uint64_t postponed = 0;  ///< host clusters
+    std::uint64_t postponed = 0;  ///< refcounts and COPIED flags of host clusters
     bool dirty = false;           ///< the image has the dirty bit: its last writer did not close it
     bool marked_corrupt = false;  ///< the image has the corrupt bit: a writer has met damage, and it is not written
     /// Host clusters past the end of the file with a refcount but no reference. They take no space until the file
@@ -90,8 +90,8 @@ struct CheckReport {
 
     [[nodiscard]] bool clean() const { return leaks == 0 && corruptions == 0 && errors == 0 && postponed == 0; }
 
-    /// Returns whether opening the image for writing makes it clean. Opening rebuilds the refcounts of a dirty image,
-    /// and fails if anything else is wrong.
+    /// Returns whether opening the image for writing makes it clean. Opening rebuilds the refcounts and COPIED flags of
+    /// a dirty image, and fails if anything else is wrong.
     [[nodiscard]] bool mended_by_writing() const { return dirty && corruptions == 0 && errors == 0; }
 };
 

@@ -61,7 +61,7 @@ struct RepairResult {
     CheckReport after;
     std::uint64_t leaks_fixed = 0;        ///< host clusters
     std::uint64_t corruptions_fixed = 0;  ///< findings of severity `corruption` and `error`
-    std::uint64_t postponed_fixed = 0;    ///< host clusters with a postponed refcount
+    std::uint64_t postponed_fixed = 0;    ///< postponed refcounts and COPIED flags
     std::vector<RepairLoss> losses;
     std::uint64_t unlisted_losses = 0;  ///< more than RepairOptions::max_findings
     std::uint64_t copied_clusters = 0;  ///< host clusters that were copied to a place of their own

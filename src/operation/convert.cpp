@@ -12,6 +12,7 @@
 #include "operation/stream.h"
 #include "qcow/concat.h"
 #include "qcow/files_in_use.h"
+#include "qcow/text.h"
 #include "storage/unfinished.h"
 
 namespace qcow {
@@ -86,6 +87,28 @@ private:
         return {};
     }
 
+    /// So does one that an existing target cannot take.
+    Result<void> verify_takes_bitmaps(Image& target, const std::string& path) const {
+        if (job_.bitmaps == ConvertJob::Bitmaps::none) return {};
+        const auto info = TRY(target.info());
+        if (info.format != Format::qcow2 || info.version < 3) return refuse_bitmaps(path, only_version_3);
+        if (bitmaps_.empty()) return {};
+        if (info.virtual_size != source_->size()) {
+            return refuse_bitmaps(path, fmt::format("the bitmaps are of a disk of {} bytes, and this one has {}",
+                                                    source_->size(), info.virtual_size));
+        }
+        for (const auto& [name, granularity, in_use, enabled] : info.bitmaps) {
+            if (std::ranges::find(bitmaps_, name, &BitmapAction::bitmap) == bitmaps_.end()) continue;
+            return refuse(path,
+                          fmt::format("it has a bitmap \"{}\" already, which the copy would not replace; remove it "
+                                      "with qcow bitmap --remove, or leave out --bitmaps",
+                                      printable(name)));
+        }
+        return {};
+    }
+
+    static constexpr const char* only_version_3 = "only qcow2 images of version 3 have bitmaps";
+
     static std::unexpected<Error> refuse_bitmaps(std::string place, const std::string& why) {
         return refuse(std::move(place), why + "; leave out --bitmaps");
     }
@@ -120,7 +143,7 @@ private:
         const bool raw = target.format != Format::qcow2;
         if (raw && (job_.compress || job_.level || !options.backing_name.empty())) return refuse_raw();
         if (job_.bitmaps != ConvertJob::Bitmaps::none && (raw || options.version < 3)) {
-            return refuse_bitmaps("target format", "only qcow2 images of version 3 have bitmaps");
+            return refuse_bitmaps("target format", only_version_3);
         }
         ConvertOptions convert{.copy = copy_, .compress = job_.compress, .level = job_.level};
         if (!options.backing_name.empty()) {
@@ -161,6 +184,7 @@ private:
         }
         if (job_.compress && image->format() != Format::qcow2)
             return refuse(path, "only qcow2 images have compressed clusters");
+        TRY_VOID(verify_takes_bitmaps(*image, path));
         auto copy = copy_;
         copy.target_is_zero = target.reads_as_zeros;
         if (target.backing) {

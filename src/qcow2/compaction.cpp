@@ -9,17 +9,15 @@
 #include <utility>
 #include <vector>
 
-#include "base/endian.h"
 #include "base/going_on.h"
 #include "base/workers.h"
 #include "codec/compressor.h"
 #include "disk/encrypted.h"
-#include "format/refcount.h"
 #include "qcow2/cluster_moves.h"
-#include "qcow2/compact_size.h"
+#include "qcow2/cluster_use.h"
 #include "qcow2/image_check.h"
 #include "qcow2/metadata/directories.h"
-#include "qcow2/refcount_edits.h"
+#include "qcow2/refcount_trimming.h"
 #include "qcow2/repair.h"
 #include "qcow2/repair_directories.h"
 #include "qcow2/stream_packing.h"
@@ -31,35 +29,6 @@ namespace {
 
 constexpr std::size_t cache_bytes = 64 * KiB;
 constexpr std::uint64_t batch_streams = 256 * KiB;
-
-/// Calls visit(cluster, references) for each cluster from `end` - 1 down to `first`, until it returns false.
-template <class Visit>
-void each_backwards(const ReferenceMap& references, std::uint64_t first, std::uint64_t end, const Visit& visit) {
-    while (end > first) {
-        const std::uint64_t begin = std::max(first, align_down(end - 1, ReferenceMap::chunk_clusters));
-        const auto chunk = references.chunk_from(begin);
-        for (std::uint64_t cluster = end; cluster-- > begin;) {
-            if (!visit(cluster, chunk.empty() ? References{} : chunk[cluster - begin])) return;
-        }
-        end = begin;
-    }
-}
-
-/// The same for clusters that have references.
-template <class Visit>
-void each_used_backwards(const ReferenceMap& references, std::uint64_t first, std::uint64_t end, const Visit& visit) {
-    while (end > first) {
-        const std::uint64_t begin = std::max(first, align_down(end - 1, ReferenceMap::chunk_clusters));
-        bool goes_on = true;
-        if (!references.chunk_from(begin).empty()) {
-            each_backwards(references, begin, end, [&](std::uint64_t cluster, References one) {
-                return goes_on = one.word == 0 || visit(cluster, one);
-            });
-        }
-        if (!goes_on) return;
-        end = begin;
-    }
-}
 
 /// Adds the move of a cluster to a list.
 void append(std::vector<ClusterMove>& moves, std::uint64_t from, std::uint64_t to) {
@@ -133,10 +102,9 @@ public:
             TRY_VOID(open());
             diagnosis = TRY(check());
         }
-        references_ = std::move(diagnosis.references);
+        use_.emplace(image_->header(), std::move(diagnosis.references), std::move(diagnosis.blocks));
         TRY_VOID(verify_countable());
-        blocks_ = std::move(diagnosis.blocks);
-        TRY_VOID(find_structures());
+        TRY_VOID(use_->find_structures(*image_));
         TRY_VOID(forget_snapshot_table());
         if (job_.compress) TRY_VOID(compress_data());
         TRY_VOID(compact());
@@ -192,7 +160,7 @@ private:
     /// More references than the map can count could not be followed.
     [[nodiscard]] Result<void> verify_countable() const {
         bool countable = true;
-        each_used_backwards(*references_, 0, references_->clusters(), [&](std::uint64_t, References one) {
+        each_used_backwards(use_->references(), 0, use_->clusters(), [&](std::uint64_t, References one) {
             return countable = one.count() < References::max_count;
         });
         if (countable) return {};
@@ -214,8 +182,12 @@ private:
     Result<void> compact() {
         for (;;) {
             TRY_VOID(verify_goes_on(control_));
-            if (TRY(drop_refcount_blocks()) || TRY(shrink_refcount_table())) continue;
-            if (TRY(add_refcount_block())) continue;
+            if (TRY(change_refcounts())) {
+                result_.changed = true;
+                TRY_VOID(open());
+                TRY_VOID(use_->find_structures(*image_));
+                continue;
+            }
             if (TRY(move_structures())) continue;
             if (TRY(move_streams())) continue;
             if (TRY(move_clusters())) continue;
@@ -223,14 +195,19 @@ private:
         }
     }
 
+    Result<bool> change_refcounts() {
+        return TRY(drop_refcount_blocks(*image_, *use_)) || TRY(shrink_refcount_table(*image_, *use_)) ||
+               TRY(add_refcount_block(*image_, *use_, target()));
+    }
+
     /// Compresses the data clusters of the file, from its end to its beginning.
     Result<void> compress_data() {
-        for (std::uint64_t end = references_->clusters(); end > 0;) {
+        for (std::uint64_t end = use_->clusters(); end > 0;) {
             TRY_VOID(cut());  // streams may lie behind the end
             TRY_VOID(verify_goes_on(control_));
             std::vector<std::uint64_t> clusters;
             std::uint64_t first = 0;
-            each_used_backwards(*references_, 0, end, [&](std::uint64_t cluster, References one) {
+            each_used_backwards(use_->references(), 0, end, [&](std::uint64_t cluster, References one) {
                 if ((one.word & References::uses) != References::data) return true;
                 clusters.push_back(cluster);
                 first = cluster;
@@ -239,12 +216,12 @@ private:
             if (clusters.empty()) return {};
             std::ranges::reverse(clusters);
             Moves moves;
-            moves.compressed =
-                TRY(compress_clusters(*image_, *references_, TRY(find_plain_clusters(*image_, clusters, job_.workers)),
-                                      job_.level, job_.workers));
+            moves.compressed = TRY(compress_clusters(*image_, use_->references(),
+                                                     TRY(find_plain_clusters(*image_, clusters, job_.workers)),
+                                                     job_.level, job_.workers));
             std::ranges::reverse(moves.compressed);
             const auto found = moves.compressed.size();
-            pack_compressed(*image_, free_runs(0, counted_end(), room_for(found)), moves.compressed);
+            pack_compressed(*image_, use_->free_runs(0, use_->counted_end(), room_for(found)), moves.compressed);
             if (moves.empty() && found > 0) return {};
             // Those that found no room come again. Others have left some now.
             end = moves.compressed.size() < found ? moves.compressed.back().from : first;
@@ -255,72 +232,20 @@ private:
 
     // The present state.
 
-    /// The end of the clusters that refcount blocks count without a gap.
-    [[nodiscard]] std::uint64_t counted_end() const {
-        const auto missing = std::ranges::find(blocks_, HostOffset{0});
-        return std::min(static_cast<std::uint64_t>(missing - blocks_.begin()) * per_block(), references_->clusters());
-    }
-
-    [[nodiscard]] std::uint64_t per_block() const {
-        return format::refcounts_per_block(image_->header().cluster_bits, image_->header().refcount_order);
-    }
     [[nodiscard]] unsigned cluster_bits() const { return image_->header().cluster_bits; }
 
     /// The size that the file is to have.
-    [[nodiscard]] CompactSize target() const { return compact_size(*image_, *references_, blocks_); }
-
-    /// Finds the structures of several clusters, which have to lie one behind the other.
-    Result<void> find_structures() {
-        structures_.clear();
-        const auto add = [&](HostOffset at, std::uint64_t bytes) {
-            const std::uint64_t count = image_->geometry().clusters(bytes);
-            if (count > 1) structures_.push_back({at.value >> cluster_bits(), count});
-        };
-        const auto state = image_->state();
-        add(state.refcount_table, std::uint64_t{state.refcount_table_clusters} << cluster_bits());
-        add(state.l1_table, std::uint64_t{state.l1_entries} * 8);
-        if (const auto& encryption = image_->header().encryption) add(encryption->offset, encryption->length);
-        const auto snapshots = TRY(read_snapshots(*image_));
-        add(state.snapshot_table, snapshots.bytes);
-        for (const auto& snapshot : snapshots.entries) add(snapshot.l1_table, std::uint64_t{snapshot.l1_entries} * 8);
-        if (state.bitmaps_consistent()) {
-            add(state.bitmaps->directory, state.bitmaps->directory_size);
-            for (const auto& bitmap : TRY(read_bitmaps(*image_))) add(bitmap.table, std::uint64_t{bitmap.table_entries} * 8);
-        }
-        std::ranges::sort(structures_, {}, &ClusterRun::first);
-        return {};
-    }
-
-    [[nodiscard]] bool in_structure(std::uint64_t cluster) const {
-        const auto behind = std::ranges::upper_bound(structures_, cluster, {}, &ClusterRun::first);
-        return behind != structures_.begin() && cluster < std::prev(behind)->end();
-    }
-
-    /// The first runs of free clusters in [first, end): up to `wanted` clusters, in runs of at least `least`.
-    [[nodiscard]] std::vector<ClusterRun> free_runs(std::uint64_t first, std::uint64_t end, std::uint64_t wanted,
-                                                    std::uint64_t least = 1) const {
-        std::vector<ClusterRun> runs;
-        while (first < end && wanted > 0) {
-            const std::uint64_t used = references_->next_used(first, end);
-            if (const auto count = std::min(used - first, wanted); count >= least) {
-                runs.push_back({first, count});
-                wanted -= count;
-            }
-            first = used + 1;
-        }
-        return runs;
-    }
+    [[nodiscard]] CompactSize target() const { return compact_size(*image_, use_->references(), use_->blocks()); }
 
     // Moving.
 
     Result<void> carry_out(Moves& moves) {
         moves.sort();
         const auto key_slots = image_->header().encryption;
-        TRY_VOID(qcow2::carry_out(*image_, moves, {*references_, blocks_}, copying_, job_.workers));
+        TRY_VOID(qcow2::carry_out(*image_, moves, {use_->references(), use_->blocks()}, copying_, job_.workers));
         TRY_VOID(open());
         if (key_slots && image_->header().encryption->offset != key_slots->offset) TRY_VOID(destroy(*key_slots));
-        for (auto& structure : structures_) structure.first = moved(moves, structure.first);
-        std::ranges::sort(structures_, {}, &ClusterRun::first);
+        use_->follow(moves);
         for (const auto& move : moves.clusters) result_.moved_clusters += move.count;
         result_.moved_streams += moves.streams.size();
         result_.compressed_clusters += moves.compressed.size();
@@ -393,12 +318,7 @@ private:
 
     /// Finds out where the file can be cut. Everything behind it is durably free.
     Result<void> find_free_end() {
-        std::uint64_t end = 1;
-        each_used_backwards(*references_, 0, references_->clusters(), [&](std::uint64_t cluster, References) {
-            end = cluster + 1;
-            return false;
-        });
-        free_end_ = end << cluster_bits();
+        free_end_ = use_->used_end() << cluster_bits();
         if (TRY(file_->size()) <= *free_end_) free_end_.reset();
         return {};
     }
@@ -423,104 +343,12 @@ private:
         return open();
     }
 
-    // 1. Refcount blocks.
-
-    /// Drops the blocks at the end of the table that count nothing but themselves and each other.
-    Result<bool> drop_refcount_blocks() {
-        std::set<std::uint64_t> dropped;  // clusters
-        std::vector<std::uint64_t> indices;
-        for (std::uint64_t index = blocks_.size(); index-- > 0;) {
-            if (blocks_[index].value == 0) continue;
-            dropped.insert(blocks_[index].value >> cluster_bits());
-            const std::uint64_t end = std::min((index + 1) * per_block(), references_->clusters());
-            bool counts_others = false;
-            for (std::uint64_t at = index * per_block(); at < end && !counts_others; ++at) {
-                at = references_->next_used(at, end);
-                counts_others = at < end && !dropped.contains(at);
-            }
-            if (counts_others) {
-                dropped.erase(blocks_[index].value >> cluster_bits());
-                break;
-            }
-            indices.push_back(index);
-        }
-        if (indices.empty()) return false;
-        for (const auto index : indices) {
-            constexpr std::array<std::byte, 8> none = {};
-            TRY_VOID(file_->write(image_->state().refcount_table + index * 8, none));
-            blocks_[index] = {0};
-        }
-        TRY_VOID(file_->flush());
-        TRY_VOID(release(std::vector(dropped.begin(), dropped.end())));
-        return true;
-    }
-
-    /// Makes clusters free to which nothing leads any more.
-    Result<void> release(const std::vector<std::uint64_t>& clusters) {
-        RefcountEdits refcounts(*image_, blocks_);
-        for (const auto cluster : clusters) {
-            TRY_VOID(references_->set(cluster, {}));
-            if (TRY(refcounts.get(cluster)) != 0) TRY_VOID(refcounts.set(cluster, 0));
-        }
-        TRY_VOID(refcounts.write());
-        result_.changed = true;
-        return file_->flush();
-    }
-
-    /// The refcount table ends behind its last block.
-    Result<bool> shrink_refcount_table() {
-        auto state = image_->state();
-        std::uint64_t entries = blocks_.size();
-        while (entries > 0 && blocks_[entries - 1].value == 0) --entries;
-        const std::uint64_t needed = std::max<std::uint64_t>(1, image_->geometry().clusters(entries * 8));
-        if (needed >= state.refcount_table_clusters) return false;
-        const std::uint64_t first = state.refcount_table.value >> cluster_bits();
-        std::vector<std::uint64_t> tail;
-        for (std::uint64_t i = needed; i < state.refcount_table_clusters; ++i) tail.push_back(first + i);
-        state.refcount_table_clusters = static_cast<std::uint32_t>(needed);
-        TRY_VOID(write_header(*file_, TRY(header_steps(*file_, state))));
-        blocks_.resize(needed << (cluster_bits() - 3));
-        TRY_VOID(open());
-        TRY_VOID(release(tail));
-        TRY_VOID(find_structures());
-        return true;
-    }
-
-    /// Adds a block for free clusters that nothing counts, at the first of them, so that clusters can move there.
-    Result<bool> add_refcount_block() {
-        const auto size = target();
-        if (is_compact(size)) return false;
-        for (std::uint64_t index = 0; index < std::min<std::uint64_t>(size.refcount_blocks, blocks_.size()); ++index) {
-            if (blocks_[index].value != 0) continue;
-            const std::uint64_t cluster = index * per_block();
-            std::vector<std::byte> block(image_->cluster_size());
-            format::set_refcount(block, 0, image_->header().refcount_order, 1);
-            const HostOffset at{cluster << cluster_bits()};
-            TRY_VOID(file_->write(at, block));
-            TRY_VOID(file_->flush());
-            std::array<std::byte, 8> word = {};
-            store_be(word, 0, at.value);
-            TRY_VOID(file_->write(image_->state().refcount_table + index * 8, word));
-            TRY_VOID(file_->flush());
-            blocks_[index] = at;
-            result_.changed = true;
-            TRY_VOID(references_->add(cluster, 1, 1, References::metadata));
-            return true;
-        }
-        return false;
-    }
-
-    /// Whether nothing lies behind the end that the file is to have.
-    [[nodiscard]] bool is_compact(const CompactSize& size) const {
-        return references_->next_used(size.clusters, references_->clusters()) >= references_->clusters();
-    }
-
     // 2. Structures of several clusters.
 
     Result<bool> move_structures() {
         const auto size = target();
         std::vector<ClusterRun> displaced;
-        for (const auto& structure : structures_) {
+        for (const auto& structure : use_->structures()) {
             if (structure.end() > size.clusters) displaced.push_back(structure);
         }
         if (displaced.empty() || stuck_at_ == size.clusters) return false;
@@ -528,7 +356,7 @@ private:
         std::ranges::sort(displaced, [](const ClusterRun& a, const ClusterRun& b) {
             return a.count != b.count ? a.count > b.count : a.first < b.first;
         });
-        auto free = free_runs(0, size.clusters, size.clusters, displaced.back().count);
+        auto free = use_->free_runs(0, size.clusters, size.clusters, displaced.back().count);
         Moves moves;
         std::uint64_t bytes = 0;
         for (const auto& structure : displaced) {
@@ -553,14 +381,14 @@ private:
 
     /// Moves the clusters that are in the way of a structure. Returns false if there is no place for it.
     Result<bool> make_room(const ClusterRun& structure, const CompactSize& size) {
-        const auto window = find_window(structure, size.clusters);
+        const auto window = use_->find_window(structure, size.clusters);
         if (!window) return false;
         TRY_VOID(cut());  // what is in the way may go behind the end
         Moves moves;
         std::vector<std::uint64_t> sources;
         std::vector<std::uint64_t> streams;
         for (std::uint64_t at = window->first; at < window->end(); ++at) {
-            const auto references = references_->at(at);
+            const auto references = use_->references().at(at);
             if ((references.word & References::compressed) != 0) {
                 streams.push_back(at);
             } else if (references.word != 0) {
@@ -568,10 +396,10 @@ private:
             }
         }
         const std::uint64_t wanted = room_for(sources.size() + streams.size());
-        auto free = free_runs(window->end(), references_->clusters(), wanted);
-        const auto before = free_runs(0, window->first, wanted);
+        auto free = use_->free_runs(window->end(), use_->clusters(), wanted);
+        const auto before = use_->free_runs(0, window->first, wanted);
         free.insert(free.begin(), before.begin(), before.end());
-        std::erase_if(free, [&](const auto& run) { return !are_counted(run); });
+        std::erase_if(free, [&](const auto& run) { return !use_->are_counted(run); });
         auto targets = free.begin();
         for (const auto source : sources) {
             while (targets != free.end() && targets->count == 0) ++targets;
@@ -593,45 +421,13 @@ private:
     /// The clusters to look for where the contents of `clusters` are to go. Streams may need more than they had.
     static std::uint64_t room_for(std::uint64_t clusters) { return clusters * 4 + 16; }
 
-    /// Whether refcount blocks count all clusters of the run.
-    [[nodiscard]] bool are_counted(const ClusterRun& run) const {
-        for (std::uint64_t index = run.first / per_block(); index * per_block() < run.end(); ++index) {
-            if (index >= blocks_.size() || blocks_[index].value == 0) return false;
-        }
-        return true;
-    }
-
-    /// The place in front of `end` for a structure in which the fewest clusters are used, none of them by a structure.
-    [[nodiscard]] std::optional<ClusterRun> find_window(const ClusterRun& structure, std::uint64_t end) const {
-        std::optional<ClusterRun> best;
-        std::uint64_t best_used = ~std::uint64_t{0};
-        const auto used = [&](std::uint64_t cluster) { return references_->at(cluster).word != 0 ? 1U : 0U; };
-        std::uint64_t first = 1;
-        auto next = structures_.begin();
-        while (first + structure.count <= end) {
-            while (next != structures_.end() && next->end() <= first) ++next;
-            const std::uint64_t limit = next == structures_.end() ? end : std::min(end, next->first);
-            std::uint64_t in_use = 0;
-            for (std::uint64_t at = first; at < limit; ++at) {
-                in_use += used(at);
-                if (at - first >= structure.count) in_use -= used(at - structure.count);
-                if (at - first + 1 < structure.count || in_use >= best_used) continue;
-                best_used = in_use;
-                best = {at + 1 - structure.count, structure.count};
-            }
-            if (next == structures_.end()) break;
-            first = next->end();
-        }
-        return best;
-    }
-
     // 3. Compressed streams.
 
     Result<bool> move_streams() {
         const auto size = target();
         std::vector<std::uint64_t> sources;
         std::uint64_t streams = 0;
-        each_used_backwards(*references_, size.clusters, references_->clusters(),
+        each_used_backwards(use_->references(), size.clusters, use_->clusters(),
                             [&](std::uint64_t cluster, References references) {
                                 if ((references.word & References::compressed) == 0) return true;
                                 streams += references.count();
@@ -643,7 +439,7 @@ private:
         std::ranges::reverse(sources);
         Moves moves;
         moves.streams = TRY(find_streams(*image_, sources, job_.workers));
-        pack_streams(*image_, free_runs(0, size.clusters, room_for(sources.size())), moves.streams);
+        pack_streams(*image_, use_->free_runs(0, size.clusters, room_for(sources.size())), moves.streams);
         if (moves.empty()) return false;
         TRY_VOID(carry_out(moves));
         return true;
@@ -653,21 +449,21 @@ private:
 
     Result<bool> move_clusters() {
         const auto size = target();
-        if (total_bytes_ == 0) total_bytes_ = bytes_behind(size.clusters);
+        if (total_bytes_ == 0) total_bytes_ = use_->used_behind(size.clusters) << cluster_bits();
         const std::uint64_t most = std::max<std::uint64_t>(1, batch_bytes_ >> cluster_bits());
         std::vector<std::uint64_t> targets;
-        each_backwards(*references_, 0, std::min(size.clusters, references_->clusters()),
+        each_backwards(use_->references(), 0, std::min(size.clusters, use_->clusters()),
                        [&](std::uint64_t cluster, References references) {
                            if (references.word == 0) targets.push_back(cluster);
                            return targets.size() < most;
                        });
         std::vector<std::uint64_t> sources;
-        const auto dropped = blocks_to_drop(size);
+        const auto dropped = use_->blocks_to_drop(size);
         if (!targets.empty()) {
-            each_used_backwards(*references_, size.clusters, references_->clusters(),
+            each_used_backwards(use_->references(), size.clusters, use_->clusters(),
                                 [&](std::uint64_t cluster, References references) {
-                                    if ((references.word & References::compressed) != 0 || in_structure(cluster) ||
-                                        dropped.contains(cluster))
+                                    if ((references.word & References::compressed) != 0 ||
+                                        use_->in_structure(cluster) || dropped.contains(cluster))
                                         return true;
                                     sources.push_back(cluster);
                                     return sources.size() < targets.size();
@@ -681,24 +477,6 @@ private:
         return true;
     }
 
-    /// The clusters of the refcount blocks that will count nothing.
-    [[nodiscard]] std::set<std::uint64_t> blocks_to_drop(const CompactSize& size) const {
-        std::set<std::uint64_t> clusters;
-        for (std::uint64_t index = size.refcount_blocks; index < blocks_.size(); ++index) {
-            if (blocks_[index].value != 0) clusters.insert(blocks_[index].value >> cluster_bits());
-        }
-        return clusters;
-    }
-
-    [[nodiscard]] std::uint64_t bytes_behind(std::uint64_t first) const {
-        std::uint64_t count = 0;
-        each_used_backwards(*references_, first, references_->clusters(), [&](std::uint64_t, References) {
-            ++count;
-            return true;
-        });
-        return count << cluster_bits();
-    }
-
     const std::shared_ptr<Storage> file_;
     PlannedFile* const planned_;  // `file_` of a dry run; null: changes are made
     const Storage* const data_file_;
@@ -710,9 +488,7 @@ private:
     Copying copying_;
 
     std::unique_ptr<Metadata> image_;
-    std::unique_ptr<ReferenceMap> references_;
-    std::vector<HostOffset> blocks_;
-    std::vector<ClusterRun> structures_;     // of several clusters, by `first`
+    std::optional<ClusterUse> use_;
     std::optional<std::uint64_t> stuck_at_;  // the size of the file for which no structure finds a place
     std::optional<std::uint64_t> free_end_;  // where the file is to be cut: nothing behind it is in use
     std::uint64_t total_bytes_ = 0;

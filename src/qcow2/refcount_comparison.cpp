@@ -235,18 +235,19 @@ private:
         return false;
     }
 
-    /// A COPIED flag that contradicts the refcount.
+    /// A COPIED flag that contradicts the refcount. A rebuild of the refcounts corrects the flags, too.
     void report_mark(HostOffset at, std::uint64_t refcount, References references) {
+        const auto severity = dirty_ ? Severity::postponed : Severity::corruption;
         const auto* const table = (references.word & References::uses) == References::l2_table ? "L1" : "L2";
         if (refcount != 1 && (references.word & References::copied) != 0) {
             const auto what = [&] {
                 return fmt::format("its {} entry is marked COPIED, but its refcount is {}", table, refcount);
             };
-            add(Severity::corruption, Kind::copied_flag, Remedy::correct_entry, at, what);
+            add(severity, Kind::copied_flag, Remedy::correct_entry, at, what);
             if (references.count() > 1) note_undercounted(at, what);
         }
         if (refcount == 1 && (references.word & References::not_copied) != 0) {
-            add(Severity::corruption, Kind::copied_flag, Remedy::correct_entry, at,
+            add(severity, Kind::copied_flag, Remedy::correct_entry, at,
                 [&] { return fmt::format("its {} entry is not marked COPIED, but its refcount is 1", table); });
         }
     }

@@ -104,17 +104,20 @@ Result<void> SnapshotChanges::settle() {
     return corrected ? set_dirty(false) : corrected;
 }
 
+Result<std::vector<std::byte>> SnapshotChanges::join(std::span<const std::vector<std::byte>> entries) const {
+    std::vector<std::byte> bytes;
+    for (const auto& entry : entries) bytes.insert(bytes.end(), entry.begin(), entry.end());
+    if (entries.size() <= format::max_snapshots && bytes.size() <= format::max_snapshot_table_bytes) return bytes;
+    return fail(Errc::limit_exceeded, metadata_.metadata().file().name(),
+                fmt::format("a snapshot table has at most {} entries and {} bytes; remove snapshots first",
+                            format::max_snapshots, format::max_snapshot_table_bytes));
+}
+
 Result<void> SnapshotChanges::commit(Change& change, std::span<const std::vector<std::byte>> entries, bool dirty) {
     auto& metadata = metadata_.metadata();
     const auto old = metadata.state();
     const std::uint64_t old_bytes = TRY(read_snapshots(metadata)).bytes;
-    std::vector<std::byte> bytes;
-    for (const auto& entry : entries) bytes.insert(bytes.end(), entry.begin(), entry.end());
-    if (entries.size() > format::max_snapshots || bytes.size() > format::max_snapshot_table_bytes) {
-        return fail(Errc::limit_exceeded, metadata.file().name(),
-                    fmt::format("a snapshot table has at most {} entries and {} bytes; remove snapshots first",
-                                format::max_snapshots, format::max_snapshot_table_bytes));
-    }
+    const auto bytes = TRY(join(entries));
     HostOffset table;
     if (!bytes.empty()) {
         table = TRY(change.take_table(MetadataMap::Kind::snapshots, divide_up(bytes.size(), metadata.cluster_size())));
@@ -161,6 +164,8 @@ Result<SnapshotInfo> SnapshotChanges::create(const std::string& name) {
     entry.info.date_seconds = static_cast<std::uint64_t>(seconds.count());
     entry.info.date_nanoseconds = static_cast<std::uint32_t>(std::chrono::nanoseconds(now - seconds).count());
     entry.info.virtual_size = state.size;
+    table.encoded.push_back(format::encode_snapshot(entry));
+    TRY(join(table.encoded));  // before all tables of the disk are counted
 
     const std::uint64_t l1_bytes = std::max<std::uint64_t>(1, state.l1_entries) * 8;
     const std::uint64_t clusters = divide_up(l1_bytes, metadata.cluster_size());
@@ -169,7 +174,7 @@ Result<SnapshotInfo> SnapshotChanges::create(const std::string& name) {
     const auto attempt = [&]() -> Result<void> {
         entry.l1_table = TRY(change.take_table(MetadataMap::Kind::snapshots, clusters));
         TRY_VOID(copy_mapping(entry.l1_table, clusters * metadata.cluster_size()));
-        table.encoded.push_back(format::encode_snapshot(entry));
+        table.encoded.back() = format::encode_snapshot(entry);
         auto committed = commit(change, table.encoded, false);
         if (committed) return {};
         const auto l1 = TRY(load_words(metadata, entry.l1_table, state.l1_entries));

@@ -48,6 +48,8 @@ private:
     [[nodiscard]] Result<std::size_t> find(const Table& table, std::string_view id_or_name) const;
     Result<void> set_dirty(bool dirty);
     void mark(format::HeaderState& state, bool dirty) const;
+    /// The bytes of a table of these entries. Errc::limit_exceeded.
+    [[nodiscard]] Result<std::vector<std::byte>> join(std::span<const std::vector<std::byte>> entries) const;
     /// Writes a new snapshot table, and makes the header lead to it, with the dirty mark or without.
     Result<void> commit(Change& change, std::span<const std::vector<std::byte>> entries, bool dirty);
     Result<void> copy_mapping(HostOffset to, std::uint64_t bytes);

@@ -115,6 +115,43 @@ TEST_F(BitmapTool, ConvertCopiesBitmaps) {
     EXPECT_FALSE(std::filesystem::exists(directory_.file("x")));
 }
 
+/// Those that are enabled record what the conversion writes; the others stay.
+TEST_F(BitmapTool, ConvertIntoAnImageWithBitmaps) {
+    make("from");
+    write("from", "2M 1M");
+    for (const std::string target : {"ours", "theirs"}) {
+        make(target);
+        write(target, "7M 64k");
+        must_qemu_img({"bitmap", "--add", target, "on"}, directory_.path());
+        must_qemu_img({"bitmap", "--add", "--disable", target, "off"}, directory_.path());
+    }
+    must_qemu_img({"convert", "-n", "-O", "qcow2", "from", "theirs"}, directory_.path());
+    must_tool({"convert", "-n", "-O", "qcow2", "from", "ours"});
+    EXPECT_EQ(bitmaps("ours"), bitmaps("theirs"));
+    for (const auto* name : {"on", "off"}) EXPECT_EQ(dirty("ours", name), dirty("theirs", name)) << name;
+}
+
+/// What cannot have them keeps its contents.
+TEST_F(BitmapTool, ATargetThatCannotTakeThemIsLeftAlone) {
+    make("from");
+    must_qemu_img({"bitmap", "--add", "from", "b"}, directory_.path());
+    write("from", "0 1M");
+    make("has-it");
+    must_qemu_img({"bitmap", "--add", "has-it", "b"}, directory_.path());
+    make("larger", "16M");
+    must_qemu_img({"create", "-q", "-f", "qcow2", "-o", "compat=0.10", "version-2", "8M"}, directory_.path());
+    must_qemu_img({"create", "-q", "-f", "raw", "raw", "8M"}, directory_.path());
+    for (const auto& [target, why] : {std::pair("has-it", "has a bitmap \"b\" already"),
+                                      {"larger", "of a disk of 8388608 bytes, and this one has 16777216"},
+                                      {"version-2", "version 3"},
+                                      {"raw", "version 3"}}) {
+        const auto before = bytes_of(target);
+        const auto* format = std::string(target) == "raw" ? "raw" : "qcow2";
+        expect_refusal({"convert", "--bitmaps", "-n", "-O", format, "from", target}, HasSubstr(why));
+        EXPECT_TRUE(bytes_of(target) == before) << target;
+    }
+}
+
 TEST_F(BitmapTool, ConvertLeavesBrokenBitmapsOut) {
     make("from");
     must_qemu_img({"bitmap", "--add", "from", "good"}, directory_.path());
