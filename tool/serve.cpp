@@ -294,8 +294,14 @@ qcow::Result<void> verify(const Options& options) {
         return refuse("option --force-share", "two writers destroy an image; add --read-only or --snapshot");
     if (!options.guests.empty() && options.guests.size() != options.images.size())
         return refuse("option --vhost-user", "each image needs a socket of its own; repeat the option");
+    for (const auto& socket : options.guests) {
+        if (socket.starts_with("fd:") && !descriptor_of(socket))
+            return refuse("option --vhost-user",
+                          fmt::format("{} has no number of a file descriptor; write ./{} for a path",
+                                      qcow::printable(socket), qcow::printable(socket)));
+    }
     if (options.serials.size() > options.guests.size())
-        return refuse("option --serial", "it needs --vhost-user, and is given once for each image");
+        return refuse("option --serial", "it is given more often than there are images");
     for (const auto& path : made_sockets(options)) QCOW_TRY_VOID(verify_names_a_file(path));
     if (!options.pid_file.empty()) QCOW_TRY_VOID(verify_names_a_file(options.pid_file));
     return {};
@@ -425,35 +431,43 @@ void declare_serve(CLI::App& root, int& status) {
         ->check(whole_number(0, 65535))
         ->capture_default_str()
         ->each([options](const std::string&) { options->port_given = true; });
-    app.add_option("--vhost-user", options->guests,
-                   "Serve a virtual machine on a Unix socket at this path; once for each image, in their order. fd:N:\n"
-                   "on the listening socket that was passed as file descriptor N")
-        ->type_name("PATH")
-        ->check(name_text)
-        ->allow_extra_args(false);
+    auto* guests =
+        app.add_option(
+               "--vhost-user", options->guests,
+               "Serve a virtual machine on a Unix socket at this path; once for each image, in their order. fd:N:\n"
+               "on the listening socket that was passed as file descriptor N")
+            ->type_name("PATH")
+            ->check(name_text)
+            ->allow_extra_args(false);
     app.add_option("--queues", options->guest.queues,
                    "Queues of a virtual machine's disk (default: one for each processor, at most 16)")
         ->type_name("NUMBER")
-        ->check(whole_number(1, 256));
+        ->check(whole_number(1, 256))
+        ->needs(guests);
     app.add_option("--queue-size", options->guest.queue_size,
                    "Descriptors of a queue in the virtual machine. A request has at most two buffers less")
         ->type_name("NUMBER")
         ->check(whole_number(4, 1024))
-        ->capture_default_str();
+        ->capture_default_str()
+        ->needs(guests);
     app.add_option("--block-size", options->guest.block_size, "Logical block of a virtual machine's disk in bytes")
         ->check(CLI::IsMember({512U, 4096U}))
         ->type_name("{512,4096}")
-        ->capture_default_str();
+        ->capture_default_str()
+        ->needs(guests);
     app.add_option("--serial", options->serials,
                    "Serial number of a virtual machine's disk; once for each image, in their order")
         ->type_name("TEXT")
+        ->needs(guests)
         ->allow_extra_args(false);
-    app.add_option("--poll-us", options->guest.poll_microseconds,
-                   "Look at an empty queue for so many microseconds before sleeping. It costs a processor, and saves\n"
-                   "system calls")
+    app.add_option(
+           "--poll-us", options->guest.poll_microseconds,
+           "Look at an empty queue for up to so many microseconds before sleeping, while requests come as quickly.\n"
+           "It costs a processor, and saves system calls")
         ->type_name("NUMBER")
         ->check(whole_number(0, 1000000))
-        ->capture_default_str();
+        ->capture_default_str()
+        ->needs(guests);
     app.add_option("-x,--export-name", options->names, "Name of an export; once for each image, in their order")
         ->type_name("NAME")
         ->allow_extra_args(false);
@@ -484,15 +498,7 @@ void declare_serve(CLI::App& root, int& status) {
     app.add_option("--pid-file", options->pid_file, "Write the process ID to this file when clients can connect")
         ->type_name("FILE")
         ->check(name_text);
-    one_of(
-        app.add_option("--sandbox", options->sandbox.mode,
-                       "How to confine the server. auto: as far as this system can; on: completely, or fail; off: not "
-                       "at all"),
-        {"auto", "on", "off"})
-        ->capture_default_str();
-    app.add_option("--user", options->sandbox.user, "Switch to this user when everything is open; only root can")
-        ->type_name("NAME")
-        ->check(name_text);
+    add_sandbox_options(app, options->sandbox);
     add_cache_option(app, options->cache, "--cache")
         ->description(
             "When writes become durable. writeback: at a client's flush; writethrough: each one at once; none: at a "

@@ -11,6 +11,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "command.h"
+
 namespace tool {
 namespace {
 
@@ -23,6 +25,17 @@ void handle_ending_signals(void (*handler)(int)) {
 }
 
 }  // namespace
+
+void add_sandbox_options(CLI::App& app, Sandbox& sandbox) {
+    one_of(app.add_option("--sandbox", sandbox.mode,
+                          "How to confine the process. auto: as far as this system can; on: completely, or fail; off: "
+                          "not at all"),
+           {"auto", "on", "off"})
+        ->capture_default_str();
+    app.add_option("--user", sandbox.user, "Switch to this user when everything is open; only root can")
+        ->type_name("NAME")
+        ->check(name_text);
+}
 
 ServiceManager::ServiceManager() {
     const char* path = std::getenv("NOTIFY_SOCKET");

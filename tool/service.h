@@ -1,13 +1,18 @@
 #pragma once
 // What commands share that run until they are stopped.
 
+#include <CLI/CLI.hpp>
 #include <csignal>
 #include <functional>
 #include <string>
 
 #include "qcow/error.h"
+#include "sandbox.h"
 
 namespace tool {
+
+/// Adds --sandbox and --user.
+void add_sandbox_options(CLI::App& app, Sandbox& sandbox);
 
 /// The service manager, if there is one that wants to be notified (NOTIFY_SOCKET).
 class ServiceManager {

@@ -22,6 +22,9 @@ struct MountOptions {
     /// Receives the error behind a request that failed, because the program that made the request gets only an errno.
     /// Called for the first error of each kind. Thread safety: called from any thread, one call at a time.
     std::function<void(const Error&)> failed = {};
+    /// Called to unmount, in place of Mount::unmount, if this process will not be allowed to: a sandbox forbids it. It
+    /// has another process call Mount::unmount, and waits for that. Called once, unless somebody else has unmounted.
+    std::function<void()> unmount = {};
 };
 
 /// A mounted disk. There are two forms:
@@ -50,7 +53,7 @@ struct MountOptions {
 class QCOW_API Mount {
 public:
     /// Mounts `disk` on `target`. Programs that use the files wait until run() is called. The mount point may be the
-    /// image file itself, since that is already open.
+    /// image file itself, since that is already open. Everything that run() needs is open then, but for unmounting.
     /// Errors: Errc::not_found: there is no such file or directory; Errc::invalid_argument: a directory that is not
     /// empty, or neither a file nor a directory; Errc::unsupported: this build has no FUSE, or this system has no
     /// /dev/fuse or no fusermount3, which users other than root need; Errc::access_denied: the system refuses;
@@ -63,13 +66,17 @@ public:
     /// Unmounts if run() has not.
     virtual ~Mount() = default;
 
-    /// Performs requests until stop() is called or somebody unmounts (umount, fusermount3 -u). Then completes the
-    /// requests that it has received, unmounts, and flushes the disk. Programs that still have a file open get ENOTCONN
-    /// from then on. Errors: the first error of the connection to the kernel or of the flush.
+    /// Performs requests until stop() is called or somebody unmounts (umount, fusermount3 -u). Then unmounts, completes
+    /// the requests that it has received, and flushes the disk. Programs that still have a file open get ENOTCONN from
+    /// then on. Errors: the first error of the connection to the kernel or of the flush.
     virtual Result<void> run() = 0;
 
     /// Makes run() return, also a later call of it. Async-signal-safe.
     virtual void stop() noexcept = 0;
+
+    /// Unmounts what is mounted on the absolute path `target`, even if it is in use. Before that, the kernel sends what
+    /// programs have written by mmap() and not synchronised. Does nothing if the system refuses.
+    static void unmount(const std::string& target);
 
 protected:
     Mount() = default;

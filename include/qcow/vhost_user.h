@@ -22,8 +22,9 @@ struct VhostUserOptions {
     std::string serial = {};    ///< what the guest reads as the serial number: at most 20 bytes
     /// Threads for the slow requests of each queue, in addition to the one that takes them. 0: one request at a time.
     unsigned workers = 16;
-    /// How long a queue that has become empty is looked at before its thread sleeps, in microseconds. A longer time
-    /// costs a processor, and saves the guest and the server a system call for each request.
+    /// How long a queue that has become empty is looked at before its thread sleeps, in microseconds. It costs a
+    /// processor, and saves the guest and the server system calls. A queue to which the last request came much later is
+    /// not looked at: its thread sleeps at once.
     unsigned poll_microseconds = 0;
     bool persistent = true;  ///< if false, run() returns when a front end has left
     /// Is told, in a line, why a front end was disconnected or a queue stopped; not more than once a second for long.

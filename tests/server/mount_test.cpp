@@ -7,9 +7,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <linux/falloc.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,6 +23,7 @@
 
 #include "base/bits.h"
 #include "base/page_memory.h"
+#include "server/mounted_file.h"
 #include "server/test_disk.h"
 #include "storage/file.h"
 #include "support/disks.h"
@@ -81,38 +84,6 @@ private:
     std::thread thread_;
 };
 
-class OpenFile {
-public:
-    explicit OpenFile(const std::string& path, int flags = O_RDWR) : fd_(open(path.c_str(), flags | O_CLOEXEC)) {
-        if (fd_.get() < 0) throw std::runtime_error(path + ": " + std::strerror(errno));
-    }
-    [[nodiscard]] int fd() const { return fd_.get(); }
-
-    [[nodiscard]] std::string read(std::uint64_t at, std::size_t length) const {
-        std::string bytes(length, '?');
-        const auto count = pread(fd(), bytes.data(), length, static_cast<off_t>(at));
-        if (count < 0) throw std::runtime_error(std::strerror(errno));
-        bytes.resize(static_cast<std::size_t>(count));
-        return bytes;
-    }
-    /// Returns the bytes written, or minus the errno.
-    [[nodiscard]] ssize_t write(std::uint64_t at, const std::string& bytes) const {
-        const auto count = pwrite(fd(), bytes.data(), bytes.size(), static_cast<off_t>(at));
-        return count < 0 ? -errno : count;
-    }
-    [[nodiscard]] int allocate(int mode, off_t at, off_t length) const {
-        return fallocate(fd(), mode, at, length) == 0 ? 0 : errno;
-    }
-
-private:
-    FileDescriptor fd_;
-};
-
-int errno_of_open(const std::string& path, int flags) {
-    const FileDescriptor fd(open(path.c_str(), flags | O_CLOEXEC));
-    return fd.get() >= 0 ? 0 : errno;
-}
-
 std::string text(std::span<const std::byte> bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
@@ -123,20 +94,6 @@ std::shared_ptr<TestDisk> filled_disk(std::uint64_t size, const char* name) {
     disk->fill(random);
     return disk;
 }
-
-class MountTest : public testing::Test {
-protected:
-    void SetUp() override {
-        if (access("/dev/fuse", F_OK) != 0) GTEST_SKIP() << "this system has no /dev/fuse";
-        if (geteuid() != 0) GTEST_SKIP() << "only root can mount everywhere";
-        const auto without = Mount::make(std::make_shared<TestDisk>(0), "/nowhere");
-        if (without.error().code == Errc::unsupported) GTEST_SKIP() << without.error().message();
-        const TemporaryDirectory directory;
-        std::ofstream(directory.file("point"));
-        const auto mount = Mount::make(std::make_shared<TestDisk>(4096), directory.file("point"));
-        if (!mount && mount.error().code == Errc::access_denied) GTEST_SKIP() << mount.error().message();
-    }
-};
 
 TEST_F(MountTest, TheFileHasTheSizeAndTheContentsOfTheDisk) {
     const auto disk = filled_disk(3 * MiB + 700, "mount contents");
@@ -236,6 +193,9 @@ TEST_F(MountTest, FallocateMakesZeros) {
     EXPECT_TRUE(file.read(0, 1 * MiB) == expected);
     EXPECT_TRUE(text(disk->bytes()) == expected);
     EXPECT_EQ(file.allocate(0, 0, 4096), EOPNOTSUPP);
+    for (const int mode : {FALLOC_FL_KEEP_SIZE, FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE,
+                           FALLOC_FL_UNSHARE_RANGE, FALLOC_FL_PUNCH_HOLE})
+        EXPECT_EQ(file.allocate(mode, 0, 4096), EOPNOTSUPP) << mode;
     EXPECT_EQ(file.allocate(FALLOC_FL_ZERO_RANGE, 1 * MiB - 10, 1000), EOPNOTSUPP);
     EXPECT_EQ(file.allocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 2 * MiB, 1000), 0);
 }
@@ -455,201 +415,6 @@ TEST(SnapshotFileNameTest, IsSafe) {
     EXPECT_EQ(snapshot_file_name(""), "");
     EXPECT_EQ(snapshot_file_name(std::string(255, 'a')), std::string(255, 'a'));
     EXPECT_EQ(snapshot_file_name(std::string(254, 'a') + "/"), "");
-}
-
-// ---- The command ----
-
-class MountToolTest : public MountTest {
-protected:
-    void TearDown() override {
-        command_.reset();
-        umount2((directory_ / "mounted").c_str(), MNT_DETACH);
-    }
-
-    [[nodiscard]] Finished tool(Arguments arguments) const {
-        arguments.insert(arguments.begin(), QCOW_TOOL);
-        return run(arguments, directory_.path());
-    }
-    void must_tool(const Arguments& arguments) const {
-        const auto finished = tool(arguments);
-        ASSERT_EQ(finished.status, 0) << finished.text();
-    }
-
-    void mount(Arguments options = {}, const std::string& target = "mounted") {
-        if (!std::filesystem::exists(directory_ / target)) write_file(directory_ / target, "");
-        options.insert(options.begin(), {QCOW_TOOL, "mount"});
-        options.insert(options.end(), {"disk.qcow2", target});
-        command_ = std::make_unique<Subprocess>(options, directory_.path());
-        command_->wait_for("mounted disk.qcow2 on " + target);
-    }
-
-    Finished end(int signal) {
-        command_->signal(signal);
-        auto finished = command_->finish();
-        command_.reset();
-        return finished;
-    }
-
-    void expect_clean() const {
-        const auto checked = tool({"check", "disk.qcow2"});
-        EXPECT_EQ(checked.status, 0) << checked.text();
-        const auto theirs = qemu_img({"check", "disk.qcow2"}, directory_.path());
-        EXPECT_EQ(theirs.status, 0) << theirs.text();
-    }
-
-    /// Starts fio on the mounted file: jobs that write for a long time. Waits until they write.
-    [[nodiscard]] std::unique_ptr<Subprocess> load() const {
-        const auto before = std::filesystem::last_write_time(directory_ / "mounted");
-        auto fio = std::make_unique<Subprocess>(
-            Arguments{"fio", "--name=load", "--filename=mounted", "--size=32m", "--rw=randwrite", "--bsrange=512-64k",
-                      "--ioengine=libaio", "--iodepth=8", "--numjobs=2", "--thread", "--fsync=20", "--time_based",
-                      "--runtime=60", "--fallocate=none"},
-            directory_.path());
-        for (int i = 0; i < 1000 && std::filesystem::last_write_time(directory_ / "mounted") == before; ++i)
-            std::this_thread::sleep_for(std::chrono::milliseconds(10));
-        std::this_thread::sleep_for(std::chrono::milliseconds(100));
-        return fio;
-    }
-
-    TemporaryDirectory directory_;
-    std::unique_ptr<Subprocess> command_;
-};
-
-TEST_F(MountToolTest, FioVerifiesAndQemuSeesTheSame) {
-    must_tool({"create", "-q", "disk.qcow2", "64M"});
-    mount({"--pid-file", "pid"});
-    EXPECT_TRUE(std::filesystem::exists(directory_ / "pid"));
-    for (const auto* const how : {"--direct=1", "--direct=0"}) {
-        const auto verified =
-            run({"fio", "--name=job", "--filename=mounted", "--size=16m", "--offset_increment=16m", "--numjobs=4",
-                 "--rw=randwrite", "--bsrange=4k-128k", "--ioengine=libaio", "--iodepth=16", "--verify=crc32c",
-                 "--do_verify=1", "--thread", "--fallocate=none", how},
-                directory_.path());
-        EXPECT_EQ(verified.status, 0) << verified.text();
-    }
-    const OpenFile file(directory_ / "mounted");
-    EXPECT_EQ(file.allocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 1 * MiB, 1 * MiB), 0);
-    EXPECT_EQ(lseek(file.fd(), 0, SEEK_HOLE), off_t{1 * MiB});
-    must_run({"cp", "--sparse=always", "mounted", "copy"}, directory_.path());
-    EXPECT_EQ(end(SIGTERM).status, 0);
-    EXPECT_FALSE(std::filesystem::exists(directory_ / "pid"));
-    EXPECT_EQ(qemu_img({"compare", "-f", "raw", "-F", "qcow2", "copy", "disk.qcow2"}, directory_.path()).status, 0);
-    const auto map = qemu_img_json({"map", "--output=json", "disk.qcow2"}, directory_.path());
-    const auto hole = std::ranges::find_if(map, [](const auto& run) { return run["start"] == 1 * MiB; });
-    ASSERT_NE(hole, map.end());
-    EXPECT_EQ((*hole)["length"], 1 * MiB);
-    EXPECT_EQ((*hole)["data"], false);
-    expect_clean();
-}
-
-TEST_F(MountToolTest, SignalsUnderLoadUnmountAndCloseTheImage) {
-    must_tool({"create", "-q", "disk.qcow2", "32M"});
-    for (const int signal : {SIGTERM, SIGINT}) {
-        mount();
-        const auto fio = load();
-        const auto finished = end(signal);
-        EXPECT_EQ(finished.status, 0) << finished.text();
-        EXPECT_NE(fio->finish().status, 0);
-        EXPECT_EQ(std::filesystem::file_size(directory_ / "mounted"), 0U);
-        expect_clean();
-    }
-}
-
-TEST_F(MountToolTest, KilledUnderLoadItLeavesASoundImage) {
-    must_tool({"create", "-q", "disk.qcow2", "32M"});
-    for (int i = 0; i < 2; ++i) {
-        mount();
-        const auto fio = load();
-        EXPECT_EQ(end(SIGKILL).status, 128 + SIGKILL);
-        fio->finish();
-        const auto refused = tool({"mount", "disk.qcow2", "mounted"});
-        EXPECT_EQ(refused.status, 1);
-        EXPECT_THAT(refused.err, testing::HasSubstr("fusermount3 -u"));
-        ASSERT_EQ(umount2((directory_ / "mounted").c_str(), MNT_DETACH), 0);
-        const auto checked = tool({"check", "disk.qcow2"});
-        EXPECT_TRUE(checked.status == 0 || checked.status == 3) << checked.text();  // 3: leaks
-    }
-}
-
-TEST_F(MountToolTest, OnItsOwnImage) {
-    must_tool({"create", "-q", "disk.qcow2", "1M"});
-    mount({}, "disk.qcow2");
-    EXPECT_EQ(OpenFile(directory_ / "disk.qcow2").write(0, "guest"), 5);
-    EXPECT_EQ(std::filesystem::file_size(directory_ / "disk.qcow2"), 1 * MiB);
-    EXPECT_EQ(end(SIGTERM).status, 0);
-    EXPECT_THAT(tool({"read", "disk.qcow2", "0", "5"}).out, testing::HasSubstr("guest"));
-    expect_clean();
-}
-
-TEST_F(MountToolTest, SnapshotsStayWhatTheyWereWhileTheDiskIsWritten) {
-    must_tool({"create", "-q", "disk.qcow2", "4M"});
-    must_qemu_io("disk.qcow2", "qcow2", {"write -P 1 0 4M"}, directory_.path());
-    must_tool({"snapshot", "-c", "a/b", "disk.qcow2"});
-    must_tool({"snapshot", "-c", "second", "disk.qcow2"});
-    must_tool({"snapshot", "-c", "second", "disk.qcow2"});
-    std::filesystem::create_directory(directory_ / "mounted");
-    mount();
-    const std::string ones(4 * MiB, '\1');
-    {
-        const OpenFile disk(directory_ / "mounted/disk");
-        EXPECT_EQ(disk.write(1 * MiB, std::string(1 * MiB, '\2')), ssize_t{1 * MiB});
-        EXPECT_TRUE(read_file(directory_ / "mounted/snapshots/a%2Fb") == ones);
-        EXPECT_TRUE(read_file(directory_ / "mounted/snapshots/second") == ones);
-        EXPECT_TRUE(read_file(directory_ / "mounted/snapshots/%id=3") == ones);
-        EXPECT_TRUE(disk.read(1 * MiB, 1 * MiB) == std::string(1 * MiB, '\2'));
-        EXPECT_EQ(errno_of_open(directory_ / "mounted/snapshots/second", O_RDWR), EROFS);
-    }
-    EXPECT_EQ(run({"umount", directory_ / "mounted"}).status, 0);
-    EXPECT_EQ(command_->finish().status, 0);
-    expect_clean();
-}
-
-TEST_F(MountToolTest, AFileSystemOfTheKernelOnALoopDevice) {
-    must_tool({"create", "-q", "disk.qcow2", "64M"});
-    mount();
-    const auto loop = run({"losetup", "--find", "--show", directory_ / "mounted"});
-    if (loop.status != 0) GTEST_SKIP() << loop.text();
-    const auto device = loop.out.substr(0, loop.out.size() - 1);
-    must_run({"mkfs.ext4", "-q", "-F", device});
-    const auto tree = directory_ / "tree";
-    std::filesystem::create_directory(tree);
-    const auto mounted = run({"mount", "-t", "ext4", "-o", "discard", device, tree});
-    Random random(3);
-    const auto content = random.bytes(5 * MiB);
-    if (mounted.status == 0) {
-        write_file(tree + "/kept", content);
-        write_file(tree + "/removed", content);
-        std::filesystem::remove(tree + "/removed");
-        must_run({"umount", tree});
-    }
-    must_run({"losetup", "--detach", device});
-    // The kernel lets go of the file a little later.
-    Finished unmounted;
-    for (int i = 0; i < 1500 && (unmounted = run({"umount", directory_ / "mounted"})).status != 0; ++i)
-        std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    EXPECT_EQ(unmounted.status, 0) << unmounted.text();
-    EXPECT_EQ(command_->finish().status, 0);
-    expect_clean();
-    if (mounted.status != 0) GTEST_SKIP() << mounted.text();
-    qemu_convert_to_raw("disk.qcow2", "qcow2", "raw", {}, directory_.path());
-    const auto checked = run({"e2fsck", "-fn", "raw"}, directory_.path());
-    EXPECT_EQ(checked.status, 0) << checked.text();
-    EXPECT_TRUE(tool({"cat", "disk.qcow2", "/kept"}).out == content);
-}
-
-TEST_F(MountToolTest, RefusesWhatMakesNoSense) {
-    must_tool({"create", "-q", "disk.qcow2", "1M"});
-    const auto refused = [&](const Arguments& arguments, const std::string& why) {
-        const auto finished = tool(arguments);
-        EXPECT_EQ(finished.status, 1) << finished.text();
-        EXPECT_THAT(finished.err, testing::HasSubstr(why));
-    };
-    refused({"mount", "disk.qcow2", "nothing"}, "make an empty file (touch)");
-    refused({"mount", "disk.qcow2", "."}, "not empty");
-    write_file(directory_ / "file", "");
-    refused({"mount", "--force-share", "disk.qcow2", "file"}, "two writers");
-    refused({"mount", "--pid-file", "disk.qcow2", "disk.qcow2", "file"}, "the image");
-    refused({"mount", "--snapshot", "none", "disk.qcow2", "file"}, "none");
 }
 
 }  // namespace

@@ -10,4 +10,6 @@ Result<std::unique_ptr<Mount>> Mount::make(std::shared_ptr<Disk>, const std::str
                 "this build cannot mount; install libfuse (Debian: libfuse3-dev) and build again");
 }
 
+void Mount::unmount(const std::string&) {}
+
 }  // namespace qcow

@@ -26,6 +26,8 @@ constexpr int look_milliseconds = 1;
 /// Buffers are the guest's memory, so their size bounds nothing; the size of the ring bounds their number.
 constexpr std::uint64_t no_bound = std::uint64_t{1} << 60;
 
+using Clock = std::chrono::steady_clock;
+
 /// Adds to the counter of an event descriptor; -1 is none.
 void ring_event(int fd) {
     // A descriptor of a front end can be full, and a thread that waits for it would never end.
@@ -44,6 +46,7 @@ Queue::Queue(const Device& device, const GuestMemory& memory, QueueState& state,
       state_(state),
       options_(options),
       ring_(ring),
+      polling_(std::chrono::microseconds(options.poll_microseconds)),
       crew_(options.workers, no_bound) {}
 
 Result<std::unique_ptr<Queue>> Queue::start(const Device& device, const GuestMemory& memory, QueueState& state,
@@ -88,10 +91,7 @@ void Queue::run() {
         recover();
         while (!stopping_) {
             TRY_VOID(take_requests());
-            if (look_for_more()) continue;
-            ring_.ask_for_kicks(true);
-            if (ring_.is_empty()) wait_for_kick();
-            ring_.ask_for_kicks(false);
+            wait_for_requests();
         }
         return {};
     });
@@ -204,11 +204,21 @@ void Queue::interrupt() {
     ring_event(state_.call.get());
 }
 
-/// Looks at an empty ring for a while. Returns whether there is a request.
+void Queue::wait_for_requests() {
+    const auto begin = Clock::now();
+    if (!look_for_more()) {
+        ring_.ask_for_kicks(true);
+        if (ring_.is_empty()) wait_for_kick();
+        ring_.ask_for_kicks(false);
+    }
+    polling_.came_after(Clock::now() - begin);
+}
+
+/// Looks at an empty ring for a while, if that pays. Returns whether there is a request.
 bool Queue::look_for_more() {
-    if (options_.poll_microseconds == 0) return false;
-    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(options_.poll_microseconds);
-    while (!stopping_ && std::chrono::steady_clock::now() < end)
+    if (!polling_.pays()) return false;
+    const auto end = Clock::now() + polling_.limit();
+    while (!stopping_ && Clock::now() < end)
         if (!ring_.is_empty()) return true;
     return false;
 }

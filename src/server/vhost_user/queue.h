@@ -12,6 +12,7 @@
 
 #include "server/crew.h"
 #include "server/pace.h"
+#include "server/polling.h"
 #include "server/vhost_user/device.h"
 #include "server/vhost_user/inflight.h"
 #include "server/vhost_user/split_ring.h"
@@ -64,6 +65,7 @@ private:
     void interrupt();
     [[nodiscard]] Pace& pace_of(const BlockRequest& request);
     [[nodiscard]] bool for_the_crew(const Chain& chain, const Pace& pace);
+    void wait_for_requests();
     [[nodiscard]] bool look_for_more();
     void wait_for_kick();
     [[nodiscard]] std::unique_ptr<Chain> take_chain();
@@ -76,6 +78,7 @@ private:
     SplitRing ring_;
     std::optional<InflightRecord> inflight_;
     std::array<Pace, kinds_of_work> paces_;
+    Polling polling_;
     Chain chain_;                    // of the request that the thread executes itself
     std::uint32_t unannounced_ = 0;  // requests that this thread has executed since it last interrupted the driver
     std::atomic<std::uint32_t> in_flight_ = 0;

@@ -91,24 +91,20 @@ Mixture::Mixture(FrontEnd& front, const MixtureOptions& options)
             job.free_buffers.push_back(front.memory().allocate(options.longest * block_bytes, page_bytes));
         workers_[i % workers_.size()].jobs.push_back(i);
     }
-    Bytes bytes(FrontEnd::scratch_bytes);
     Value greatest = 0;
-    for (std::uint64_t at = 0; at < options.bytes; at += bytes.size()) {
-        const auto length = std::min<std::uint64_t>(bytes.size(), options.bytes - at);
-        if (front.read(at / sector_bytes, std::span(bytes).first(length)) != VIRTIO_BLK_S_OK)
-            throw std::runtime_error(fmt::format("the disk cannot be read at byte {}", at));
-        for (std::uint64_t i = 0; i < length / block_bytes; ++i) {
+    read_all([&](std::uint64_t at, Tick, std::span<const std::byte> bytes) {
+        for (std::uint64_t i = 0; i < bytes.size() / block_bytes; ++i) {
             std::optional<Value> common;
             for (std::uint64_t j = 0; j < block_sectors; ++j) {
                 const auto in_block = i * block_bytes + j * sector_bytes;
                 const auto value =
-                    test::value_in((at + in_block) / sector_bytes, std::span(bytes).subspan(in_block, sector_bytes));
+                    test::value_in((at + in_block) / sector_bytes, bytes.subspan(in_block, sector_bytes));
                 common = !common || *common == value ? value : test::foreign;
             }
             model_.preset(at / block_bytes + i, *common);
             if (*common != test::foreign) greatest = std::max(greatest, *common);
         }
-    }
+    });
     next_value_ = greatest + 1;
 }
 
@@ -165,7 +161,8 @@ BlockModel::Range Mixture::choose(Random& random, std::uint64_t longest) const {
     // Half of the requests meet in a small part.
     const auto part = random.chance(50) ? std::min<std::uint64_t>(blocks, 1024) : blocks;
     const auto count = random.between(1, std::min(longest, part));
-    return {random.below(part - count + 1), count};
+    const auto first = random.below(part - count + 1);
+    return {first, std::min(count, options_.spread.rest(first * block_bytes) / block_bytes)};
 }
 
 Mixture::Request Mixture::next_request(std::size_t index) {
@@ -198,7 +195,7 @@ bool Mixture::submit(unsigned index, const Request& waiting) {
     auto request = waiting;
     auto& random = jobs_[request.job].random;
     auto length = request.range.count * block_bytes;
-    const auto first = request.range.first * block_sectors;
+    const auto first = options_.spread.place(request.range.first * block_bytes) / sector_bytes;
     std::vector<Segment> segments;
     if (request.type == VIRTIO_BLK_T_DISCARD || request.type == VIRTIO_BLK_T_WRITE_ZEROES) {
         const bool unmap = request.type == VIRTIO_BLK_T_WRITE_ZEROES && random.chance(50);
@@ -223,7 +220,7 @@ bool Mixture::submit(unsigned index, const Request& waiting) {
     switch (request.type) {
         case VIRTIO_BLK_T_OUT: {
             const auto value = next_value_++;
-            test::stamp(first, value, front_.memory().bytes(request.buffer, length));
+            test::stamp(request.range.first * block_sectors, value, front_.memory().bytes(request.buffer, length));
             request.begun = model_.begin(request.range, value, false);
             break;
         }
@@ -260,15 +257,23 @@ void Mixture::complete(Worker& worker, const Completion& completion) {
     ++by_type_[request.type];
 }
 
-void Mixture::verify() {
+void Mixture::read_all(const Found& found) {
     Bytes bytes(FrontEnd::scratch_bytes);
-    for (std::uint64_t at = 0; at < options_.bytes; at += bytes.size()) {
-        const auto part = std::span(bytes).first(std::min<std::uint64_t>(bytes.size(), options_.bytes - at));
+    for (std::uint64_t at = 0; at < options_.bytes;) {
+        const auto length = std::min({bytes.size(), options_.bytes - at, options_.spread.rest(at)});
+        const auto part = std::span(bytes).first(length);
         const auto begun = model_.now();
-        if (front_.read(at / sector_bytes, part) != VIRTIO_BLK_S_OK)
-            throw std::runtime_error(fmt::format("the disk cannot be read at byte {}", at));
-        if (const auto wrong = model_.complaint(at / block_bytes, part, begun)) throw std::runtime_error(*wrong);
+        if (front_.read(options_.spread.place(at) / sector_bytes, part) != VIRTIO_BLK_S_OK)
+            throw std::runtime_error(fmt::format("the disk cannot be read at byte {}", options_.spread.place(at)));
+        found(at, begun, part);
+        at += length;
     }
+}
+
+void Mixture::verify() {
+    read_all([&](std::uint64_t at, Tick begun, std::span<const std::byte> bytes) {
+        if (const auto wrong = model_.complaint(at / block_bytes, bytes, begun)) throw std::runtime_error(*wrong);
+    });
 }
 
 std::string Mixture::counts() const {

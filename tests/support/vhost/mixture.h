@@ -83,8 +83,20 @@ private:
     bool writethrough_ = false;
 };
 
+/// Where the bytes that a mixture uses lie on the disk: in areas, each of which begins a stride after the one before.
+/// The default is one area, at the beginning of the disk.
+struct Spread {
+    std::uint64_t area = std::uint64_t{1} << 62;  ///< bytes; whole blocks
+    std::uint64_t stride = 0;
+
+    [[nodiscard]] std::uint64_t place(std::uint64_t at) const { return at / area * stride + at % area; }
+    /// The bytes that lie together from there on.
+    [[nodiscard]] std::uint64_t rest(std::uint64_t at) const { return area - at % area; }
+};
+
 struct MixtureOptions {
-    std::uint64_t bytes = 0;  ///< size of the part of the disk that it uses, from its beginning; whole blocks
+    std::uint64_t bytes = 0;  ///< size of the part of the disk that it uses; whole blocks
+    Spread spread = {};       ///< where it lies
     unsigned jobs = 16;
     unsigned depth = 32;    ///< requests that each job keeps in flight
     unsigned writes = 70;   ///< percent; the others are reads
@@ -150,6 +162,9 @@ private:
     bool submit(unsigned queue, const Request& request);
     void complete(Worker& worker, const Completion& completion);
     [[nodiscard]] BlockModel::Range choose(Random& random, std::uint64_t longest) const;
+    /// Reads all blocks, in pieces: calls `found` with where each lies among them, when it began to be read, and it.
+    using Found = std::function<void(std::uint64_t at, Tick begun, std::span<const std::byte> bytes)>;
+    void read_all(const Found& found);
 
     FrontEnd& front_;
     MixtureOptions options_;
