@@ -21,7 +21,15 @@ struct Options {
 
 /// What the options say of key slots; nothing, if they do not.
 qcow::Result<std::optional<qcow::KeySlotChange>> key_slot_change(const NewImageOptions& options, const Options& all) {
-    if (!options.has("encrypt.state")) return std::nullopt;
+    if (!options.has("encrypt.state")) {
+        for (const auto* name : {"encrypt.keyslot", "encrypt.new-secret", "encrypt.old-secret", "encrypt.iter-time"}) {
+            if (options.has(name)) {
+                return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, fmt::format("option {}", name),
+                                                   "say with encrypt.state=active or inactive what to do"});
+            }
+        }
+        return std::nullopt;
+    }
     const auto& encrypt = options.encrypt;
     qcow::KeySlotChange change;
     change.slot = encrypt.key_slot;

@@ -47,6 +47,7 @@ void declare_rebase(CLI::App& root, int& status) {
         "backing file into the image. If it is interrupted, the contents are still the same; run it again.\n"
         "With -u, rebase only records the new name, for a backing file that was moved. Neither backing file needs to\n"
         "exist. If their contents differ, so do the contents of the disk afterwards.\n"
+        "Keys of encrypted images (--key) are taken for the new backing file first, then for the image and its chain.\n"
         "Internal snapshots that read data from the backing file change; rebase warns of them.\n"
         "Examples:\n"
         "  qcow rebase -b base-v2.qcow2 -F qcow2 disk.qcow2\n"
@@ -59,7 +60,7 @@ void declare_rebase(CLI::App& root, int& status) {
         ->type_name("FILE")
         ->required();
     one_of(app.add_option("-F,--backing-format", options->backing_format, "Format of the new backing file"),
-           {"raw", "qcow", "qcow2"});
+           {"raw", "qcow", "qcow2", "luks"});
     app.add_flag("-u,--unsafe", options->unsafe, "Only record the new name; do not compare or copy data");
     app.add_flag("-c,--compress", options->compress, "Compress the data that are copied into the image");
     add_workers_option(app, options->workers);

@@ -62,7 +62,9 @@ Result<Luks1Header> parse_luks1_header(std::span<const std::byte> in) {
     for (std::size_t i = 0; i < header.slots.size(); ++i) {
         const auto bytes = in.subspan(first_slot + i * slot_bytes, slot_bytes);
         auto& slot = header.slots[i];
-        slot.used = load_be<std::uint32_t>(bytes, 0) == slot_enabled;
+        const auto state = load_be<std::uint32_t>(bytes, 0);
+        slot.used = state == slot_enabled;
+        slot.marked = slot.used || state == slot_disabled;
         slot.iterations = load_be<std::uint32_t>(bytes, 4);
         std::ranges::copy(bytes.subspan(8, slot.salt.size()), slot.salt.begin());
         slot.material_sector = load_be<std::uint32_t>(bytes, 40);
@@ -74,6 +76,9 @@ Result<Luks1Header> parse_luks1_header(std::span<const std::byte> in) {
 Result<void> verify_luks1(const Luks1Header& header, std::uint64_t area_bytes) {
     if (header.key_bytes == 0) return bad("a key of 0 bytes");
     if (header.iterations == 0) return bad("0 iterations for the digest of the key");
+    if (header.cipher.empty()) return bad("no name of a cipher");
+    if (header.mode.empty()) return bad("no name of a cipher mode");
+    if (header.hash.empty()) return bad("no name of a hash");
     const std::uint64_t length = divide_up(header.material_bytes(), luks_sector_bytes) * luks_sector_bytes;
     const auto start = [&](std::size_t slot) {
         return std::uint64_t{header.slots[slot].material_sector} * luks_sector_bytes;

@@ -23,6 +23,7 @@ inline constexpr std::uint32_t luks_stripes = 4000;
 /// A place for the key of the data, encrypted with a passphrase.
 struct LuksSlot {
     bool used = false;
+    bool marked = true;  ///< as used or as unused; one that is not marked is not used
     std::uint32_t iterations = 0;
     std::array<std::byte, luks_salt_bytes> salt = {};
     std::uint32_t material_sector = 0;  ///< where its key material begins, in sectors of the header's area

@@ -25,8 +25,10 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr std::uint64_t max_header_bytes = 4 * MiB;  // of one of its two copies
+constexpr std::uint64_t min_header_bytes = 16 * KiB;  // of one of its two copies
+constexpr std::uint64_t max_header_bytes = 4 * MiB;
 constexpr std::uint64_t max_material_bytes = 128 * MiB;
+constexpr std::uint64_t max_copied_bytes = 2 * max_header_bytes + max_material_bytes;
 constexpr unsigned key_slots = 32;
 /// Of memory that Argon2 passes over, by one processor. The slowest machines of today do as much.
 constexpr double argon2_bytes_per_second = 500e6;
@@ -79,8 +81,9 @@ public:
         const int fd = memfd_create("luks2", MFD_CLOEXEC);
         if (fd < 0) return system_failure();
         std::unique_ptr<Copy> copy(new Copy(file, fd));
-        // As long as the file, without taking memory for it.
-        if (ftruncate(fd, static_cast<off_t>(TRY(file.size()))) != 0) return system_failure();
+        // As long as the file, without taking memory for it. If that was cut, it is for us to say so.
+        const auto length = std::max<std::uint64_t>(TRY(file.size()), max_copied_bytes);
+        if (ftruncate(fd, static_cast<off_t>(length)) != 0) return system_failure();
         return copy;
     }
     Copy(const Copy&) = delete;
@@ -112,6 +115,27 @@ private:
     const int fd_;
 };
 
+/// Whether a copy of the header has the bytes that its checksum is about. Source: the LUKS2 on-disk format
+/// specification, version 1.1.2, section 2.1.
+Result<bool> has_right_checksum(const Storage& file, HostOffset at, std::uint64_t length) {
+    constexpr std::size_t algorithm_at = 72;
+    constexpr std::size_t algorithm_bytes = 32;
+    constexpr std::size_t checksum_at = 448;
+    constexpr std::size_t checksum_bytes = 64;
+    std::vector<std::byte> header(length);
+    TRY(file.read(at, header));
+    std::string algorithm(reinterpret_cast<const char*>(header.data()) + algorithm_at, algorithm_bytes);
+    algorithm.resize(std::min(algorithm.find('\0'), algorithm.size()));
+    const auto size = crypto::hash_size(algorithm);
+    if (!size || *size > checksum_bytes) return false;
+    const auto field = std::span(header).subspan(checksum_at, checksum_bytes);
+    const std::vector<std::byte> recorded(field.begin(), field.begin() + static_cast<std::ptrdiff_t>(*size));
+    std::ranges::fill(field, std::byte{0});
+    std::vector<std::byte> computed(*size);
+    TRY_VOID(crypto::digest(algorithm, header, computed));
+    return computed == recorded;
+}
+
 /// An opened header.
 class Header {
 public:
@@ -122,9 +146,18 @@ public:
         std::array<std::byte, 16> start = {};
         TRY(file.read({0}, start));
         const auto bytes = load_be<std::uint64_t>(start, 8);
-        if (bytes > max_header_bytes) return corrupt(fmt::format("it would have {} bytes", bytes));
+        if (bytes < min_header_bytes || bytes > max_header_bytes)
+            return corrupt(fmt::format("it would have {} bytes", bytes));
+        if (const auto there = TRY(file.size()); there < 2 * bytes) {
+            return corrupt(
+                fmt::format("the file has {} bytes, and the two copies of the header take {}", there, 2 * bytes));
+        }
         TRY_VOID(header->copy_->add({0}, 2 * bytes));
-        TRY_VOID(header->load());
+        if (auto loaded = header->load(); !loaded) {
+            if (!TRY(has_right_checksum(file, {0}, bytes)) && !TRY(has_right_checksum(file, {bytes}, bytes)))
+                return corrupt("the checksums of both copies of the header are wrong");
+            return std::unexpected(std::move(loaded).error());
+        }
         return header;
     }
     Header(const Header&) = delete;

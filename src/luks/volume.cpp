@@ -103,21 +103,24 @@ struct Opened {
     Secret data_key;
 };
 
-std::unexpected<Error> wrong_key(const Area& area, std::size_t used) {
-    return fail(Errc::encrypted, area.file.name(),
-                used == 0 ? "no key slot is in use: nobody can read its data any more"
-                          : fmt::format("the key is wrong: it opens none of the {} key slots in use", used));
+std::unexpected<Error> wrong_key(const Area& area, const Luks1Header& header) {
+    const auto used = std::ranges::count(header.slots, true, &LuksSlot::used);
+    auto why = used == 0 ? "no key slot is in use: nobody can read its data any more"
+                         : fmt::format("the key is wrong: it opens none of the {} key slots in use", used);
+    const auto odd = std::ranges::find(header.slots, false, &LuksSlot::marked);
+    if (odd != header.slots.end())
+        why += fmt::format("; key slot {} is damaged: it is marked neither as used nor as unused",
+                           odd - header.slots.begin());
+    return fail(Errc::encrypted, area.file.name(), std::move(why));
 }
 
 Result<Opened> open_any_slot(const Area& area, const Luks1Header& header, const Secret& key, double max_seconds) {
     TRY_VOID(verify_work(area, header, max_seconds));
-    std::size_t used = 0;
     for (std::size_t i = 0; i < header.slots.size(); ++i) {
         if (!header.slots[i].used) continue;
-        ++used;
         if (auto data_key = TRY(open_slot(area, header, header.slots[i], key))) return Opened{i, *std::move(data_key)};
     }
-    return wrong_key(area, used);
+    return wrong_key(area, header);
 }
 
 /// Returns the iterations that take this time.
@@ -233,7 +236,7 @@ Result<void> erase_slots(Storage& file, const Area& area, Luks1Header& header, c
         for (std::size_t i = 0; i < header.slots.size(); ++i) {
             if (header.slots[i].used && TRY(open_slot(area, header, header.slots[i], *change.old_key))) doomed.push_back(i);
         }
-        if (doomed.empty()) return wrong_key(area, used);
+        if (doomed.empty()) return wrong_key(area, header);
     } else {
         return bad_option("state", "inactive needs a key slot (keyslot) or the passphrase to erase (old-secret)");
     }

@@ -165,5 +165,44 @@ TEST_F(Luks2Test, WhatIsRefused) {
                 HasSubstr("bad.luks"));
 }
 
+/// Each damage of the binary part is named. `both`: of the two copies; otherwise of the first one alone.
+TEST_F(Luks2Test, DamageIsNamed) {
+    make(quick_pbkdf2);
+    const auto whole = bytes_of("disk.luks");
+    const auto read = [&](const std::string& bytes) {
+        put_file(directory_.file("bad.luks"), bytes);
+        return tool({"read", "-f", "luks", "--key", "key", "bad.luks", "0", "512"});
+    };
+    struct Damage {
+        const char* what;
+        std::size_t at;
+        std::string bytes;
+        bool both;
+        const char* error;  // empty: the other copy of the header serves
+    };
+    const std::vector<Damage> all = {
+        {"magic", 0, "X", false, "it does not begin with \"LUKS"},
+        {"version", 6, std::string("\0\x03", 2), false, "version 3 instead of 1"},
+        {"length", 8, std::string(8, '\xff'), false, "it would have 18446744073709551615 bytes"},
+        {"no length", 8, std::string(8, '\0'), false, "it would have 0 bytes"},
+        {"checksum", 448, "####", false, ""},
+        {"checksums", 448, "####", true, "the checksums of both copies of the header are wrong"},
+        {"metadata", 4200, "#", false, ""},
+        {"both metadata", 4200, "#", true, "the checksums of both copies of the header are wrong"},
+        {"hash of the checksum", 72, "rot13", true, "the checksums of both copies of the header are wrong"},
+    };
+    for (const auto& [what, at, damage, both, error] : all) {
+        SCOPED_TRACE(what);
+        auto bytes = whole;
+        bytes.replace(at, damage.size(), damage);
+        if (both) bytes.replace(header_bytes + at, damage.size(), damage);
+        const auto done = read(bytes);
+        EXPECT_EQ(done.status, *error == '\0' ? 0 : 1);
+        EXPECT_THAT(done.err, HasSubstr(error));
+    }
+    EXPECT_THAT(read(whole.substr(0, 4000)).err, HasSubstr("the file has 4000 bytes, and the two copies"));
+    EXPECT_THAT(read(whole.substr(0, 100'000)).err, HasSubstr("past the end of the file (100000 bytes)"));
+}
+
 }  // namespace
 }  // namespace qcow::test
