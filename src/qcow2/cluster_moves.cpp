@@ -137,8 +137,7 @@ public:
         TRY_VOID(metadata_.file().flush());
         TRY_VOID(redirect_header());
         for (auto& block : counted_.blocks) block = redirection_.new_place(block);
-        TRY_VOID(free_sources());
-        return metadata_.file().flush();
+        return free_sources();
     }
 
 private:

@@ -71,7 +71,7 @@ struct CountedImage {
     std::vector<HostOffset>& blocks;  ///< refcount blocks by index in the refcount table, 0 for none
 };
 
-/// Carries out the moves, in four steps, each durable before the next:
+/// Carries out the moves, in four steps, each durable before the next. The last one becomes so with the next flush:
 /// 1. The targets get the refcounts of the sources, and their contents.
 /// 2. All entries that lead to a source lead to its target, in the tables of the image, its snapshots and its bitmaps,
 ///    and in the copies of those that move.

@@ -288,11 +288,18 @@ private:
         if (depends_on_place && contents == Copying::Contents::data) return encryption_->copy(*file_, from, to, length);
         thread_local std::vector<std::byte> buffer;
         while (length > 0) {
-            const auto run = TRY(file_->run(from, length));
+            auto run = TRY(file_->run(from, length));
             if (run.data) {
-                buffer.resize(run.length);
-                TRY(file_->read(from, buffer));
-                TRY_VOID(file_->write(to, buffer));
+                // What the file system shares takes no time. The old place is cut off soon.
+                const auto shared =
+                    contents == Copying::Contents::data ? TRY(file_->copy_from(*file_, from, to, run.length)) : 0;
+                if (shared == 0) {
+                    buffer.resize(run.length);
+                    TRY(file_->read(from, buffer));
+                    TRY_VOID(file_->write(to, buffer));
+                } else {
+                    run.length = shared;
+                }
             } else {
                 // The last byte makes the file long enough.
                 TRY_VOID(file_->write(HostOffset{to.value + run.length - 1}, std::array<std::byte, 1>{}));
@@ -316,7 +323,7 @@ private:
         return run_workers(2, [&](unsigned worker) { return worker == 0 ? file_->resize(*end) : file_->flush(); });
     }
 
-    /// Finds out where the file can be cut. Everything behind it is durably free.
+    /// Finds out where the file can be cut. Nothing durable leads behind it.
     Result<void> find_free_end() {
         free_end_ = use_->used_end() << cluster_bits();
         if (TRY(file_->size()) <= *free_end_) free_end_.reset();
@@ -326,8 +333,7 @@ private:
     /// Cuts the file behind the last cluster in use.
     Result<void> cut() {
         TRY_VOID(find_free_end());
-        if (!free_end_) return {};
-        TRY_VOID(file_->resize(*free_end_));
+        if (free_end_) TRY_VOID(file_->resize(*free_end_));
         free_end_.reset();
         return file_->flush();
     }

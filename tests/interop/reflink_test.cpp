@@ -1,4 +1,4 @@
-// Converting where the file system can share extents: they are shared, and the contents are right.
+// Converting and compacting where the file system can share extents: they are shared, and the contents are right.
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -69,6 +69,21 @@ TEST_F(ReflinkTest, Qcow2ToRaw) {
         EXPECT_GE(shared_bytes(back), 8 * MiB) << cluster;
         EXPECT_FALSE(first_difference(ReferenceFile(raw), ReferenceFile(back))) << cluster;
     }
+}
+
+/// What moves is still shared with a copy of the image.
+TEST_F(ReflinkTest, CompactingSharesWhatMoves) {
+    const auto image = directory_ / "disk.qcow2";
+    const auto copy = directory_ / "copy.qcow2";
+    must_qemu_img({"create", "-q", "-f", "qcow2", image, "16M"});
+    must_run({"qemu-io", "-d", "unmap", "-f", "qcow2", "-c", "write -q -P 1 0 8M", "-c", "write -q -P 2 8M 8M", "-c",
+              "discard -q 0 8M", image});
+    must_run({"cp", "--reflink=always", image, copy});
+    must_run({QCOW_TOOL, "compact", image});
+    EXPECT_LT(std::filesystem::file_size(image), 9 * MiB);
+    EXPECT_GE(shared_bytes(image), 8 * MiB);
+    EXPECT_EQ(qemu_img({"compare", image, copy}).status, 0);
+    EXPECT_EQ(qemu_img({"check", image}).status, 0);
 }
 
 TEST_F(ReflinkTest, RawToRaw) {
