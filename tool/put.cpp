@@ -355,16 +355,20 @@ void add_changed_disk(CLI::App& app, Options& options) {
 
 void declare_put(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
-    auto& app = declare(
-        root, status, "put", "Copy files and directories into the file system of a disk, in place",
-        "The file system is ext2, ext3 or ext4, and nothing else uses the disk. Owners, modes, times, symbolic links,\n"
-        "holes, device nodes and extended attributes are kept. A hard link becomes a file of its own. A file with the\n"
-        "same name is replaced when the new one is complete, so there must be space for both. Directories get the new\n"
-        "files. An overlay takes the changes, not its backing file.\n"
-        "Examples:\n"
-        "  qcow put disk.qcow2:2 motd /etc/motd\n"
-        "  qcow put --owner-root disk.qcow2:2 scripts /usr/local",
-        [options] { return run_put(*options); });
+    auto& app = declare(root, status, "put", "Copy files and directories into the file system of a disk, in place",
+                        "The file system is ext2, ext3, ext4 or FAT, and nothing else uses the disk. Owners, modes, "
+                        "times, symbolic links,\n"
+                        "holes, device nodes and extended attributes are kept in ext. FAT keeps times of files, and "
+                        "holds only files and\n"
+                        "directories. A hard link becomes a file of its own. A file with the same name is replaced "
+                        "when the new one is\n"
+                        "complete, so there must be space for both. Directories get the new files. An overlay takes "
+                        "the changes, not its\n"
+                        "backing file.\n"
+                        "Examples:\n"
+                        "  qcow put disk.qcow2:2 motd /etc/motd\n"
+                        "  qcow put --owner-root disk.qcow2:2 scripts /usr/local",
+                        [options] { return run_put(*options); });
     add_changed_disk(app, *options);
     app.add_option("PATH", options->paths, "Files of this machine, and at last where they go in the disk")
         ->required()
@@ -375,7 +379,7 @@ void declare_put(CLI::App& root, int& status) {
 void declare_rm(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(root, status, "rm", "Remove files from the file system of a disk, in place",
-                        "The file system is ext2, ext3 or ext4, and nothing else uses the disk.\n"
+                        "The file system is ext2, ext3, ext4 or FAT, and nothing else uses the disk.\n"
                         "Examples:\n"
                         "  qcow rm disk.qcow2:2 /etc/machine-id\n"
                         "  qcow rm -r disk.qcow2:2 /var/cache/apt",
@@ -387,12 +391,12 @@ void declare_rm(CLI::App& root, int& status) {
 
 void declare_mkdir(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
-    auto& app =
-        declare(root, status, "mkdir", "Make directories in the file system of a disk, in place",
-                "The file system is ext2, ext3 or ext4, and nothing else uses the disk. Root owns the directories.\n"
-                "Examples:\n"
-                "  qcow mkdir -p disk.qcow2:2 /srv/data/new",
-                [options] { return run_mkdir(*options); });
+    auto& app = declare(
+        root, status, "mkdir", "Make directories in the file system of a disk, in place",
+        "The file system is ext2, ext3, ext4 or FAT, and nothing else uses the disk. Root owns the directories.\n"
+        "Examples:\n"
+        "  qcow mkdir -p disk.qcow2:2 /srv/data/new",
+        [options] { return run_mkdir(*options); });
     add_changed_disk(app, *options);
     app.add_option("PATH", options->paths, "Directories in the disk")->required()->expected(1, -1);
     app.add_flag("-p,--parents", options->parents, "Also make those above, and accept those that exist");

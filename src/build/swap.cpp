@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "base/bits.h"
-#include "build/little_endian.h"
+#include "filesystem/little_endian.h"
 
 namespace qcow {
 namespace {
