@@ -25,12 +25,13 @@ constexpr std::uint64_t largest_cluster = 32 * KiB;
 constexpr std::uint32_t fat32_reserved = 32;  // sectors
 constexpr std::uint32_t fat32_backup = 6;     // the sector with the copy of the first one
 
-std::unexpected<Error> refuse(const Volume& volume, std::string what) {
-    return fail(Errc::invalid_argument, volume.name, std::move(what));
+/// Refuses what a key of the specification says.
+std::unexpected<Error> refuse(const Volume& volume, std::string_view key, std::string what) {
+    return fail(Errc::invalid_argument, volume.at(key), std::move(what));
 }
 
 std::unexpected<Error> refuse_file(const Volume& volume, const std::string& path, std::string_view what) {
-    return fail(Errc::invalid_argument, fmt::format("{}: {}", volume.name, printable(path)), std::string(what));
+    return fail(Errc::invalid_argument, fmt::format("{}: {}", volume.at("source"), printable(path)), std::string(what));
 }
 
 // ---- Layout ----
@@ -72,11 +73,12 @@ std::uint64_t preferred_cluster(unsigned bits, std::uint64_t size) {
 Result<Layout> layout_of(const Volume& volume, std::uint64_t size, std::uint64_t sector, std::uint64_t root_entries) {
     Layout layout{.bits = bits_of(volume.spec.type, size), .sector = sector, .sectors = size / sector};
     if (layout.bits != 32) layout.root_entries = root_entries;
-    if (layout.sectors > 0xffffffff) return refuse(volume, "FAT has at most 2^32 sectors");
+    if (layout.sectors > 0xffffffff) return refuse(volume, "size", "FAT has at most 2^32 sectors");
     std::vector<std::uint64_t> candidates;
     if (volume.spec.block_size) {
         if (*volume.spec.block_size < sector || *volume.spec.block_size > 64 * KiB)
-            return refuse(volume, fmt::format("FAT wants a block_size (of a cluster) from {} to 65536", sector));
+            return refuse(volume, "block_size",
+                          fmt::format("FAT wants a block_size (of a cluster) from {} to 65536", sector));
         candidates = {*volume.spec.block_size};
     } else {
         const auto preferred = std::max(preferred_cluster(layout.bits, size), sector);
@@ -88,7 +90,7 @@ Result<Layout> layout_of(const Volume& volume, std::uint64_t size, std::uint64_t
         if (lay_out(layout)) return layout;
     }
     const auto [fewest, most] = cluster_limits(layout.bits);
-    return fail(Errc::no_space, volume.name,
+    return fail(Errc::no_space, volume.at("size"),
                 fmt::format("{} bytes are no size for FAT{}, which has {} to {} clusters of {} bytes", size,
                             layout.bits, fewest, most,
                             volume.spec.block_size ? fmt::to_string(*volume.spec.block_size)
@@ -164,11 +166,12 @@ public:
 
     Result<void> run() {
         label_ = upper(volume_.spec.label);
-        if (label_.size() > 11) return refuse(volume_, "the label is longer than the 11 bytes that FAT has");
+        if (label_.size() > 11) return refuse(volume_, "label", "the label is longer than the 11 bytes that FAT has");
         for (const char c : label_) {
             if (static_cast<std::uint8_t>(c) < 0x20 || static_cast<std::uint8_t>(c) > 0x7e ||
                 std::string_view("\"*+,./:;<=>?[\\]|").contains(c))
-                return refuse(volume_, fmt::format("FAT has no labels with the character \"{}\"", printable({&c, 1})));
+                return refuse(volume_, "label",
+                              fmt::format("FAT has no labels with the character \"{}\"", printable({&c, 1})));
         }
         const auto& children = *volume_.tree.root().children;
         std::vector<std::byte> root;
@@ -267,7 +270,8 @@ private:
         const auto* end = found->second.data() + found->second.size();
         const auto [last, error] = std::from_chars(found->second.data(), end, value);
         if (error != std::errc() || last != end || value > most)
-            return refuse(volume_, fmt::format("option {} wants a whole number up to {}", name, most));
+            return refuse(volume_, "options." + name,
+                          fmt::format("option {} wants a whole number up to {}", name, most));
         return value;
     }
 
@@ -339,7 +343,7 @@ Result<void> verify_options(const Volume& volume) {
     const std::vector<std::string> known = {"sectors_per_track", "heads", "hidden_sectors"};
     for (const auto& [name, value] : volume.spec.options) {
         if (std::ranges::find(known, name) == known.end()) {
-            return refuse(volume,
+            return refuse(volume, "options." + name,
                           fmt::format("FAT has no option \"{}\"{}", printable(name), did_you_mean(name, known)));
         }
     }
@@ -377,7 +381,7 @@ Result<Filled> write_fat(const Volume& volume, PlannedDisk& disk, std::uint64_t 
     const auto root_entries = root_entries_for(needs, sector_size);
     const auto layout = TRY(layout_of(volume, size, sector_size, root_entries));
     if (layout.bits != 32 && root_entries > most_root_entries)
-        return refuse(volume, "the root directory has too many files for FAT12 and FAT16; use fat32");
+        return refuse(volume, "source", "the root directory has too many files for FAT12 and FAT16; use fat32");
     if (needs.clusters(layout) > layout.clusters) {
         return does_not_fit(volume, needs.clusters(layout) * layout.cluster_bytes(),
                             layout.clusters * layout.cluster_bytes());

@@ -183,7 +183,9 @@ private:
     std::string text_;
 };
 
-Result<void> apply(Tree& tree, const FileSpec& file) {
+}  // namespace
+
+Result<void> apply_file(Tree& tree, const FileSpec& file) {
     using enum FileSpec::Kind;
     if (TRY(parts_of_path(file.path)).empty()) {
         if (file.kind != change && file.kind != directory) return refuse(file.path, "is the root directory");
@@ -239,6 +241,8 @@ Result<void> apply(Tree& tree, const FileSpec& file) {
     }
     return set_attributes(*node.inode, file);
 }
+
+namespace {
 
 void visit_inodes(TreeNode& node, std::set<const TreeInode*>& linked, const std::function<void(TreeInode&)>& visit) {
     // Most inodes have a single name, and need not be remembered.

@@ -133,8 +133,8 @@ Result<Tree> tree_of_disk(std::shared_ptr<Disk> disk);
 /// Puts `upper` over `lower`, as OCI's and overlayfs's layers: with their whiteouts.
 Result<void> put_layer(Tree& lower, Tree upper);
 
-/// Carries out a list of files.
-Result<void> apply_files(Tree& tree, const std::vector<FileSpec>& files);
+/// Carries out an entry of a list of files.
+Result<void> apply_file(Tree& tree, const FileSpec& file);
 
 /// The extended attribute of an ACL in the form that the kernel has for it (version 2), from its entries.
 struct AclEntry {
