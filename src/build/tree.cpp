@@ -325,24 +325,4 @@ Result<void> put_layer(Tree& lower, Tree upper) {
     return Layering(lower).run(upper.root());
 }
 
-Result<void> apply_files(Tree& tree, const std::vector<FileSpec>& files) {
-    for (const auto& file : files) TRY_VOID(apply(tree, file));
-    return {};
-}
-
-std::string acl_xattr(std::vector<AclEntry> entries) {
-    std::ranges::sort(entries, {}, [](const AclEntry& entry) { return std::pair(entry.tag, entry.id); });
-    std::string bytes;
-    const auto add = [&](std::uint32_t value, unsigned width) {
-        for (unsigned i = 0; i < width; ++i) bytes += static_cast<char>(value >> (8 * i) & 0xff);
-    };
-    add(2, 4);  // version
-    for (const auto& entry : entries) {
-        add(entry.tag, 2);
-        add(entry.permissions, 2);
-        add(entry.id, 4);
-    }
-    return bytes;
-}
-
 }  // namespace qcow

@@ -136,12 +136,4 @@ Result<void> put_layer(Tree& lower, Tree upper);
 /// Carries out an entry of a list of files.
 Result<void> apply_file(Tree& tree, const FileSpec& file);
 
-/// The extended attribute of an ACL in the form that the kernel has for it (version 2), from its entries.
-struct AclEntry {
-    std::uint16_t tag = 0;  // as of the kernel: 1 owner, 2 user, 4 owning group, 8 group, 16 mask, 32 others
-    std::uint16_t permissions = 0;
-    std::uint32_t id = 0xffffffff;
-};
-std::string acl_xattr(std::vector<AclEntry> entries);
-
 }  // namespace qcow
