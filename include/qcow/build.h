@@ -175,7 +175,7 @@ struct BuildResult {
 
 /// Builds a disk. First lists the files and plans where everything goes; then copies the files' contents to the target,
 /// with all workers, in the order of the disk. Makes no temporary copy of the disk: only the metadata of file systems
-/// are in memory, above 128 MiB in an unnamed temporary file, and the contents of archives in another one.
+/// are in memory, above 32 MiB in an unnamed temporary file, and the contents of archives in another one.
 ///
 /// The same specification and sources give the same bytes, on any machine and for any number of workers. The target
 /// gets its name when it is complete, and no source is ever overwritten: see convert().
