@@ -39,6 +39,18 @@ std::unexpected<qcow::Error> system_failure(const std::string& place) {
     return std::unexpected(error_of(qcow::Errc::io, place, std::strerror(errno)));
 }
 
+/// Gives an error the path in the disk, in place of the number or the bare name that a file system knows.
+template <class T>
+qcow::Result<T> within(const std::string& path, qcow::Result<T> result) {
+    if (result) return result;
+    auto error = std::move(result).error();
+    const auto end = error.place.find(": ");
+    const auto first = error.place.substr(0, end);
+    if (first.starts_with("inode ") || qcow::printable(path).ends_with(first))
+        error.place.erase(0, end == std::string::npos ? end : end + 2);
+    return std::unexpected(std::move(error).in(qcow::printable(path, 1000)));
+}
+
 /// Asked before each piece of work, and not within one.
 qcow::Result<void> verify_goes_on(const std::stop_token& stop) {
     if (!stop.stop_requested()) return {};
@@ -72,6 +84,11 @@ std::pair<std::string, std::string> split_path(std::string path) {
     const auto slash = path.rfind('/');
     if (slash == std::string::npos) return {"/", path};
     return {path.substr(0, slash + 1), path.substr(slash + 1)};
+}
+
+std::string below(std::string path, const std::string& name) {
+    if (!path.ends_with('/')) path += '/';
+    return path + name;
 }
 
 qcow::Result<std::optional<qcow::DirectoryEntry>> entry_of(qcow::FileSystem& files, qcow::Inode directory,
@@ -118,31 +135,34 @@ public:
     Putting(qcow::FileSystem& files, const Options& options, const qcow::FilesInUse& in_use, std::stop_token stop)
         : files_(files), options_(options), in_use_(in_use), stop_(std::move(stop)) {}
 
+    /// Copies a file of this machine, and all below it, to `path` in the disk: to the name in this directory.
     // NOLINTNEXTLINE(misc-no-recursion): as deep as the directories of this machine
-    qcow::Result<void> put(const std::string& source, qcow::Inode directory, const std::string& name) {
+    qcow::Result<void> put(const std::string& source, qcow::Inode directory, const std::string& path) {
         QCOW_TRY_VOID(verify_goes_on(stop_));
         struct stat status = {};
         if (lstat(source.c_str(), &status) != 0) return system_failure(source);
         const bool is_directory = S_ISDIR(status.st_mode);
         if (S_ISREG(status.st_mode))
             QCOW_TRY_VOID(qcow::FilesInUse(in_use_).add(qcow::FilesInUse::Use::read, source, "a file to put into it"));
-        const auto existing = QCOW_TRY(entry_of(files_, directory, name));
+        const auto name = split_path(path).second;
+        const auto existing = QCOW_TRY(within(path, entry_of(files_, directory, name)));
         if (existing && existing->type == qcow::FileType::directory) {
-            if (!is_directory) return refuse(name, "a directory with this name is in the disk");
-            return put_entries(source, existing->inode);
+            if (!is_directory) return refuse(path, "a directory with this name is in the disk");
+            return put_entries(source, existing->inode, path);
         }
-        if (is_directory && existing) return refuse(name, "a file with this name is in the disk, and no directory");
+        if (is_directory && existing) return refuse(path, "a file with this name is in the disk, and no directory");
         const auto node = QCOW_TRY(node_of(source, status));
-        if (is_directory) return put_entries(source, QCOW_TRY(files_.create(directory, name, node)));
+        if (is_directory)
+            return put_entries(source, QCOW_TRY(within(path, files_.create(directory, name, node))), path);
         // The existing file stays until the new one is complete.
         const auto new_name = existing ? QCOW_TRY(unused_name(directory)) : name;
-        const auto made = QCOW_TRY(files_.create(directory, new_name, node));
+        const auto made = QCOW_TRY(within(path, files_.create(directory, new_name, node)));
         auto written = S_ISREG(status.st_mode) ? put_contents(source, made, static_cast<std::uint64_t>(status.st_size))
                                                : qcow::Result<void>();
         if (written && existing) written = files_.replace(directory, new_name, name);
         if (written) return {};
         auto removed = files_.remove(directory, new_name);  // no half files
-        auto error = std::move(written).error();
+        auto error = within(path, std::move(written)).error();
         if (!removed) {
             error.what +=
                 fmt::format("; and the part that was written cannot be removed: {}", removed.error().message());
@@ -182,15 +202,17 @@ private:
     }
 
     // NOLINTNEXTLINE(misc-no-recursion): with put()
-    qcow::Result<void> put_entries(const std::string& source, qcow::Inode directory) {
+    qcow::Result<void> put_entries(const std::string& source, qcow::Inode directory, const std::string& path) {
         DIR* const opened = opendir(source.c_str());
         if (opened == nullptr) return system_failure(source);
         std::vector<std::string> names;
         while (const auto* const entry = readdir(opened)) names.emplace_back(entry->d_name);
         closedir(opened);
         std::ranges::sort(names);
-        for (const auto& name : names)
-            if (name != "." && name != "..") QCOW_TRY_VOID(put(fmt::format("{}/{}", source, name), directory, name));
+        for (const auto& name : names) {
+            if (name != "." && name != "..")
+                QCOW_TRY_VOID(put(fmt::format("{}/{}", source, name), directory, below(path, name)));
+        }
         return {};
     }
 
@@ -248,10 +270,10 @@ qcow::Result<int> run_put(const Options& options) {
             if (into) {
                 const auto name = split_path(source).second;
                 if (name.empty() || name == "." || name == "..") return refuse(source, "give a name, and not a place");
-                QCOW_TRY_VOID(putting.put(source, *place, name));
+                QCOW_TRY_VOID(putting.put(source, *place, below(target, name)));
             } else {
-                const auto [directory, name] = split_path(target);
-                QCOW_TRY_VOID(putting.put(source, QCOW_TRY(qcow::find_path(files, directory)), name));
+                const auto above = QCOW_TRY(qcow::find_path(files, split_path(target).first));
+                QCOW_TRY_VOID(putting.put(source, above, target.starts_with('/') ? target : "/" + target));
             }
         }
         return {};
@@ -261,16 +283,17 @@ qcow::Result<int> run_put(const Options& options) {
 // ---- rm ----
 
 // NOLINTNEXTLINE(misc-no-recursion): a loop in a damaged file system ends, because what was entered is empty then
-qcow::Result<void> remove_below(qcow::FileSystem& files, qcow::Inode directory, unsigned depth,
+qcow::Result<void> remove_below(qcow::FileSystem& files, qcow::Inode directory, const std::string& path, unsigned depth,
                                 const std::stop_token& stop) {
     constexpr unsigned deepest = 1000;
-    if (depth > deepest) return refuse("rm", "the directories are too deep");
-    for (const auto& entry : QCOW_TRY(files.list(directory))) {
+    if (depth > deepest) return refuse(path, "the directories are too deep");
+    for (const auto& entry : QCOW_TRY(within(path, files.list(directory)))) {
         QCOW_TRY_VOID(verify_goes_on(stop));
+        const auto place = below(path, entry.name);
         const auto type =  // not all file systems have it in the entry
-            entry.type == qcow::FileType::unknown ? QCOW_TRY(files.stat(entry.inode)).type : entry.type;
-        if (type == qcow::FileType::directory) QCOW_TRY_VOID(remove_below(files, entry.inode, depth + 1, stop));
-        QCOW_TRY_VOID(files.remove(directory, entry.name));
+            entry.type == qcow::FileType::unknown ? QCOW_TRY(within(place, files.stat(entry.inode))).type : entry.type;
+        if (type == qcow::FileType::directory) QCOW_TRY_VOID(remove_below(files, entry.inode, place, depth + 1, stop));
+        QCOW_TRY_VOID(within(place, files.remove(directory, entry.name)));
     }
     return {};
 }
@@ -281,12 +304,12 @@ qcow::Result<int> run_rm(const Options& options) {
             const auto [above, name] = split_path(path);
             if (name.empty() || name == "." || name == "..") return refuse(path, "this cannot be removed");
             const auto directory = QCOW_TRY(qcow::find_path(files, above));
-            const auto entry = QCOW_TRY(entry_of(files, directory, name));
+            const auto entry = QCOW_TRY(within(path, entry_of(files, directory, name)));
             if (!entry)
                 return std::unexpected(error_of(qcow::Errc::not_found, path, "there is no such file in the disk"));
             if (entry->type == qcow::FileType::directory && options.recursive)
-                QCOW_TRY_VOID(remove_below(files, entry->inode, 0, stop));
-            QCOW_TRY_VOID(files.remove(directory, name));
+                QCOW_TRY_VOID(remove_below(files, entry->inode, path, 0, stop));
+            QCOW_TRY_VOID(within(path, files.remove(directory, name)));
         }
         return {};
     });
@@ -313,7 +336,7 @@ qcow::Result<int> run_mkdir(const Options& options) {
         for (const auto& path : options.paths) {
             if (!options.parents) {
                 const auto [above, name] = split_path(path);
-                QCOW_TRY(make_directory(files, QCOW_TRY(qcow::find_path(files, above)), name));
+                QCOW_TRY(within(path, make_directory(files, QCOW_TRY(qcow::find_path(files, above)), name)));
                 continue;
             }
             std::string sofar;
@@ -325,7 +348,7 @@ qcow::Result<int> run_mkdir(const Options& options) {
                 if (name.empty()) continue;
                 sofar += "/" + name;
                 const auto found = qcow::find_path(files, sofar);
-                here = found ? *found : QCOW_TRY(make_directory(files, here, name));
+                here = found ? *found : QCOW_TRY(within(sofar, make_directory(files, here, name)));
             }
         }
         return {};
@@ -355,16 +378,20 @@ void add_changed_disk(CLI::App& app, Options& options) {
 
 void declare_put(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
-    auto& app = declare(
-        root, status, "put", "Copy files and directories into the file system of a disk, in place",
-        "The file system is ext2, ext3 or ext4, and nothing else uses the disk. Owners, modes, times, symbolic links,\n"
-        "holes, device nodes and extended attributes are kept. A hard link becomes a file of its own. A file with the\n"
-        "same name is replaced when the new one is complete, so there must be space for both. Directories get the new\n"
-        "files. An overlay takes the changes, not its backing file.\n"
-        "Examples:\n"
-        "  qcow put disk.qcow2:2 motd /etc/motd\n"
-        "  qcow put --owner-root disk.qcow2:2 scripts /usr/local",
-        [options] { return run_put(*options); });
+    auto& app = declare(root, status, "put", "Copy files and directories into the file system of a disk, in place",
+                        "The file system is ext2, ext3, ext4 or FAT, and nothing else uses the disk. Owners, modes, "
+                        "times, symbolic links,\n"
+                        "holes, device nodes and extended attributes are kept in ext. FAT keeps times of files, and "
+                        "holds only files and\n"
+                        "directories. A hard link becomes a file of its own. A file with the same name is replaced "
+                        "when the new one is\n"
+                        "complete, so there must be space for both. Directories get the new files. An overlay takes "
+                        "the changes, not its\n"
+                        "backing file.\n"
+                        "Examples:\n"
+                        "  qcow put disk.qcow2:2 motd /etc/motd\n"
+                        "  qcow put --owner-root disk.qcow2:2 scripts /usr/local",
+                        [options] { return run_put(*options); });
     add_changed_disk(app, *options);
     app.add_option("PATH", options->paths, "Files of this machine, and at last where they go in the disk")
         ->required()
@@ -375,7 +402,7 @@ void declare_put(CLI::App& root, int& status) {
 void declare_rm(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
     auto& app = declare(root, status, "rm", "Remove files from the file system of a disk, in place",
-                        "The file system is ext2, ext3 or ext4, and nothing else uses the disk.\n"
+                        "The file system is ext2, ext3, ext4 or FAT, and nothing else uses the disk.\n"
                         "Examples:\n"
                         "  qcow rm disk.qcow2:2 /etc/machine-id\n"
                         "  qcow rm -r disk.qcow2:2 /var/cache/apt",
@@ -387,12 +414,12 @@ void declare_rm(CLI::App& root, int& status) {
 
 void declare_mkdir(CLI::App& root, int& status) {
     const auto options = std::make_shared<Options>();
-    auto& app =
-        declare(root, status, "mkdir", "Make directories in the file system of a disk, in place",
-                "The file system is ext2, ext3 or ext4, and nothing else uses the disk. Root owns the directories.\n"
-                "Examples:\n"
-                "  qcow mkdir -p disk.qcow2:2 /srv/data/new",
-                [options] { return run_mkdir(*options); });
+    auto& app = declare(
+        root, status, "mkdir", "Make directories in the file system of a disk, in place",
+        "The file system is ext2, ext3, ext4 or FAT, and nothing else uses the disk. Root owns the directories.\n"
+        "Examples:\n"
+        "  qcow mkdir -p disk.qcow2:2 /srv/data/new",
+        [options] { return run_mkdir(*options); });
     add_changed_disk(app, *options);
     app.add_option("PATH", options->paths, "Directories in the disk")->required()->expected(1, -1);
     app.add_flag("-p,--parents", options->parents, "Also make those above, and accept those that exist");

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -21,6 +22,10 @@ QCOW_API std::string uuid_text(const Uuid& uuid);
 
 /// Parses that text, in either case. Returns nothing for other texts.
 QCOW_API std::optional<Uuid> parse_uuid(std::string_view text);
+
+/// Where the keys of a table are in the text of a specification: "size" is at "disk.toml:8:8", "source 2" is the second
+/// one of a list, and "" is the table itself. Only for messages; empty without a text.
+using KeyPlaces = std::map<std::string, std::string, std::less<>>;
 
 /// A file that a specification adds to a tree, or one of the tree that it changes. Members that are unset keep what the
 /// tree has. New files belong to root. They have mode 0644, directories 0755, and links 0777.
@@ -48,6 +53,7 @@ struct FileSpec {
     std::optional<std::uint32_t> uid = {};
     std::optional<std::uint32_t> gid = {};
     std::optional<std::int64_t> mtime = {};  ///< seconds since 1970
+    KeyPlaces places = {};
 };
 
 /// A file system, and what is put into it. Plain data.
@@ -81,6 +87,7 @@ struct FilesystemSpec {
     /// Settings of a type. ext: "journal_blocks", "inodes", "inode_size", "reserved_percent", and a feature of ext by
     /// its name with "on" or "off". FAT: "sectors_per_track", "heads", "hidden_sectors".
     std::map<std::string, std::string> options = {};
+    KeyPlaces places = {};  ///< an option is "options.NAME"
 };
 
 /// The type of a partition: for GPT, for MBR, or for both.
@@ -104,6 +111,7 @@ struct PartitionSpec {
     std::optional<Uuid> uuid = {};                  ///< GPT only; derived from the seed, if unset
     bool bootable = false;                          ///< MBR: active, at most one; GPT: legacy BIOS bootable
     std::optional<FilesystemSpec> filesystem = {};  ///< none: zeros
+    KeyPlaces places = {};
 };
 
 /// What to build. Plain data.
@@ -119,6 +127,7 @@ struct BuildSpec {
     std::string boot_code = {};     ///< a file whose first 440 bytes go into the first sector; empty: none
     std::vector<PartitionSpec> partitions = {};     ///< at least one, unless `table` is none
     std::optional<FilesystemSpec> filesystem = {};  ///< the whole disk, if `table` is none
+    KeyPlaces places = {};                          ///< of the table [image]
 };
 
 /// The longest specification, in bytes.
@@ -166,7 +175,7 @@ struct BuildResult {
 
 /// Builds a disk. First lists the files and plans where everything goes; then copies the files' contents to the target,
 /// with all workers, in the order of the disk. Makes no temporary copy of the disk: only the metadata of file systems
-/// are in memory, above 128 MiB in an unnamed temporary file, and the contents of archives in another one.
+/// are in memory, above 32 MiB in an unnamed temporary file, and the contents of archives in another one.
 ///
 /// The same specification and sources give the same bytes, on any machine and for any number of workers. The target
 /// gets its name when it is complete, and no source is ever overwritten: see convert().

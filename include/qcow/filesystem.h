@@ -191,7 +191,7 @@ public:
     Result<std::string> read_link(Inode inode);
     Result<std::vector<Attribute>> attributes(Inode inode);
 
-    // Changes. Only ext2, ext3 and ext4, on a disk that is open for writing, and opened with Access::write.
+    // Changes. Only ext2, ext3, ext4 and FAT, on a disk that is open for writing, and opened with Access::write.
 
     /// Makes a file without contents, and returns it. Errors: Errc::invalid_argument: the name is taken.
     Result<Inode> create(Inode directory, const std::string& name, const NewNode& node);

@@ -163,43 +163,11 @@ private:
         while (archive_entry_xattr_next(entry, &name, &value, &size) == ARCHIVE_OK) {
             inode.make_rare().xattrs.emplace_back(name, std::string(static_cast<const char*>(value), size));
         }
-        TRY_VOID(add_acl(inode, entry, ARCHIVE_ENTRY_ACL_TYPE_ACCESS, "system.posix_acl_access"));
-        TRY_VOID(add_acl(inode, entry, ARCHIVE_ENTRY_ACL_TYPE_DEFAULT, "system.posix_acl_default"));
-        if (inode.rare) std::ranges::sort(inode.rare->xattrs);
-        return {};
-    }
-
-    static Result<void> add_acl(TreeInode& inode, archive_entry* entry, int which, const char* name) {
-        // An ACL of three entries is the permissions.
-        if (archive_entry_acl_reset(entry, which) <= (which == ARCHIVE_ENTRY_ACL_TYPE_ACCESS ? 3 : 0)) return {};
-        std::vector<AclEntry> entries;
-        int type = 0;
-        int permissions = 0;
-        int tag = 0;
-        int id = 0;
-        const char* user = nullptr;
-        while (archive_entry_acl_next(entry, which, &type, &permissions, &tag, &id, &user) == ARCHIVE_OK) {
-            AclEntry made{.permissions = static_cast<std::uint16_t>(permissions & 7)};
-            switch (tag) {
-                case ARCHIVE_ENTRY_ACL_USER_OBJ: made.tag = 1; break;
-                case ARCHIVE_ENTRY_ACL_USER: made.tag = 2; break;
-                case ARCHIVE_ENTRY_ACL_GROUP_OBJ: made.tag = 4; break;
-                case ARCHIVE_ENTRY_ACL_GROUP: made.tag = 8; break;
-                case ARCHIVE_ENTRY_ACL_MASK: made.tag = 16; break;
-                case ARCHIVE_ENTRY_ACL_OTHER: made.tag = 32; break;
-                default: continue;
-            }
-            if (made.tag == 2 || made.tag == 8) {
-                if (id < 0) {
-                    return fail(Errc::unsupported, "",
-                                fmt::format("its ACL names \"{}\" without a number; archive with tar --numeric-owner",
-                                            printable(user == nullptr ? "" : user, 64)));
-                }
-                made.id = static_cast<std::uint32_t>(id);
-            }
-            entries.push_back(made);
+        for (const auto& [acl, bytes] : TRY(acls_of_entry(entry))) {
+            inode.make_rare().xattrs.emplace_back(
+                acl, std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
         }
-        inode.make_rare().xattrs.emplace_back(name, acl_xattr(std::move(entries)));
+        if (inode.rare) std::ranges::sort(inode.rare->xattrs);
         return {};
     }
 

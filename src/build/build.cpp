@@ -26,8 +26,22 @@
 namespace qcow {
 
 std::unexpected<Error> does_not_fit(const Volume& volume, std::uint64_t needed, std::uint64_t there) {
-    return fail(Errc::no_space, volume.name,
+    return fail(Errc::no_space, volume.at("size"),
                 fmt::format("No space: the tree needs {} bytes, and there is room for {}", needed, there));
+}
+
+std::string place_of(std::string_view key, const FilesystemSpec* spec, const PartitionSpec* partition,
+                     const std::string& name) {
+    for (const auto wanted : {key, std::string_view()}) {
+        const std::initializer_list<const KeyPlaces*> tables = {partition ? &partition->places : nullptr,
+                                                                spec ? &spec->places : nullptr};
+        for (const auto* places : tables) {
+            if (places == nullptr) continue;
+            if (const auto found = places->find(wanted); found != places->end())
+                return fmt::format("{}: {}", found->second, name);
+        }
+    }
+    return name;
 }
 
 namespace {
@@ -76,6 +90,8 @@ struct Part {
     std::int64_t time = 0;
     std::uint64_t offset = 0;
     std::uint64_t size = 0;
+
+    [[nodiscard]] std::string at(std::string_view key) const { return place_of(key, spec, partition, name); }
 };
 
 class Building {
@@ -114,8 +130,15 @@ private:
         if (spec_.table != Table::none && spec_.partitions.empty())
             return refuse("specification", "a partition table wants partitions");
         if (spec_.size && *spec_.size % spec_.sector_size != 0)
-            return refuse("size", fmt::format("of the disk is no multiple of {} bytes", spec_.sector_size));
+            return refuse(at("size"),
+                          fmt::format("the size of the disk is no multiple of {} bytes", spec_.sector_size));
         return verify_partitions();
+    }
+
+    /// The place of an error: a key of the table [image].
+    [[nodiscard]] std::string at(std::string_view key) const {
+        const auto found = spec_.places.find(key);
+        return found == spec_.places.end() ? "specification" : found->second;
     }
 
     [[nodiscard]] Result<void> verify_partitions() const {
@@ -123,23 +146,27 @@ private:
         std::optional<std::size_t> active;
         for (std::size_t i = 0; i < spec_.partitions.size(); ++i) {
             const auto& partition = spec_.partitions[i];
-            const auto place = fmt::format("partition {}", i + 1);
+            const auto place = [&](std::string_view key) {
+                return place_of(key, nullptr, &partition, fmt::format("partition {}", i + 1));
+            };
             if (partition.uuid) {
                 if (spec_.table == Table::mbr)
-                    return refuse(place, "has a uuid, which an MBR cannot store; it has the uuid of the disk");
+                    return refuse(place("uuid"), "has a uuid, which an MBR cannot store; it has the uuid of the disk");
                 const auto [first, fresh] = uuids.emplace(*partition.uuid, i + 1);
-                if (!fresh) return refuse(place, fmt::format("has the uuid of partition {}", first->second));
+                if (!fresh) return refuse(place("uuid"), fmt::format("has the uuid of partition {}", first->second));
             }
             if (spec_.table != Table::mbr) continue;
             const auto type = partition.type.mbr.value_or(0);
             if (type == 0x05 || type == 0x0f || type == 0x85) {
-                return refuse(place, fmt::format("has the type 0x{:02x} of an extended partition, which is not made; "
-                                                 "use gpt for more than four partitions",
-                                                 type));
+                return refuse(place("type"),
+                              fmt::format("has the type 0x{:02x} of an extended partition, which is not made; "
+                                          "use gpt for more than four partitions",
+                                          type));
             }
-            if (type == 0xee) return refuse(place, "has the type 0xee, which announces a GPT");
+            if (type == 0xee) return refuse(place("type"), "has the type 0xee, which announces a GPT");
             if (!partition.bootable) continue;
-            if (active) return refuse(place, fmt::format("is bootable, as partition {}; an MBR has one", *active));
+            if (active)
+                return refuse(place("bootable"), fmt::format("is bootable, as partition {}; an MBR has one", *active));
             active = i + 1;
         }
         return {};
@@ -184,9 +211,7 @@ private:
 
     Result<void> add_part(Part part) {
         TRY_VOID(verify_goes_on(control_));
-        if (part.spec != nullptr) {
-            if (auto read = read_source(part); !read) return std::unexpected(std::move(read).error().in(part.name));
-        }
+        if (part.spec != nullptr) TRY_VOID(read_source(part));
         parts_.push_back(std::move(part));
         return {};
     }
@@ -195,7 +220,9 @@ private:
         const auto& spec = *part.spec;
         const SourceContext context{in_use_, warnings_, job_};
         if (spec.type == Type::raw) {
-            part.raw = std::make_unique<DiskContents>(TRY(disk_of_source(spec.sources.front(), context)));
+            auto disk = disk_of_source(spec.sources.front(), context);
+            if (!disk) return std::unexpected(std::move(disk).error().in(part.at("source")));
+            part.raw = std::make_unique<DiskContents>(*std::move(disk));
             return {};
         }
         if (spec.type == Type::swap) {
@@ -204,15 +231,25 @@ private:
         }
         for (std::size_t i = 0; i < spec.sources.size(); ++i) {
             TRY_VOID(verify_goes_on(control_));
-            auto layer = TRY(tree_of(spec.sources[i], context));
-            if (spec.sources.size() == 1) {
-                part.tree = std::move(layer);
-            } else {
-                TRY_VOID(put_layer(part.tree, std::move(layer)));
+            auto layer = tree_of(spec.sources[i], context);
+            auto put = layer ? Result<void>() : std::unexpected(std::move(layer).error());
+            if (put && spec.sources.size() == 1) {
+                part.tree = *std::move(layer);
+            } else if (put) {
+                put = put_layer(part.tree, *std::move(layer));
             }
+            const auto listed = fmt::format("source {}", i + 1);
+            const auto* key = spec.places.contains(listed) ? listed.c_str() : "source";
+            if (!put) return std::unexpected(std::move(put).error().in(part.at(key)));
         }
         if (spec.root_owns_all) part.tree.each_inode([](TreeInode& inode) { inode.uid = inode.gid = 0; });
-        TRY_VOID(apply_files(part.tree, spec.files));
+        for (const auto& file : spec.files) {
+            auto applied = apply_file(part.tree, file);
+            if (applied) continue;
+            const auto place = file.places.find("");
+            return std::unexpected(std::move(applied).error().in(
+                place == file.places.end() ? part.name : fmt::format("{}: {}", place->second, part.name)));
+        }
         for (const auto& file : spec.files) {
             if (!file.source.empty()) TRY_VOID(in_use_.add(FilesInUse::Use::read, file.source, "a source"));
         }
@@ -267,7 +304,8 @@ private:
                 .name = part.name,
                 .uuid = part.spec->uuid.value_or(derived_uuid(seed_, "file system" + part.purpose)),
                 .hash_seed = derived_uuid(seed_, "hash seed" + part.purpose),
-                .time = part.time};
+                .time = part.time,
+                .partition = part.partition};
     }
 
     Result<std::uint64_t> fitted_size(Part& part) const {
@@ -276,7 +314,7 @@ private:
         if (spec.type == Type::raw) return divide_up(part.raw->disk().size(), spec_.sector_size) * spec_.sector_size;
         if (is_ext(spec.type)) return fitted_ext(volume_of(part));
         if (is_fat(spec.type)) return fitted_fat(volume_of(part), spec_.sector_size);
-        return refuse(part.name, "swap wants a size");
+        return refuse(part.at("size"), "swap wants a size");
     }
 
     /// Places the parts. Returns the size of the disk.
@@ -293,45 +331,49 @@ private:
             auto& part = parts_.front();
             part.size = size && !has_size ? *size : TRY(fitted_size(part));
             if (size && part.size > *size)
-                return refuse(part.name, fmt::format("its size is {} bytes, and the disk has {}", part.size, *size));
+                return refuse(part.at("size"),
+                              fmt::format("its size is {} bytes, and the disk has {}", part.size, *size));
             if (part.size % spec_.sector_size != 0)
-                return refuse(part.name, fmt::format("its size is no multiple of {} bytes", spec_.sector_size));
+                return refuse(part.at("size"), fmt::format("its size is no multiple of {} bytes", spec_.sector_size));
             return size.value_or(part.size);
         }
         const auto room = room_of_table(spec_.table, spec_.sector_size);
         auto end = room.start;
         bool last = false;
         for (auto& part : parts_) {
-            if (last) return refuse(part.name, "no partition can follow one that takes the remaining space");
+            if (last) return refuse(part.at("offset"), "no partition can follow one that takes the remaining space");
             TRY_VOID(verify_goes_on(control_));
             const auto& partition = *part.partition;
             const auto align = std::max<std::uint64_t>(partition.align, spec_.sector_size);
             part.offset = partition.offset.value_or(divide_up(end, align) * align);
             if (part.offset % spec_.sector_size != 0)
-                return refuse(part.name, fmt::format("its offset is no multiple of {} bytes", spec_.sector_size));
+                return refuse(part.at("offset"),
+                              fmt::format("its offset is no multiple of {} bytes", spec_.sector_size));
             if (part.offset < end) {
-                return refuse(part.name, fmt::format("its offset {} lies in front of {}, where what is before it ends",
-                                                     part.offset, end));
+                return refuse(
+                    part.at("offset"),
+                    fmt::format("its offset {} lies in front of {}, where what is before it ends", part.offset, end));
             }
             last = partition.remaining && size.has_value();
             if (last) {
                 const auto usable = *size - std::min(*size, room.end);
                 part.size = align_down(usable - std::min(usable, part.offset), spec_.sector_size);
-                if (part.size == 0) return fail(Errc::no_space, part.name, "No space: nothing remains of the disk");
+                if (part.size == 0)
+                    return fail(Errc::no_space, part.at("size"), "No space: nothing remains of the disk");
             } else if (partition.size) {
                 part.size = *partition.size;
             } else if (part.spec != nullptr) {
                 const auto unit = std::max<std::uint64_t>(4096, spec_.sector_size);
                 part.size = divide_up(TRY(fitted_size(part)), unit) * unit;
             } else {
-                return refuse(part.name, "takes the remaining space, and the disk has no size");
+                return refuse(part.at("size"), "takes the remaining space, and the disk has no size");
             }
             if (part.size % spec_.sector_size != 0)
-                return refuse(part.name, fmt::format("its size is no multiple of {} bytes", spec_.sector_size));
-            if (part.size > bit(62) || part.offset > bit(62)) return refuse(part.name, "lies too far behind");
+                return refuse(part.at("size"), fmt::format("its size is no multiple of {} bytes", spec_.sector_size));
+            if (part.size > bit(62) || part.offset > bit(62)) return refuse(part.at("offset"), "lies too far behind");
             end = part.offset + part.size;
             if (size && end > *size - std::min(*size, room.end)) {
-                return fail(Errc::no_space, part.name,
+                return fail(Errc::no_space, part.at("size"),
                             fmt::format("No space: it ends at byte {}, and the disk has room up to byte {}", end,
                                         *size - std::min(*size, room.end)));
             }
@@ -384,7 +426,7 @@ private:
             if (got < 0) return system_error("cannot read", spec_.boot_code, errno);
             TRY_VOID(in_use_.add(FilesInUse::Use::read, spec_.boot_code, "the boot code"));
         }
-        if (spec_.table == Table::none) return refuse("boot_code", "wants a partition table");
+        if (spec_.table == Table::none) return refuse(at("boot_code"), "boot_code wants a partition table");
         std::vector<PlacedPartition> placed;
         for (const auto& part : parts_) {
             const auto& partition = *part.partition;

@@ -30,6 +30,19 @@ struct SourceRoot {
     FileDescriptor fd{-1};
     // Paths below it, with a slash behind; the first one is empty. References to them stay valid.
     std::deque<std::string> directories;
+    // The names of files, each with a zero behind. There may be millions, and blocks of them take the least memory.
+    std::deque<std::string> names;
+
+    /// Keeps a name as long as this lives.
+    const char* keep(const std::string& name) {
+        constexpr std::size_t block_bytes = 64 * KiB;
+        if (names.empty() || names.back().capacity() - names.back().size() <= name.size())
+            names.emplace_back().reserve(block_bytes);
+        auto& block = names.back();
+        const auto at = block.size();
+        block.append(name.c_str(), name.size() + 1);
+        return block.data() + at;
+    }
 };
 
 std::unexpected<Error> changed(const std::string& path) {
@@ -86,12 +99,13 @@ Result<void> read_version(int fd, const std::string& path, const Version& versio
     return Version(status) == version ? Result<void>() : changed(path);
 }
 
-/// A file below the directory of a tree. There may be millions: each has its name, and the number of its directory.
+/// A file below the directory of a tree. There may be millions, so it is small.
 class ListedFile final : public Contents {
 public:
-    ListedFile(std::shared_ptr<const SourceRoot> root, std::uint32_t directory, std::string name,
+    /// `name` lies in the root.
+    ListedFile(std::shared_ptr<const SourceRoot> root, std::uint32_t directory, const char* name,
                const struct stat& status)
-        : root_(std::move(root)), version_(status), directory_(directory), name_(std::move(name)) {}
+        : root_(std::move(root)), version_(status), name_(name), directory_(directory) {}
 
     Result<void> read(std::uint64_t at, std::span<std::byte> to) const override {
         const auto path = root_->directories[directory_] + name_;
@@ -103,8 +117,8 @@ public:
 private:
     std::shared_ptr<const SourceRoot> root_;
     Version version_;
+    const char* name_;
     std::uint32_t directory_;
-    std::string name_;
 };
 
 /// A file that a specification names.
@@ -239,7 +253,7 @@ private:
             inode->make_rare().target.assign(target, static_cast<std::size_t>(length));
         }
         if (inode->size == 0) return inode;
-        inode->content = std::make_unique<ListedFile>(root_, directory, name, status);
+        inode->content = std::make_unique<ListedFile>(root_, directory, root_->keep(name), status);
         if (may_be_sparse(status)) {
             const FileDescriptor file(open_beneath(fd, name));
             if (file.get() < 0) return vanished_or(full(path), "cannot open", errno);

@@ -79,8 +79,21 @@ struct Plan {
     [[nodiscard]] DirectoryShape shape() const { return {block_size, checksums(), indexed()}; }
 };
 
-std::unexpected<Error> refuse(const Volume& volume, std::string what) {
-    return fail(Errc::invalid_argument, volume.name, std::move(what));
+/// Refuses what a key of the specification says.
+std::unexpected<Error> refuse(const Volume& volume, std::string_view key, std::string what) {
+    return fail(Errc::invalid_argument, volume.at(key), std::move(what));
+}
+
+/// Refuses a file. The place of such an error is its path, as far as that is known.
+std::unexpected<Error> refuse_file(std::string what) { return fail(Errc::invalid_argument, "", std::move(what)); }
+std::unexpected<Error> failed(Error error, const std::string& name) {
+    if (error.code == Errc::invalid_argument) error.place = fmt::format("/{}{}", printable(name), error.place);
+    return std::unexpected(std::move(error));
+}
+/// The error of a tree, with where it is from.
+std::unexpected<Error> failed_tree(const Volume& volume, Error error) {
+    if (error.code == Errc::invalid_argument) error = std::move(error).in(volume.at("source"));
+    return std::unexpected(std::move(error));
 }
 
 Result<std::uint64_t> number_option(const Volume& volume, const std::string& name, const std::string& text,
@@ -88,7 +101,8 @@ Result<std::uint64_t> number_option(const Volume& volume, const std::string& nam
     std::uint64_t value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (error != std::errc() || end != text.data() + text.size() || value < least || value > most)
-        return refuse(volume, fmt::format("option {} wants a whole number from {} to {}", name, least, most));
+        return refuse(volume, "options." + name,
+                      fmt::format("option {} wants a whole number from {} to {}", name, least, most));
     return value;
 }
 
@@ -112,8 +126,9 @@ Result<Plan> plan_of(const Volume& volume) {
     const auto& spec = volume.spec;
     plan.block_size = spec.block_size.value_or(4096);
     if (plan.block_size != 1024 && plan.block_size != 2048 && plan.block_size != 4096)
-        return refuse(volume, "ext wants a block_size of 1024, 2048 or 4096");
-    if (spec.label.size() > EXT2_LABEL_LEN) return refuse(volume, "the label is longer than the 16 bytes that ext has");
+        return refuse(volume, "block_size", "ext wants a block_size of 1024, 2048 or 4096");
+    if (spec.label.size() > EXT2_LABEL_LEN)
+        return refuse(volume, "label", "the label is longer than the 16 bytes that ext has");
     set_default_features(plan, spec.type);
     std::vector<std::string> known = {"journal_blocks", "inodes", "inode_size", "reserved_percent"};
     for (const auto& feature : features) known.emplace_back(feature.name);
@@ -126,7 +141,8 @@ Result<Plan> plan_of(const Volume& volume) {
         const auto feature = std::ranges::find(features, std::string_view(name), &Feature::name);
         if (feature != features.end()) {
             if (text != "on" && text != "off")
-                return refuse(volume, fmt::format("option {} is \"{}\", and must be on or off", name, printable(text)));
+                return refuse(volume, "options." + name,
+                              fmt::format("option {} is \"{}\", and must be on or off", name, printable(text)));
             (plan.super.*feature->word &= ~feature->bit) |= text == "on" ? feature->bit : 0;
         } else if (name == "journal_blocks") {
             plan.journal_blocks = TRY(number(1024, 10240000));
@@ -134,12 +150,13 @@ Result<Plan> plan_of(const Volume& volume) {
             plan.inodes = TRY(number(16, 0xfffffff0));
         } else if (name == "inode_size") {
             const auto size = TRY(number(least_inode_size, plan.block_size));
-            if (!std::has_single_bit(size)) return refuse(volume, "option inode_size wants a power of two");
+            if (!std::has_single_bit(size))
+                return refuse(volume, "options." + name, "option inode_size wants a power of two");
             plan.inode_size = static_cast<std::uint32_t>(size);
         } else if (name == "reserved_percent") {
             plan.reserved_percent = static_cast<unsigned>(TRY(number(0, 50)));
         } else {
-            return refuse(volume,
+            return refuse(volume, "options." + name,
                           fmt::format("ext has no option \"{}\"{}", printable(name), did_you_mean(name, known)));
         }
     }
@@ -189,11 +206,7 @@ private:
         if (inode.links++ == 0 || node.is_directory()) TRY_VOID(count(inode));
         if (!node.is_directory()) return {};
         for (const auto& [name, child] : *node.children) {
-            if (auto counted = count(child); !counted) {
-                auto& error = counted.error();
-                if (error.place.empty()) error.place = printable(name);
-                return counted;
-            }
+            if (auto counted = count(child); !counted) return failed(std::move(counted).error(), name);
         }
         auto blocks = blocks_of_directory(*node.children, plan_.shape());
         if (&node == &volume_.tree.root()) blocks += divide_up(lost_found_bytes, plan_.block_size);
@@ -207,11 +220,11 @@ private:
             if (!inode.rare->xattrs.empty() && !fits_in_inode(plan_, *inode.rare)) needs_.blocks += 1;
             if (S_ISLNK(inode.mode) && inode.rare->target.size() >= 60) needs_.blocks += 1;
             if (S_ISLNK(inode.mode) && inode.rare->target.size() >= plan_.block_size)
-                return fail(Errc::invalid_argument, "", "the target of the symbolic link is longer than a block");
+                return refuse_file("the target of the symbolic link is longer than a block");
         }
         if (!S_ISREG(inode.mode)) return {};
         if (inode.size / plan_.block_size >= largest_file_blocks(plan_.extents(), plan_.block_size))
-            return fail(Errc::invalid_argument, "", "the file is larger than this file system can hold");
+            return refuse_file("the file is larger than this file system can hold");
         for (const auto& run : block_runs(inode, plan_.block_size)) add_blocks(run.start + run.length, run.length);
         return {};
     }
@@ -248,9 +261,10 @@ Result<Needs> needs_of(const Volume& volume, const Plan& plan) {
         place.inode->mode = S_IFDIR | 0700;
         place.inode->mtime = volume.time;
     }
-    if (!place.is_directory()) return refuse(volume, "/lost+found is no directory, as ext requires");
+    if (!place.is_directory()) return refuse(volume, "source", "/lost+found is no directory, as ext requires");
     forget_links(root);
-    return Counter(volume, plan).count();
+    auto needs = Counter(volume, plan).count();
+    return needs ? needs : failed_tree(volume, std::move(needs).error());
 }
 
 std::uint64_t inodes_for(const Plan& plan, const Needs& needs, std::uint64_t blocks) {
@@ -263,7 +277,7 @@ std::uint64_t inodes_for(const Plan& plan, const Needs& needs, std::uint64_t blo
 Result<ext2_filsys> begin(ExtIo& io, const Volume& volume, const Plan& plan, const Needs& needs, std::uint64_t blocks) {
     constexpr std::uint64_t most_blocks = 0xffffffff;
     if (blocks > most_blocks) {
-        return refuse(volume,
+        return refuse(volume, "size",
                       fmt::format("ext is made with at most 2^32 - 1 blocks, of {} bytes here", plan.block_size));
     }
     auto super = plan.super;
@@ -274,7 +288,8 @@ Result<ext2_filsys> begin(ExtIo& io, const Volume& volume, const Plan& plan, con
     ext2fs_blocks_count_set(&super, blocks);
     const auto inodes = inodes_for(plan, needs, blocks);
     if (inodes > 0xffffffff || inodes < needs.inodes) {
-        return refuse(volume, fmt::format("the tree has {} files, and there are {} inodes", needs.inodes, inodes));
+        return refuse(volume, "options.inodes",
+                      fmt::format("the tree has {} files, and there are {} inodes", needs.inodes, inodes));
     }
     super.s_inodes_count = static_cast<std::uint32_t>(inodes);
     ext2fs_r_blocks_count_set(&super, blocks / 100 * plan.reserved_percent);
@@ -327,7 +342,8 @@ public:
         block_size_ = plan_.block_size;
         TRY_VOID(make_empty());
         number(volume_.tree.root(), EXT2_ROOT_INO);
-        TRY_VOID(write_directory(volume_.tree.root(), EXT2_ROOT_INO));
+        if (auto written = write_directory(volume_.tree.root(), EXT2_ROOT_INO); !written)
+            return failed_tree(volume_, std::move(written).error());
         Filled filled{.files = needs.files, .free = ext2fs_free_blocks_count(fs()->super) * block_size_};
         ext2fs_set_gdt_csum(fs());
         ext2fs_mark_super_dirty(fs());
@@ -489,14 +505,14 @@ private:
     Result<void> write_directory(TreeNode& node, ext2_ino_t parent) {
         auto& from = *node.inode;
         const auto contents = Directory(*node.children, from.number, parent).blocks(plan_.shape(), hash());
-        if (!contents) return refuse(volume_, "a directory has too many files");
+        if (!contents) return refuse_file("the directory has too many files");
         auto inode = inode_of(from);
         std::uint64_t subdirectories = 0;
         for (const auto& [name, child] : *node.children) subdirectories += child.is_directory() ? 1 : 0;
         const bool countless = plan_.has(&ext2_super_block::s_feature_ro_compat, EXT4_FEATURE_RO_COMPAT_DIR_NLINK);
         if (subdirectories + 2 > most_links && !countless) {
-            return refuse(volume_, fmt::format("a directory has {} subdirectories; without dir_nlink it holds 64998",
-                                               subdirectories));
+            return refuse_file(
+                fmt::format("the directory has {} subdirectories; without dir_nlink it holds 64998", subdirectories));
         }
         // With more subdirectories than a link count can say, the count is 1.
         inode.i_links_count = static_cast<std::uint16_t>(subdirectories + 2 > most_links ? 1 : subdirectories + 2);
@@ -527,16 +543,10 @@ private:
         return {};
     }
 
-    static std::unexpected<Error> failed(Error error, const std::string& name) {
-        if (error.code == Errc::invalid_argument && error.place.find('/') == std::string::npos)
-            error.place += ": /" + printable(name);
-        return std::unexpected(std::move(error));
-    }
-
     /// Writes an inode that is no directory, once.
     Result<void> write_file(TreeInode& from) {
         if (from.links > 1 && !written_links_.insert(from.number).second) return {};
-        if (from.links > most_links) return refuse(volume_, "a file has more than 65000 hard links");
+        if (from.links > most_links) return refuse_file("the file has more than 65000 hard links");
         auto inode = inode_of(from);
         std::uint64_t blocks = 0;
         if (S_ISLNK(from.mode)) {
@@ -638,7 +648,7 @@ Result<std::uint64_t> fitted_ext(const Volume& volume) {
         if (!journal_fits) blocks = std::max(blocks, least_with_journal - unit);
         blocks += std::max(wanted - std::min(free, wanted), unit);
     }
-    return refuse(volume, "no size was found that fits the tree; give a size");
+    return refuse(volume, "size", "no size was found that fits the tree; give a size");
 }
 
 Result<TimeRange> times_of_ext(const Volume& volume) {

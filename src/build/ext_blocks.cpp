@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "base/bits.h"
-#include "build/little_endian.h"
+#include "filesystem/little_endian.h"
 
 namespace qcow {
 namespace {

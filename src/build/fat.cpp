@@ -4,158 +4,37 @@
 #include <sys/stat.h>
 
 #include <algorithm>
-#include <array>
-#include <bit>
 #include <charconv>
-#include <chrono>
 #include <map>
 #include <set>
 
 #include "base/bits.h"
-#include "build/little_endian.h"
-#include "build/utf16.h"
 #include "build/volume.h"
+#include "filesystem/fat_format.h"
+#include "filesystem/little_endian.h"
 #include "qcow/text.h"
 
 namespace qcow {
 namespace {
 
-constexpr std::uint64_t tables = 2;  // copies of the table of clusters
-constexpr std::uint64_t entry_bytes = 32;
+using namespace fat;
+
 constexpr std::uint64_t usual_root_entries = 512;
 constexpr std::uint64_t most_root_entries = 65520;
-constexpr std::uint64_t most_directory_bytes = 65536 * entry_bytes;
 constexpr std::uint64_t largest_cluster = 32 * KiB;
-constexpr std::uint32_t first_cluster = 2;
 constexpr std::uint32_t fat32_reserved = 32;  // sectors
 constexpr std::uint32_t fat32_backup = 6;     // the sector with the copy of the first one
-constexpr std::size_t most_units = 255;       // of a long name, in UTF-16
-constexpr std::size_t units_in_entry = 13;
 
-std::unexpected<Error> refuse(const Volume& volume, std::string what) {
-    return fail(Errc::invalid_argument, volume.name, std::move(what));
+/// Refuses what a key of the specification says.
+std::unexpected<Error> refuse(const Volume& volume, std::string_view key, std::string what) {
+    return fail(Errc::invalid_argument, volume.at(key), std::move(what));
 }
 
 std::unexpected<Error> refuse_file(const Volume& volume, const std::string& path, std::string_view what) {
-    return fail(Errc::invalid_argument, fmt::format("{}: {}", volume.name, printable(path)), std::string(what));
-}
-
-// ---- Names ----
-
-char upper(char c) { return c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c; }
-
-std::string upper(std::string text) {
-    for (auto& c : text) c = upper(c);
-    return text;
-}
-
-bool is_short_character(char c) {
-    return (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || std::string_view("!#$%&'()-@^_`{}~").contains(c);
-}
-
-/// The eleven bytes of a name that needs no long one: capital letters, eight of them and three behind a dot.
-std::optional<std::string> exact_short_name(const std::string& name) {
-    const auto dot = name.find('.');
-    const auto base = name.substr(0, dot);
-    const auto ending = dot == std::string::npos ? std::string() : name.substr(dot + 1);
-    if (base.empty() || base.size() > 8 || ending.size() > 3 || (dot != std::string::npos && ending.empty())) return {};
-    if (!std::ranges::all_of(base + ending, is_short_character)) return {};
-    return fmt::format("{:<8}{:<3}", base, ending);
-}
-
-/// A short name in place of a long one, which no other file of the directory has.
-std::string made_short_name(const std::string& name, std::set<std::string>& taken) {
-    // Readers without long names find a file whose name differs only in case.
-    if (auto exact = exact_short_name(upper(name)); exact && taken.insert(*exact).second) return *std::move(exact);
-    const auto dot = name.rfind('.');
-    const auto cleaned = [](std::string_view text, std::size_t most) {
-        std::string result;
-        for (const char c : text) {
-            if (c == ' ' || c == '.' || (static_cast<std::uint8_t>(c) & 0xc0) == 0x80) continue;
-            result += is_short_character(upper(c)) ? upper(c) : '_';
-            if (result.size() == most) break;
-        }
-        return result;
-    };
-    const bool has_ending = dot != std::string::npos && dot != 0;
-    auto base = cleaned(std::string_view(name).substr(0, has_ending ? dot : std::string::npos), 8);
-    if (base.empty()) base = "_";
-    const auto ending = has_ending ? cleaned(std::string_view(name).substr(dot + 1), 3) : std::string();
-    for (unsigned i = 1;; ++i) {
-        const auto number = fmt::format("~{}", i);
-        auto made = fmt::format("{:<8}{:<3}", base.substr(0, 8 - number.size()) + number, ending);
-        if (taken.insert(made).second) return made;
-    }
-}
-
-/// The capital letter of a small one, as readers of FAT compare names: of Latin, Greek, Cyrillic and Armenian.
-char16_t upper(char16_t c) {
-    const auto within = [c](char16_t first, char16_t last) { return c >= first && c <= last; };
-    const auto minus = [c](int distance) { return static_cast<char16_t>(c - distance); };
-    if (within(u'a', u'z') || (within(0xe0, 0xfe) && c != 0xf7) || within(0x3b1, 0x3c1) || within(0x3c3, 0x3cb) ||
-        within(0x430, 0x44f))
-        return minus(0x20);
-    if (c == 0xff) return 0x178;
-    if (within(0x450, 0x45f)) return minus(0x50);
-    if (within(0x561, 0x586)) return minus(0x30);
-    // Here, capital and small letters alternate.
-    const bool odd = (c & 1) != 0;
-    if (odd && ((within(0x100, 0x137) && c != 0x131) || within(0x14a, 0x177) || within(0x460, 0x481) ||
-                within(0x48a, 0x4bf) || within(0x4d0, 0x52f) || within(0x1e00, 0x1e95) || within(0x1ea0, 0x1eff)))
-        return minus(1);
-    if (!odd && (within(0x139, 0x148) || within(0x179, 0x17e) || within(0x4c1, 0x4ce))) return minus(1);
-    return c;
-}
-
-/// Whether DOS, Windows and Linux take the name for a device: "con", "AUX.txt", "lpt1".
-bool is_device_name(const std::string& name) {
-    auto base = upper(name.substr(0, name.find('.')));
-    while (base.ends_with(' ')) base.pop_back();
-    constexpr auto devices = std::to_array<std::string_view>({"AUX", "CON", "NUL", "PRN"});
-    if (std::ranges::find(devices, base) != devices.end()) return true;
-    return base.size() == 4 && (base.starts_with("COM") || base.starts_with("LPT")) && base[3] >= '1' && base[3] <= '9';
-}
-
-/// Why a FAT file system cannot have this name; empty: it can.
-std::string flaw_of(const std::string& name) {
-    for (const char c : name) {
-        if (static_cast<std::uint8_t>(c) < 0x20 || std::string_view("\"*:<>?\\|").contains(c) || c == 0x7f)
-            return fmt::format("FAT has no names with the character \"{}\"", printable({&c, 1}));
-    }
-    if (name.ends_with('.') || name.ends_with(' ')) return "FAT has no names that end with a dot or a blank";
-    const auto units = utf16(name);
-    if (!units) return "the name is no valid UTF-8, as FAT requires";
-    if (is_device_name(name)) return "FAT has no files with the name of a device of DOS";
-    if (units->size() > most_units) return "the name is longer than the 255 characters that FAT has";
-    return {};
+    return fail(Errc::invalid_argument, fmt::format("{}: {}", volume.at("source"), printable(path)), std::string(what));
 }
 
 // ---- Layout ----
-
-struct Layout {
-    unsigned bits = 16;  // of an entry of the table
-    std::uint64_t sector = 512;
-    std::uint64_t sectors = 0;
-    std::uint64_t cluster_sectors = 1;
-    std::uint64_t reserved = 1;
-    std::uint64_t table_sectors = 1;
-    std::uint64_t root_entries = 0;  // of FAT12 and FAT16, whose root lies behind the tables
-    std::uint64_t clusters = 0;
-
-    [[nodiscard]] std::uint64_t cluster_bytes() const { return cluster_sectors * sector; }
-    [[nodiscard]] std::uint64_t root_sectors() const { return divide_up(root_entries * entry_bytes, sector); }
-    [[nodiscard]] std::uint64_t data_start() const { return reserved + tables * table_sectors + root_sectors(); }
-    [[nodiscard]] std::uint64_t at(std::uint64_t cluster) const {
-        return (data_start() + (cluster - first_cluster) * cluster_sectors) * sector;
-    }
-};
-
-/// Fewest and most clusters, which alone say to readers how wide the entries are.
-std::pair<std::uint64_t, std::uint64_t> cluster_limits(unsigned bits) {
-    if (bits == 12) return {1, 4084};
-    if (bits == 16) return {4085, 65524};
-    return {65525, 0x0ffffff4};
-}
 
 /// Fills in the rest; false: the number of clusters is not one of this kind of FAT.
 bool lay_out(Layout& layout) {
@@ -194,11 +73,12 @@ std::uint64_t preferred_cluster(unsigned bits, std::uint64_t size) {
 Result<Layout> layout_of(const Volume& volume, std::uint64_t size, std::uint64_t sector, std::uint64_t root_entries) {
     Layout layout{.bits = bits_of(volume.spec.type, size), .sector = sector, .sectors = size / sector};
     if (layout.bits != 32) layout.root_entries = root_entries;
-    if (layout.sectors > 0xffffffff) return refuse(volume, "FAT has at most 2^32 sectors");
+    if (layout.sectors > 0xffffffff) return refuse(volume, "size", "FAT has at most 2^32 sectors");
     std::vector<std::uint64_t> candidates;
     if (volume.spec.block_size) {
         if (*volume.spec.block_size < sector || *volume.spec.block_size > 64 * KiB)
-            return refuse(volume, fmt::format("FAT wants a block_size (of a cluster) from {} to 65536", sector));
+            return refuse(volume, "block_size",
+                          fmt::format("FAT wants a block_size (of a cluster) from {} to 65536", sector));
         candidates = {*volume.spec.block_size};
     } else {
         const auto preferred = std::max(preferred_cluster(layout.bits, size), sector);
@@ -210,7 +90,7 @@ Result<Layout> layout_of(const Volume& volume, std::uint64_t size, std::uint64_t
         if (lay_out(layout)) return layout;
     }
     const auto [fewest, most] = cluster_limits(layout.bits);
-    return fail(Errc::no_space, volume.name,
+    return fail(Errc::no_space, volume.at("size"),
                 fmt::format("{} bytes are no size for FAT{}, which has {} to {} clusters of {} bytes", size,
                             layout.bits, fewest, most,
                             volume.spec.block_size ? fmt::to_string(*volume.spec.block_size)
@@ -218,12 +98,6 @@ Result<Layout> layout_of(const Volume& volume, std::uint64_t size, std::uint64_t
 }
 
 // ---- What the tree takes ----
-
-/// The entries of a file: of its long name, and one.
-std::uint64_t entries_of(const std::string& name) {
-    if (exact_short_name(name)) return 1;
-    return 1 + divide_up(utf16(name)->size(), units_in_entry);
-}
 
 struct Needs {
     std::vector<std::uint64_t> sizes;  // of files and directories, in bytes
@@ -245,16 +119,14 @@ Result<void> count(const Volume& volume, const Children& children, const std::st
         const auto place = fmt::format("{}/{}", path, name);
         ++needs.files;
         if (const auto flaw = flaw_of(name); !flaw.empty()) return refuse_file(volume, place, flaw);
-        auto folded = *utf16(name);
-        for (auto& unit : folded) unit = upper(unit);
-        if (!names.insert(std::move(folded)).second)
+        if (!names.insert(*folded(name)).second)
             return refuse_file(volume, place, "another name in its directory differs only in case, which FAT ignores");
         entries += entries_of(name);
         if (node.is_directory()) {
             TRY_VOID(count(volume, *node.children, place, false, needs));
         } else if (!S_ISREG(node.inode->mode)) {
             return refuse_file(volume, place, "FAT holds only regular files and directories");
-        } else if (node.inode->size > 0xffffffff) {
+        } else if (node.inode->size > longest_file) {
             return refuse_file(volume, place, "FAT holds files of less than 4 GiB");
         } else {
             needs.sizes.push_back(node.inode->size);
@@ -283,53 +155,23 @@ std::uint64_t root_entries_for(const Needs& needs, std::uint64_t sector) {
 
 // ---- Writing ----
 
-struct Moment {
-    std::uint16_t date;
-    std::uint16_t time;
-};
-
-constexpr TimeRange fat_times = [] {
-    using namespace std::chrono;
-    constexpr auto first = sys_seconds(sys_days(year(1980) / 1 / 1));
-    constexpr auto last = sys_seconds(sys_days(year(2107) / 12 / 31)) + 86398s;
-    return TimeRange{first.time_since_epoch().count(), last.time_since_epoch().count()};
-}();
-
-/// In UTC.
-Moment moment_of(std::int64_t at) {
-    using namespace std::chrono;
-    const auto when = sys_seconds(seconds(std::clamp(at, fat_times.first, fat_times.last)));
-    const auto day = floor<days>(when);
-    const year_month_day date(day);
-    const hh_mm_ss time(when - day);
-    return {static_cast<std::uint16_t>((static_cast<int>(date.year()) - 1980) << 9 |
-                                       static_cast<int>(static_cast<unsigned>(date.month())) << 5 |
-                                       static_cast<int>(static_cast<unsigned>(date.day()))),
-            static_cast<std::uint16_t>(time.hours().count() << 11 | time.minutes().count() << 5 |
-                                       time.seconds().count() / 2)};
-}
-
-constexpr std::uint8_t is_label = 0x08;
-constexpr std::uint8_t is_directory = 0x10;
-constexpr std::uint8_t is_archive = 0x20;
-constexpr std::uint8_t is_long_name = 0x0f;
-
 class FatWriter {
 public:
     FatWriter(const Volume& volume, PlannedDisk& disk, std::uint64_t offset, const Layout& layout)
         : volume_(volume), disk_(disk), offset_(offset), layout_(layout), table_(first_cluster) {
-        const std::uint32_t end = end_of_chain();
+        const std::uint32_t end = end_of_chain(layout_.bits);
         table_[0] = (end & ~0xffU) | 0xf8;
         table_[1] = end;
     }
 
     Result<void> run() {
         label_ = upper(volume_.spec.label);
-        if (label_.size() > 11) return refuse(volume_, "the label is longer than the 11 bytes that FAT has");
+        if (label_.size() > 11) return refuse(volume_, "label", "the label is longer than the 11 bytes that FAT has");
         for (const char c : label_) {
             if (static_cast<std::uint8_t>(c) < 0x20 || static_cast<std::uint8_t>(c) > 0x7e ||
                 std::string_view("\"*+,./:;<=>?[\\]|").contains(c))
-                return refuse(volume_, fmt::format("FAT has no labels with the character \"{}\"", printable({&c, 1})));
+                return refuse(volume_, "label",
+                              fmt::format("FAT has no labels with the character \"{}\"", printable({&c, 1})));
         }
         const auto& children = *volume_.tree.root().children;
         std::vector<std::byte> root;
@@ -340,7 +182,7 @@ public:
         if (layout_.bits == 32) {
             TRY_VOID(write(layout_.at(start), root));
         } else {
-            TRY_VOID(write((layout_.reserved + tables * layout_.table_sectors) * layout_.sector, root));
+            TRY_VOID(write(layout_.root_start() * layout_.sector, root));
         }
         TRY_VOID(write_table());
         return write_boot_sectors(start);
@@ -349,10 +191,6 @@ public:
     [[nodiscard]] std::uint64_t free_clusters() const { return layout_.clusters + first_cluster - table_.size(); }
 
 private:
-    [[nodiscard]] std::uint32_t end_of_chain() const {
-        return layout_.bits == 12 ? 0xfff : layout_.bits == 16 ? 0xffff : 0x0fffffff;
-    }
-
     Result<void> write(std::uint64_t at, std::span<const std::byte> bytes) {
         return disk_.write({offset_ + at}, bytes);
     }
@@ -363,7 +201,7 @@ private:
         if (count == 0) return 0;
         const auto first = static_cast<std::uint32_t>(table_.size());
         for (std::uint64_t i = 1; i < count; ++i) table_.push_back(static_cast<std::uint32_t>(table_.size() + 1));
-        table_.push_back(end_of_chain());
+        table_.push_back(end_of_chain(layout_.bits));
         return first;
     }
 
@@ -372,63 +210,22 @@ private:
         return before;
     }
 
-    static void add_entry(std::vector<std::byte>& to, const std::string& short_name, std::uint8_t attributes,
-                          std::uint32_t cluster, std::uint32_t size, std::int64_t mtime) {
-        const auto at = to.size();
-        to.resize(at + entry_bytes);
-        const std::span bytes(to);
-        std::ranges::copy(as_bytes(short_name), bytes.subspan(at).begin());
-        bytes[at + 11] = static_cast<std::byte>(attributes);
-        const auto [date, time] = moment_of(mtime);
-        store_le(bytes, at + 14, time);  // made
-        store_le(bytes, at + 16, date);
-        store_le(bytes, at + 18, date);  // read
-        store_le(bytes, at + 20, static_cast<std::uint16_t>(cluster >> 16));
-        store_le(bytes, at + 22, time);  // written
-        store_le(bytes, at + 24, date);
-        store_le(bytes, at + 26, static_cast<std::uint16_t>(cluster));
-        store_le(bytes, at + 28, size);
-    }
-
-    static void add_long_name(std::vector<std::byte>& to, const std::string& name, const std::string& short_name) {
-        std::uint8_t sum = 0;
-        for (const char c : short_name)
-            sum = static_cast<std::uint8_t>((sum >> 1 | sum << 7) + static_cast<std::uint8_t>(c));
-        const auto units = *utf16(name);
-        const auto count = divide_up(units.size(), units_in_entry);
-        for (auto i = count; i-- > 0;) {
-            const auto at = to.size();
-            to.resize(at + entry_bytes);
-            const std::span bytes(to);
-            bytes[at] = static_cast<std::byte>((i + 1) | (i + 1 == count ? 0x40 : 0));
-            bytes[at + 11] = std::byte{is_long_name};
-            bytes[at + 13] = std::byte{sum};
-            for (std::size_t k = 0; k < units_in_entry; ++k) {
-                const auto index = i * units_in_entry + k;
-                const auto unit = index < units.size()    ? std::uint16_t{units[index]}
-                                  : index == units.size() ? std::uint16_t{0}
-                                                          : std::uint16_t{0xffff};
-                store_le(bytes, at + (k < 5 ? 1 + 2 * k : k < 11 ? 14 + 2 * (k - 5) : 28 + 2 * (k - 11)), unit);
-            }
-        }
-    }
-
     /// Adds the entries of a directory, and writes what they lead to. `own` is its cluster, 0 for the root.
     Result<void> add_children(std::vector<std::byte>& to, const Children& children, std::uint32_t own) {
-        std::set<std::string> taken;
+        ShortNames short_names;
         for (const auto& [name, node] : children) {
-            if (auto exact = exact_short_name(name)) taken.insert(*exact);
+            if (const auto exact = exact_short_name(name)) short_names.take(*exact);
         }
         std::map<std::string_view, std::string> made;
         // Names that differ only in case come before those that are made up.
         for (const auto& [name, node] : children) {
-            if (!exact_short_name(name) && exact_short_name(upper(name))) made[name] = made_short_name(name, taken);
+            if (!exact_short_name(name) && exact_short_name(upper(name))) made[name] = short_names.made(name);
         }
         for (const auto& [name, node] : children) {
             auto short_name = exact_short_name(name);
             if (!short_name) {
                 const auto known = made.find(name);
-                short_name = known != made.end() ? known->second : made_short_name(name, taken);
+                short_name = known != made.end() ? known->second : short_names.made(name);
                 add_long_name(to, name, *short_name);
             }
             const auto& inode = *node.inode;
@@ -457,22 +254,9 @@ private:
 
     Result<void> write_table() {
         std::vector<std::byte> bytes(divide_up(table_.size() * layout_.bits, 8) + 2);
-        for (std::size_t i = 0; i < table_.size(); ++i) {
-            const auto value = table_[i];
-            if (layout_.bits == 32) {
-                bytes.resize(std::max(bytes.size(), i * 4 + 4));
-                store_le(bytes, i * 4, value);
-            } else if (layout_.bits == 16) {
-                store_le(bytes, i * 2, static_cast<std::uint16_t>(value));
-            } else {
-                const auto at = i * 3 / 2;
-                const auto shifted = i % 2 == 0 ? value : value << 4;
-                bytes[at] |= static_cast<std::byte>(shifted & 0xff);
-                bytes[at + 1] |= static_cast<std::byte>(shifted >> 8 & 0xff);
-            }
-        }
+        for (std::size_t i = 0; i < table_.size(); ++i) store_link(bytes, i, layout_.bits, table_[i]);
         const auto length = std::min<std::uint64_t>(bytes.size(), layout_.table_sectors * layout_.sector);
-        for (std::uint64_t i = 0; i < tables; ++i) {
+        for (std::uint64_t i = 0; i < layout_.tables; ++i) {
             TRY_VOID(
                 write((layout_.reserved + i * layout_.table_sectors) * layout_.sector, std::span(bytes).first(length)));
         }
@@ -486,7 +270,8 @@ private:
         const auto* end = found->second.data() + found->second.size();
         const auto [last, error] = std::from_chars(found->second.data(), end, value);
         if (error != std::errc() || last != end || value > most)
-            return refuse(volume_, fmt::format("option {} wants a whole number up to {}", name, most));
+            return refuse(volume_, "options." + name,
+                          fmt::format("option {} wants a whole number up to {}", name, most));
         return value;
     }
 
@@ -501,7 +286,7 @@ private:
         store_le(bytes, 11, static_cast<std::uint16_t>(layout_.sector));
         bytes[13] = static_cast<std::byte>(layout_.cluster_sectors);
         store_le(bytes, 14, static_cast<std::uint16_t>(layout_.reserved));
-        bytes[16] = std::byte{tables};
+        bytes[16] = static_cast<std::byte>(layout_.tables);
         store_le(bytes, 17, static_cast<std::uint16_t>(layout_.root_entries));
         if (!wide && layout_.sectors < 0x10000) {
             store_le(bytes, 19, static_cast<std::uint16_t>(layout_.sectors));
@@ -558,7 +343,7 @@ Result<void> verify_options(const Volume& volume) {
     const std::vector<std::string> known = {"sectors_per_track", "heads", "hidden_sectors"};
     for (const auto& [name, value] : volume.spec.options) {
         if (std::ranges::find(known, name) == known.end()) {
-            return refuse(volume,
+            return refuse(volume, "options." + name,
                           fmt::format("FAT has no option \"{}\"{}", printable(name), did_you_mean(name, known)));
         }
     }
@@ -587,7 +372,7 @@ Result<std::uint64_t> fitted_fat(const Volume& volume, unsigned sector_size) {
     }
 }
 
-TimeRange times_of_fat() { return fat_times; }
+TimeRange times_of_fat() { return {first_time, last_time}; }
 
 Result<Filled> write_fat(const Volume& volume, PlannedDisk& disk, std::uint64_t offset, std::uint64_t size,
                          unsigned sector_size) {
@@ -596,7 +381,7 @@ Result<Filled> write_fat(const Volume& volume, PlannedDisk& disk, std::uint64_t 
     const auto root_entries = root_entries_for(needs, sector_size);
     const auto layout = TRY(layout_of(volume, size, sector_size, root_entries));
     if (layout.bits != 32 && root_entries > most_root_entries)
-        return refuse(volume, "the root directory has too many files for FAT12 and FAT16; use fat32");
+        return refuse(volume, "source", "the root directory has too many files for FAT12 and FAT16; use fat32");
     if (needs.clusters(layout) > layout.clusters) {
         return does_not_fit(volume, needs.clusters(layout) * layout.cluster_bytes(),
                             layout.clusters * layout.cluster_bytes());

@@ -7,8 +7,8 @@
 #include <array>
 
 #include "base/bits.h"
-#include "build/little_endian.h"
-#include "build/utf16.h"
+#include "filesystem/little_endian.h"
+#include "filesystem/names.h"
 #include "qcow/text.h"
 
 namespace qcow {

@@ -20,7 +20,7 @@ namespace qcow {
 /// is read from its source each time. Everything else reads as zeros.
 class PlannedDisk final : public Disk {
 public:
-    static constexpr std::size_t default_budget = std::size_t{128} << 20;
+    static constexpr std::size_t default_budget = std::size_t{32} << 20;
 
     explicit PlannedDisk(std::uint64_t size, std::size_t budget = default_budget)
         : size_(size), most_pages_(budget / page_bytes) {}

@@ -31,8 +31,10 @@ struct Context {
     std::string directory;  // of relative names
 
     [[nodiscard]] std::unexpected<Error> refuse(const toml::source_region& at, std::string what) const {
-        return fail(Errc::invalid_argument, fmt::format("{}:{}:{}", name, at.begin.line, at.begin.column),
-                    std::move(what));
+        return fail(Errc::invalid_argument, place(at), std::move(what));
+    }
+    [[nodiscard]] std::string place(const toml::source_region& at) const {
+        return fmt::format("{}:{}:{}", name, at.begin.line, at.begin.column);
     }
     [[nodiscard]] std::string resolve(const std::string& path) const {
         return (std::filesystem::path(directory) / path).lexically_normal().string();
@@ -63,12 +65,17 @@ std::optional<std::uint64_t> parse_size(std::string_view text) {
 class Section {
 public:
     Section(const Context& context, const toml::table& table, std::string name)
-        : context_(context), table_(table), name_(std::move(name)) {}
+        : context_(context), table_(table), name_(std::move(name)) {
+        note("", table);
+    }
 
     const toml::node* find(std::string_view key) {
         known_.emplace_back(key);
-        return table_.get(key);
+        const auto* node = table_.get(key);
+        if (node != nullptr) note(std::string(key), *node);
+        return node;
     }
+    void note(std::string key, const toml::node& node) { places_[std::move(key)] = context_.place(node.source()); }
 
     Result<void> read(std::string_view key, std::string& to) {
         const auto* node = find(key);
@@ -136,6 +143,7 @@ public:
             const auto text = element.value_exact<std::string>();
             if (!text) return refuse(element, key, "wants texts in quotes");
             to.push_back(*text);
+            note(fmt::format("{} {}", key, to.size()), element);
         }
         return {};
     }
@@ -179,6 +187,8 @@ public:
 
     [[nodiscard]] const Context& context() const { return context_; }
     [[nodiscard]] const std::string& name() const { return name_; }
+    /// Of the keys that were asked for.
+    [[nodiscard]] const KeyPlaces& places() const { return places_; }
     [[nodiscard]] bool has(std::string_view key) const { return table_.contains(key); }
 
 private:
@@ -186,6 +196,7 @@ private:
     const toml::table& table_;
     std::string name_;
     std::vector<std::string> known_;
+    KeyPlaces places_;
 };
 
 /// Permissions: the text "0644" is octal, as everywhere.
@@ -262,6 +273,7 @@ Result<FileSpec> parse_file(Section section) {
     TRY_VOID(section.read_number("uid", file.uid, 0, 0xfffffffe));
     TRY_VOID(section.read_number("gid", file.gid, 0, 0xfffffffe));
     TRY_VOID(section.read_number("mtime", file.mtime, -0x80000000LL, 0x37fffffffLL));
+    file.places = section.places();
     return file;
 }
 
@@ -342,6 +354,7 @@ Result<void> read_options(Section& section, FilesystemSpec& filesystem) {
         } else {
             return section.refuse(value, key.str(), "wants a text, a whole number, true or false");
         }
+        section.note(fmt::format("options.{}", key.str()), value);
     }
     return {};
 }
@@ -362,18 +375,19 @@ Result<FilesystemSpec> parse_filesystem(Section section) {
                                 {"raw", raw}}));
     TRY_VOID(section.read("source", filesystem.sources));
     for (auto& source : filesystem.sources) {
-        if (source.empty()) return section.refuse("has an empty source");
+        if (source.empty()) return section.refuse(*section.find("source"), "source", "is empty");
         source = section.context().resolve(source);
     }
     if (section.has("label") && section.has("volume_label"))
-        return section.refuse("has label and volume_label, which are the same");
+        return section.refuse(*section.find("volume_label"), "volume_label", "is the same as label");
     TRY_VOID(section.read("label", filesystem.label));
     TRY_VOID(section.read("volume_label", filesystem.label));
+    if (section.has("volume_label")) section.note("label", *section.find("volume_label"));
     TRY_VOID(section.read("uuid", filesystem.uuid));
     std::optional<std::uint32_t> volume_id;
     TRY_VOID(section.read_number("volume_id", volume_id, 0, 0xffffffff));
     if (volume_id) {
-        if (filesystem.uuid) return section.refuse("has uuid and volume_id, which are the same");
+        if (filesystem.uuid) return section.refuse(*section.find("volume_id"), "volume_id", "is the same as uuid");
         filesystem.uuid.emplace();
         for (unsigned i = 0; i < 4; ++i) (*filesystem.uuid)[i] = static_cast<std::uint8_t>(*volume_id >> (24 - 8 * i));
     }
@@ -382,19 +396,22 @@ Result<FilesystemSpec> parse_filesystem(Section section) {
     TRY_VOID(section.read_size("block_size", block_size));
     if (block_size) {
         if (!std::has_single_bit(*block_size) || *block_size < 512 || *block_size > 65536)
-            return section.refuse("wants a block_size that is a power of two from 512 to 65536");
+            return section.refuse(*section.find("block_size"), "block_size", "wants a power of two from 512 to 65536");
         filesystem.block_size = static_cast<std::uint32_t>(*block_size);
     }
     TRY_VOID(section.read_number("mtime", filesystem.mtime, -0x80000000LL, 0x37fffffffLL));
     TRY_VOID(read_free(section, filesystem));
     std::string owner;
     TRY_VOID(section.read("owner", owner));
-    if (!owner.empty() && owner != "root") return section.refuse("wants owner = \"root\", or none");
+    if (!owner.empty() && owner != "root") return section.refuse(*section.find("owner"), "owner", "wants \"root\"");
     filesystem.root_owns_all = owner == "root";
     TRY_VOID(read_options(section, filesystem));
     std::optional<std::uint32_t> journal_blocks;
     TRY_VOID(section.read_number("journal_blocks", journal_blocks, 1024, 10240000));
-    if (journal_blocks) filesystem.options["journal_blocks"] = fmt::format("{}", *journal_blocks);
+    if (journal_blocks) {
+        filesystem.options["journal_blocks"] = fmt::format("{}", *journal_blocks);
+        section.note("options.journal_blocks", *section.find("journal_blocks"));
+    }
     bool sparse = false;  // zeros never take space in the image
     TRY_VOID(section.read("sparse", sparse));
     filesystem.files = TRY(device_files(section));
@@ -410,10 +427,13 @@ Result<FilesystemSpec> parse_filesystem(Section section) {
         }
     }
     TRY_VOID(section.finish());
-    if (filesystem.type == raw && filesystem.sources.size() != 1) return section.refuse("is raw and wants one source");
-    if (filesystem.type == swap && !filesystem.sources.empty()) return section.refuse("is swap and takes no source");
+    if (filesystem.type == raw && filesystem.sources.size() != 1)
+        return section.refuse(*section.find("type"), "type", "is raw, which wants one source");
+    if (filesystem.type == swap && !filesystem.sources.empty())
+        return section.refuse(*section.find("source"), "source", "is given, and swap takes none");
     if ((filesystem.type == raw || filesystem.type == swap) && !filesystem.files.empty())
         return section.refuse("holds no files");
+    filesystem.places = section.places();
     return filesystem;
 }
 
@@ -426,8 +446,10 @@ Result<PartitionSpec> parse_partition(Section section, BuildSpec::Table table) {
     if (!parsed) return section.refuse(*section.find("type"), "type", parsed.error().what);
     partition.type = *parsed;
     if (table == BuildSpec::Table::gpt ? !partition.type.guid : !partition.type.mbr) {
-        return section.refuse(fmt::format("has the type {}, which a {} partition table does not have",
-                                          printable(type, 64), table == BuildSpec::Table::gpt ? "GPT" : "MBR"));
+        const auto what = fmt::format("is {}, which a {} partition table does not have", printable(type, 64),
+                                      table == BuildSpec::Table::gpt ? "GPT" : "MBR");
+        const auto* node = section.find("type");
+        return node == nullptr ? section.refuse("type " + what) : section.refuse(*node, "type", what);
     }
     const auto* size = section.find("size");
     const auto text = size == nullptr ? std::nullopt : size->value_exact<std::string>();
@@ -437,7 +459,8 @@ Result<PartitionSpec> parse_partition(Section section, BuildSpec::Table table) {
     TRY_VOID(section.read_size("offset", partition.offset));
     std::optional<std::uint64_t> align;
     TRY_VOID(section.read_size("align", align));
-    if (align && !std::has_single_bit(*align)) return section.refuse("wants an align that is a power of two");
+    if (align && !std::has_single_bit(*align))
+        return section.refuse(*section.find("align"), "align", "wants a power of two");
     partition.align = align.value_or(partition.align);
     TRY_VOID(section.read("uuid", partition.uuid));
     TRY_VOID(section.read("bootable", partition.bootable));
@@ -450,6 +473,7 @@ Result<PartitionSpec> parse_partition(Section section, BuildSpec::Table table) {
     TRY_VOID(section.finish());
     if (!partition.size && !partition.remaining && !partition.filesystem)
         return section.refuse("has neither a size nor a filesystem to be fitted to");
+    partition.places = section.places();
     return partition;
 }
 
@@ -460,12 +484,14 @@ Result<void> parse_image(Section section, BuildSpec& spec) {
         {{"gpt", BuildSpec::Table::gpt}, {"mbr", BuildSpec::Table::mbr}, {"none", BuildSpec::Table::none}}));
     std::optional<unsigned> sector;
     TRY_VOID(section.read_number("sector_size", sector, 512, 4096));
-    if (sector && *sector != 512 && *sector != 4096) return section.refuse("wants a sector_size of 512 or 4096");
+    if (sector && *sector != 512 && *sector != 4096)
+        return section.refuse(*section.find("sector_size"), "sector_size", "wants 512 or 4096");
     spec.sector_size = sector.value_or(512);
     TRY_VOID(section.read("uuid", spec.uuid));
     TRY_VOID(section.read("seed", spec.seed));
     TRY_VOID(section.read("boot_code", spec.boot_code));
     if (!spec.boot_code.empty()) spec.boot_code = section.context().resolve(spec.boot_code);
+    spec.places = section.places();
     return section.finish();
 }
 

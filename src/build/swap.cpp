@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "base/bits.h"
-#include "build/little_endian.h"
+#include "filesystem/little_endian.h"
 
 namespace qcow {
 namespace {
@@ -16,8 +16,8 @@ constexpr std::size_t label_bytes = 16;
 
 Result<Filled> write_swap(const Volume& volume, PlannedDisk& disk, std::uint64_t offset, std::uint64_t size) {
     if (volume.spec.label.size() > label_bytes)
-        return fail(Errc::invalid_argument, volume.name, "the label is longer than the 16 bytes that swap has");
-    if (!volume.spec.options.empty()) return fail(Errc::invalid_argument, volume.name, "swap has no options");
+        return fail(Errc::invalid_argument, volume.at("label"), "the label is longer than the 16 bytes that swap has");
+    if (!volume.spec.options.empty()) return fail(Errc::invalid_argument, volume.at("options"), "swap has no options");
     const auto pages = std::min<std::uint64_t>(size / page, 0xffffffff);
     if (pages < fewest_pages) return does_not_fit(volume, fewest_pages * page, size);
     std::vector<std::byte> header(page);

@@ -183,7 +183,9 @@ private:
     std::string text_;
 };
 
-Result<void> apply(Tree& tree, const FileSpec& file) {
+}  // namespace
+
+Result<void> apply_file(Tree& tree, const FileSpec& file) {
     using enum FileSpec::Kind;
     if (TRY(parts_of_path(file.path)).empty()) {
         if (file.kind != change && file.kind != directory) return refuse(file.path, "is the root directory");
@@ -239,6 +241,8 @@ Result<void> apply(Tree& tree, const FileSpec& file) {
     }
     return set_attributes(*node.inode, file);
 }
+
+namespace {
 
 void visit_inodes(TreeNode& node, std::set<const TreeInode*>& linked, const std::function<void(TreeInode&)>& visit) {
     // Most inodes have a single name, and need not be remembered.
@@ -319,26 +323,6 @@ Result<void> put_layer(Tree& lower, Tree upper) {
     if (!upper.root().implied) lower.root().inode = upper.root().inode;
     if (hides) lower.root().children->clear();
     return Layering(lower).run(upper.root());
-}
-
-Result<void> apply_files(Tree& tree, const std::vector<FileSpec>& files) {
-    for (const auto& file : files) TRY_VOID(apply(tree, file));
-    return {};
-}
-
-std::string acl_xattr(std::vector<AclEntry> entries) {
-    std::ranges::sort(entries, {}, [](const AclEntry& entry) { return std::pair(entry.tag, entry.id); });
-    std::string bytes;
-    const auto add = [&](std::uint32_t value, unsigned width) {
-        for (unsigned i = 0; i < width; ++i) bytes += static_cast<char>(value >> (8 * i) & 0xff);
-    };
-    add(2, 4);  // version
-    for (const auto& entry : entries) {
-        add(entry.tag, 2);
-        add(entry.permissions, 2);
-        add(entry.id, 4);
-    }
-    return bytes;
 }
 
 }  // namespace qcow

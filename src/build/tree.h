@@ -133,15 +133,7 @@ Result<Tree> tree_of_disk(std::shared_ptr<Disk> disk);
 /// Puts `upper` over `lower`, as OCI's and overlayfs's layers: with their whiteouts.
 Result<void> put_layer(Tree& lower, Tree upper);
 
-/// Carries out a list of files.
-Result<void> apply_files(Tree& tree, const std::vector<FileSpec>& files);
-
-/// The extended attribute of an ACL in the form that the kernel has for it (version 2), from its entries.
-struct AclEntry {
-    std::uint16_t tag = 0;  // as of the kernel: 1 owner, 2 user, 4 owning group, 8 group, 16 mask, 32 others
-    std::uint16_t permissions = 0;
-    std::uint32_t id = 0xffffffff;
-};
-std::string acl_xattr(std::vector<AclEntry> entries);
+/// Carries out an entry of a list of files.
+Result<void> apply_file(Tree& tree, const FileSpec& file);
 
 }  // namespace qcow

@@ -7,6 +7,11 @@
 
 namespace qcow {
 
+/// The place of an error in a part: the key of the file system or the partition in the text of the specification, or
+/// the table that lacks it; and the name of the part. Without a text, only the name.
+std::string place_of(std::string_view key, const FilesystemSpec* spec, const PartitionSpec* partition,
+                     const std::string& name);
+
 /// A file system that is to be made.
 struct Volume {
     const FilesystemSpec& spec;
@@ -14,7 +19,11 @@ struct Volume {
     std::string name;  ///< for messages, such as "partition 2"
     Uuid uuid;
     Uuid hash_seed;
-    std::int64_t time = 0;  ///< seconds since 1970, for what the file system records of itself
+    std::int64_t time = 0;                     ///< seconds since 1970, for what the file system records of itself
+    const PartitionSpec* partition = nullptr;  ///< null: the whole disk
+
+    /// The place of an error: this key in the text of the specification, or the table that lacks it; and the name.
+    [[nodiscard]] std::string at(std::string_view key) const { return place_of(key, &spec, partition, name); }
 };
 
 struct Filled {

@@ -159,6 +159,11 @@ protected:
             info.warnings.push_back(
                 fmt::format("{} entries are left out: their names or hard links lead out of the archive", refused_));
         }
+        if (nameless_acls_ > 0) {
+            info.warnings.push_back(fmt::format(
+                "the ACLs of {} files are left out: they name users without numbers; archive with tar --numeric-owner",
+                nameless_acls_));
+        }
         return info;
     }
 
@@ -308,7 +313,7 @@ private:
         return here;
     }
 
-    static void fill(Node& node, archive* reader, archive_entry* entry) {
+    void fill(Node& node, archive* reader, archive_entry* entry) {
         auto& info = node.info;
         info.type = type_of_mode(archive_entry_filetype(entry));
         info.mode = mode_of_entry(entry) & 07777U;
@@ -332,13 +337,17 @@ private:
             const auto* const bytes = static_cast<const std::byte*>(value);
             node.attributes.push_back({name, {bytes, bytes + std::min(length, longest_attribute)}});
         }
+        auto acls = acls_of_entry(entry);
+        if (!acls) ++nameless_acls_;
+        if (acls) std::ranges::move(*acls, std::back_inserter(node.attributes));
     }
 
     std::shared_ptr<Disk> disk_;
     Content content_;
     std::vector<Node> nodes_;  // by inode, from 1
     std::size_t refused_ = 0;
-    std::optional<Error> damage_;  // at which reading the headers ended
+    std::size_t nameless_acls_ = 0;  // that name users without numbers
+    std::optional<Error> damage_;    // at which reading the headers ended
 
     std::optional<Stream> stream_;  // for contents
     std::size_t position_ = 0;      // the entry that it is at

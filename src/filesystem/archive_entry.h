@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "qcow/filesystem.h"
 
@@ -34,6 +35,10 @@ std::string target_of_entry(archive_entry* entry);     // of a symbolic link; em
 
 /// The type and the permissions. With an ACL, the permissions of the group are the mask, as Linux has them.
 std::uint32_t mode_of_entry(archive_entry* entry);
+
+/// The ACLs, as the extended attributes that Linux keeps them in (linux/posix_acl_xattr.h). Errors: Errc::unsupported:
+/// an ACL names a user without a number.
+Result<std::vector<Attribute>> acls_of_entry(archive_entry* entry);
 
 std::optional<Timestamp> mtime_of_entry(archive* reader, archive_entry* entry);
 std::optional<Timestamp> atime_of_entry(archive* reader, archive_entry* entry);

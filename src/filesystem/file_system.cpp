@@ -25,7 +25,9 @@ constexpr std::size_t most_refused = 100;
 std::unexpected<Error> unsupported(std::string_view what) {
     return fail(Errc::unsupported, "", fmt::format("this file system {}", what));
 }
-std::unexpected<Error> not_written() { return unsupported("can only be read; ext2, ext3 and ext4 can be changed"); }
+std::unexpected<Error> not_written() {
+    return unsupported("can only be read; ext2, ext3, ext4 and FAT can be changed");
+}
 
 }  // namespace
 
@@ -166,7 +168,7 @@ struct Reader {
 template <auto open>
 Result<std::unique_ptr<FileSystem>> for_reading(std::shared_ptr<Disk> disk, const Content& content, Access access) {
     if (access == Access::write)
-        return fail(Errc::unsupported, content.type, "it can only be read; ext2, ext3 and ext4 can be changed");
+        return fail(Errc::unsupported, content.type, "it can only be read; ext2, ext3, ext4 and FAT can be changed");
     return open(std::move(disk), content);
 }
 
@@ -201,6 +203,7 @@ const std::array readers = {
 
 Result<std::unique_ptr<FileSystem>> opened(std::shared_ptr<Disk> disk, Access access) {
     const auto content = TRY(identify(*disk));
+    if (access == Access::write && content.type == "vfat") return change_fat(std::move(disk), content);
     for (const auto& reader : readers) {
         if (std::ranges::find(reader.types, content.type) == reader.types.end()) continue;
         if (reader.open != nullptr) return reader.open(std::move(disk), content, access);

@@ -16,4 +16,10 @@ T load_le(std::span<const std::byte> bytes, std::size_t at) {
     }
 }
 
+/// Stores a number at byte `at`, where `bytes` must have room for its whole width.
+template <std::unsigned_integral T>
+void store_le(std::span<std::byte> bytes, std::size_t at, T value) {
+    for (std::size_t i = 0; i < sizeof(T); ++i) bytes[at + i] = static_cast<std::byte>(value >> (8 * i) & 0xff);
+}
+
 }  // namespace qcow

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -23,5 +24,8 @@ std::string uuid_text(std::span<const std::byte> uuid);
 
 /// UTF-8 for the little-endian (or big-endian) UTF-16 in front of the first zero. Lone surrogates become U+FFFD.
 std::string utf16_text(std::span<const std::byte> text, bool big_endian = false);
+
+/// The text in UTF-16; nothing if it is no UTF-8.
+std::optional<std::u16string> utf16(std::string_view text);
 
 }  // namespace qcow

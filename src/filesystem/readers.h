@@ -11,6 +11,8 @@ namespace qcow {
 
 Result<std::unique_ptr<FileSystem>> open_ext(std::shared_ptr<Disk> disk, const Content& content, Access access);
 Result<std::unique_ptr<FileSystem>> open_sleuth(std::shared_ptr<Disk> disk, const Content& content);
+/// Opens a FAT file system to change it. Only open_sleuth knows deleted files.
+Result<std::unique_ptr<FileSystem>> change_fat(std::shared_ptr<Disk> disk, const Content& content);
 Result<std::unique_ptr<FileSystem>> open_squash(std::shared_ptr<Disk> disk, const Content& content);
 Result<std::unique_ptr<FileSystem>> open_archive(std::shared_ptr<Disk> disk, const Content& content);
 

@@ -10,6 +10,7 @@
 
 #include "base/bits.h"
 #include "base/try.h"
+#include "filesystem/fat_format.h"
 #include "filesystem/file_runs.h"
 #include "filesystem/little_endian.h"
 #include "filesystem/names.h"
@@ -86,56 +87,8 @@ void describe_image(TSK_IMG_INFO*, FILE*) {}
 
 // ---- Long names of FAT ----
 
-constexpr std::size_t fat_entry_bytes = 32;
-constexpr std::uint64_t most_directory_bytes = std::uint64_t{65536} * fat_entry_bytes;
 /// The Sleuth Kit reads at most 15 entries of a long name, with 13 characters each.
 constexpr std::size_t cut_name = 195;
-
-/// Puts a long name together from the entries that come before the one of a file.
-class LongName {
-public:
-    /// Takes an entry. Returns the name if the entry is the one of a file that has a long name.
-    std::string take(std::span<const std::byte> entry) {
-        const auto first = static_cast<unsigned>(entry[0]);
-        constexpr unsigned is_long = 0x0f;
-        if ((static_cast<unsigned>(entry[11]) & 0x3f) != is_long) {
-            const bool whole = left_ == 0 && !text_.empty() && first != 0xe5 && sum_of(entry) == sum_;
-            auto name = whole ? utf16_text(text_, false) : std::string();
-            forget();
-            return name;
-        }
-        const unsigned number = first & 0x3f;
-        if ((first & 0x40) != 0) {
-            left_ = number;
-            sum_ = static_cast<unsigned>(entry[13]);
-            text_.assign(std::size_t{26} * number, std::byte{0});
-        }
-        if (number == 0 || number != left_ || static_cast<unsigned>(entry[13]) != sum_) {
-            forget();
-            return {};
-        }
-        auto to = text_.begin() + std::ptrdiff_t{26} * --left_;
-        for (const auto& part : {entry.subspan(1, 10), entry.subspan(14, 12), entry.subspan(28, 4)})
-            to = std::ranges::copy(part, to).out;
-        return {};
-    }
-
-private:
-    void forget() {
-        text_.clear();
-        left_ = 0;
-    }
-
-    static unsigned sum_of(std::span<const std::byte> entry) {
-        unsigned sum = 0;
-        for (const auto byte : entry.first(11)) sum = ((sum >> 1 | sum << 7) + static_cast<unsigned>(byte)) & 0xff;
-        return sum;
-    }
-
-    std::vector<std::byte> text_;  // UTF-16
-    unsigned left_ = 0;            // entries that are missing
-    unsigned sum_ = 0;
-};
 
 class SleuthFileSystem final : public FileSystem {
 public:
@@ -244,6 +197,17 @@ protected:
         return entries;
     }
 
+    Result<DirectoryEntry> do_lookup(Inode directory, const std::string& name) override {
+        auto found = FileSystem::do_lookup(directory, name);
+        const bool ignores_case = content_.type == "vfat" || content_.type == "exfat";
+        if (found || !ignores_case || found.error().code != Errc::not_found) return found;
+        std::vector<Error> refused;  // other entries
+        const auto wanted = fat::folded(name);
+        for (auto& entry : TRY(list(directory, false, &refused)))
+            if (wanted && fat::folded(entry.name) == wanted) return std::move(entry);
+        return found;
+    }
+
     Result<std::size_t> do_read(Inode inode, std::uint64_t at, std::span<std::byte> to) override {
         auto* const file = TRY(opened_file(inode));
         const auto size = static_cast<std::uint64_t>(std::max<TSK_OFF_T>(file->meta->size, 0));
@@ -313,18 +277,18 @@ private:
         const std::uint64_t table = narrow != 0 ? narrow : load_le<std::uint32_t>(boot, 36);
         const auto data = (load_le<std::uint16_t>(boot, 14) + static_cast<std::uint64_t>(boot[16]) * table) * sector;
         std::map<Inode, std::string> names;
-        LongName name;
-        std::uint64_t left = most_directory_bytes;
+        fat::LongName name;
+        std::uint64_t left = fat::most_directory_bytes;
         for (const auto& extent : TRY(do_extents(directory, 0))) {
             if (!extent.stored || extent.stored->value < data) continue;
             const auto length = std::min(extent.length, left);
             left -= length;
             std::vector<std::byte> bytes(length);
             TRY_VOID(disk_->read(*extent.stored, bytes));
-            for (std::size_t at = 0; at + fat_entry_bytes <= length; at += fat_entry_bytes) {
-                auto whole = name.take(std::span(bytes).subspan(at, fat_entry_bytes));
+            for (std::size_t at = 0; at + fat::entry_bytes <= length; at += fat::entry_bytes) {
+                auto whole = name.take(std::span(bytes).subspan(at, fat::entry_bytes));
                 if (whole.empty()) continue;
-                names[(extent.stored->value + at - data) / fat_entry_bytes + 3] = std::move(whole);
+                names[(extent.stored->value + at - data) / fat::entry_bytes + 3] = std::move(whole);
             }
         }
         return names;

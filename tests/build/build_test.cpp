@@ -228,6 +228,32 @@ TEST_F(BuildTest, FatHoldsTheTree) {
     }
 }
 
+TEST_F(BuildTest, ErrorsBehindTheTextNameTheKey) {
+    put("tree/f", "1");
+    const std::string root = "[image]\nsize = \"8MiB\"\n[[partitions]]\nsize = \"2MiB\"\n[partitions.filesystem]\n";
+    const auto refused = [&](const std::string& text, const std::string& message) {
+        put("disk.toml", text);
+        expect_refusal({"build", "disk.toml", "-o", "disk.raw"}, HasSubstr("disk.toml:" + message));
+        EXPECT_FALSE(fs::exists(path("disk.raw")));
+    };
+    refused(root + "type = \"ext4\"\nsource = \"absent\"", "7:10: partition 1: absent: ");
+    refused(root + "type = \"ext4\"\nsource = [\"tree\", \"absent\"]", "7:19: partition 1: absent: ");
+    refused(root + "type = \"ext4\"\nlabel = \"longer than that is\"", "7:9: partition 1: the label is longer");
+    refused(root + "type = \"vfat\"\nvolume_label = \"a?\"", "7:16: partition 1: FAT has no labels");
+    refused(root + "type = \"ext4\"\noptions = { inodes = 20, inode_size = 300 }", "7:39: partition 1: option inode");
+    refused(root + "type = \"ext4\"\nfiles = [{ path = \"/x\", mode = 0o644 }]", "7:10: partition 1: /x: ");
+    refused(root + "type = \"swap\"\n[[partitions]]\nsize = \"7MiB\"", "8:8: partition 2: No space");
+    refused(root + "type = \"swap\"\n[[partitions]]\nsize = \"1MiB\"\noffset = \"2MiB\"",
+            "9:10: partition 2: its offset");
+    refused("[image]\nsize = 1000000\n[[partitions]]\nsize = 4096", "2:8: the size of the disk");
+    refused("[[partitions]]\n[partitions.filesystem]\ntype = \"swap\"", "1:1: partition 1: swap wants a size");
+    put("tree/large", std::string(3 << 20, 'x'));
+    refused(root + "type = \"ext4\"\nsource = \"tree\"", "4:8: partition 1: No space: the tree needs");
+    refused(root + "type = \"vfat\"\nsource = \"tree\"", "4:8: partition 1: No space: the tree needs");
+    put("tree/con", "");
+    refused(root + "type = \"vfat\"\nsource = \"tree\"", "7:10: partition 1: /con: ");
+}
+
 TEST_F(BuildTest, FatRefusesWhatItCannotHold) {
     const auto refused = [&](const std::string& what) {
         expect_refusal({"build", "--fs", "vfat", "tree", "-o", "disk.raw"}, HasSubstr(what));

@@ -111,6 +111,9 @@ PROGRAM
     EXPECT_THAT(stat("/acl"), HasSubstr("Mode:  0664"));
     EXPECT_THAT(shell("debugfs -R 'ea_get -x /acl system.posix_acl_access' disk.raw 2>/dev/null"),
                 HasSubstr("02 00 06 00 d2 04 00 00"));
+    const std::string get = QCOW_TOOL " get -f raw ";
+    EXPECT_THAT(shell(get + "number.tar /acl got; getfacl -cn got"), HasSubstr("user:1234:rw-"));
+    EXPECT_THAT(shell(get + "name.tar /acl named 2>&1"), HasSubstr("the ACLs of 1 files are left out"));
     expect_refusal({"build", "--fs", "ext4", "name.tar", "-o", "disk.raw"},
                    AllOf(HasSubstr("acl"), HasSubstr("nobody-has-this"), HasSubstr("--numeric-owner")));
 }

@@ -1,0 +1,287 @@
+// FAT file systems that are changed in place. fsck.fat judges them, and mtools read them.
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <sstream>
+
+#include "base/try.h"
+#include "engine/crash_states.h"
+#include "qcow/filesystem.h"
+#include "qcow/image.h"
+#include "support/effort.h"
+#include "support/random.h"
+#include "support/recording.h"
+#include "support/result.h"
+#include "support/subprocess.h"
+#include "support/temporary_directory.h"
+
+namespace qcow::test {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr const char* fat_disk = "disk.raw";
+
+/// The raw disk that a storage holds.
+class StorageDisk final : public Disk {
+public:
+    explicit StorageDisk(std::shared_ptr<Storage> storage) : storage_(std::move(storage)) {}
+    [[nodiscard]] std::uint64_t size() const override { return must(storage_->size()); }
+    [[nodiscard]] std::uint64_t block_size() const override { return 512; }
+
+protected:
+    Result<void> do_read(GuestOffset at, Buffers to) override {
+        TRY(storage_->read({at.value}, to));
+        return {};
+    }
+    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override {
+        return Extent{.start = at, .length = limit, .kind = Extent::Kind::data};
+    }
+    [[nodiscard]] Result<void> verify_writable() const override { return {}; }
+    Result<void> do_write(GuestOffset at, ConstBuffers from) override { return storage_->write({at.value}, from); }
+    Result<void> do_write_zeroes(GuestOffset at, std::uint64_t length, Zeroes) override {
+        return storage_->write_zeroes({at.value}, length);
+    }
+    Result<void> do_flush() override { return storage_->flush(); }
+
+private:
+    std::shared_ptr<Storage> storage_;
+};
+
+class FatChangeTest : public testing::Test {
+protected:
+    std::string shell(const std::string& script) const {
+        return must_run({"bash", "-euc", script}, directory_.path()).out;
+    }
+
+    /// A file system with old files, in memory.
+    [[nodiscard]] Files made(const std::string& options, const std::string& size) const {
+        shell(fmt::format(R"SH(rm -f disk.raw; truncate -s {} disk.raw; mkfs.fat {} disk.raw > /dev/null
+            head -c 5000 /dev/zero | tr '\0' k > keep; head -c 9000 /dev/zero | tr '\0' o > value
+            mmd -i disk.raw ::/dir; mcopy -i disk.raw keep value ::/; mcopy -i disk.raw keep "::/dir/a long name"
+            mcopy -i disk.raw value ::/dir/OLD.TXT)SH",
+                          size, options));
+        return {{fat_disk, load(directory_.file(fat_disk), fat_disk)}};
+    }
+
+    static std::string contents(FileSystem& files, const std::string& path) {
+        const auto inode = find_path(files, path);
+        if (!inode) return {};
+        std::string text(100'000, '\0');
+        const auto done = files.read(*inode, 0, std::as_writable_bytes(std::span(text)));
+        text.resize(done ? *done : 0);
+        return text;
+    }
+
+    static NewNode node(FileType type) {
+        NewNode made;
+        made.info.type = type;
+        made.info.modified = Timestamp{1'700'000'000, 0};
+        return made;
+    }
+
+    static Inode put(FileSystem& files, Inode directory, const std::string& name, const std::string& text) {
+        const auto inode = must(files.create(directory, name, node(FileType::regular)));
+        must(files.write(inode, 0, std::as_bytes(std::span(text))));
+        return inode;
+    }
+
+    /// Makes, replaces and removes files.
+    static void change(Disk& disk) {
+        auto files = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
+        const auto root = files->root();
+        const auto directory = must(find_path(*files, "/dir"));
+        put(*files, root, ".qcow-put-0", std::string(12'000, 'n'));
+        must(files->replace(root, ".qcow-put-0", "value"));
+        must(files->remove(directory, "old.txt"));
+        const auto deeper = must(files->create(directory, "Deeper directory", node(FileType::directory)));
+        for (int i = 0; i < 40; ++i) put(*files, deeper, fmt::format("file number {}", i), std::string(700, 'x'));
+        must(files->remove(deeper, "file number 3"));
+        must(files->close());
+        // What is on the disk already is replaced in another order.
+        files = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
+        must(files->replace(files->root(), "keep", "value"));
+        put(*files, files->root(), "keep", std::string(5000, 'k'));
+        must(files->close());
+    }
+
+    /// What fsck.fat finds, but for what a power loss may leave.
+    [[nodiscard]] std::string faults(bool after_power_loss) const {
+        const auto checked = run({"fsck.fat", "-n", "-v", fat_disk}, directory_.path());
+        if (!after_power_loss) return checked.status == 0 ? "" : checked.text();
+        std::string faults;
+        for (const auto* const fault :
+             {"share", "free cluster.", "File size is", "Bad", "Duplicate", "does not point", "Start", "Invalid",
+              "size 0", "cluster chain", "First entry", "bad cluster", "beyond"}) {
+            if (checked.out.contains(fault)) faults += checked.out;
+        }
+        return faults;
+    }
+
+    TemporaryDirectory directory_;
+};
+
+const std::vector<std::pair<std::string, std::string>> fat_kinds = {
+    {"-F 12 -s 1", "1M"}, {"-F 16 -s 1", "4M"}, {"-F 32 -s 1", "40M"}, {"-F 16 -S 4096 -s 1", "20M"}};
+
+TEST_F(FatChangeTest, EveryKindIsSoundAfterwards) {
+    for (const auto& [options, size] : fat_kinds) {
+        SCOPED_TRACE(options);
+        const auto files = made(options, size);
+        StorageDisk disk(files.at(fat_disk));
+        change(disk);
+        save(files, directory_.path());
+        EXPECT_EQ(faults(false), "");
+        EXPECT_EQ(shell("mtype -i disk.raw ::/value"), std::string(5000, 'k'));
+        EXPECT_EQ(shell("mtype -i disk.raw '::/dir/Deeper directory/file number 39'"), std::string(700, 'x'));
+        EXPECT_EQ(shell("mdir -b -i disk.raw '::/dir/Deeper directory' | wc -l"), "39\n");
+        EXPECT_THAT(shell("mdir -i disk.raw '::/dir/Deeper directory'"), HasSubstr("2023-11-14  22:13"));
+        EXPECT_EQ(shell("mdir -b -i disk.raw ::/dir | grep -ci old.txt || true"), "0\n");
+    }
+}
+
+TEST_F(FatChangeTest, APowerLossLeavesAtMostLostClusters) {
+    for (const auto& [options, size] : fat_kinds) {
+        if (size == "40M" && effort() == 1) continue;  // each state takes its time
+        auto before = made(options, size);
+        StorageLog log;
+        const auto files = copy_of(before);
+        StorageDisk disk(std::make_shared<RecordingStorage>(files.at(fat_disk), fat_disk, log));
+        change(disk);
+        CrashStates states(log, before);
+        auto random = Random::named("fat " + options);
+        const auto step = std::max<std::size_t>(log.events().size() / (12 * effort()), 1);
+        for (std::size_t moment = 1; moment <= log.events().size(); moment += random.between(1, 2 * step)) {
+            states.advance(moment);
+            const auto seed = random.below(1U << 30);
+            const bool all = random.chance(25);
+            SCOPED_TRACE(fmt::format("{}: power loss before event {} of {}, seed {}, all {}", options, moment,
+                                     log.events().size(), seed, all));
+            const auto crashed = states.build([&](std::size_t event, std::uint64_t sector) {
+                return all || Random(seed ^ event << 32 ^ sector).chance(50);
+            });
+            save(crashed, directory_.path());
+            ASSERT_EQ(faults(true), "");
+            const auto read = must(open_file_system(std::make_shared<StorageDisk>(crashed.at(fat_disk))));
+            EXPECT_EQ(contents(*read, "/dir/a long name"), std::string(5000, 'k'));
+            EXPECT_THAT(contents(*read, "/value"),
+                        testing::AnyOf(std::string(9000, 'o'), std::string(12'000, 'n'), std::string(5000, 'k')));
+        }
+    }
+}
+
+TEST_F(FatChangeTest, FilesGrowAndShrink) {
+    const auto files = made("-F 16 -s 1", "4M");
+    StorageDisk disk(files.at(fat_disk));
+    auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
+    const auto inode = put(*opened, opened->root(), "sparse", "begin");
+    const std::string end = "end";
+    must(opened->write(inode, 10'000, std::as_bytes(std::span(end))));
+    auto expected = "begin" + std::string(9995, '\0') + "end";
+    EXPECT_TRUE(contents(*opened, "/sparse") == expected);
+    must(opened->truncate(inode, 600));
+    must(opened->truncate(inode, 3000));
+    expected.resize(600);
+    expected.resize(3000);
+    EXPECT_TRUE(contents(*opened, "/sparse") == expected);
+    must(opened->truncate(must(find_path(*opened, "/value")), 0));
+    EXPECT_TRUE(fails(opened->truncate(inode, 1ULL << 32), Errc::invalid_argument, {"less than 4 GiB"}));
+    must(opened->close());
+    save(files, directory_.path());
+    EXPECT_EQ(faults(false), "");
+    EXPECT_TRUE(shell("mtype -i disk.raw ::/sparse") == expected);
+}
+
+TEST_F(FatChangeTest, FullOnesStayAsTheyAre) {
+    const auto files = made("-F 12 -s 1 -r 16", "200K");
+    StorageDisk disk(files.at(fat_disk));
+    auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
+    const auto root = opened->root();
+    const auto inode = must(opened->create(root, "large", node(FileType::regular)));
+    const std::string large(300'000, 'l');
+    EXPECT_TRUE(fails(opened->write(inode, 0, std::as_bytes(std::span(large))), Errc::no_space, {"full"}));
+    must(opened->remove(root, "large"));
+    // The space of a file that was removed is there again.
+    must(opened->remove(root, "value"));
+    const std::string most(150'000, 'm');
+    put(*opened, root, "most", most);
+    EXPECT_TRUE(fails(opened->create(root, std::string(200, 'n'), node(FileType::regular)), Errc::no_space,
+                      {"the root directory is full"}));
+    must(opened->close());
+    save(files, directory_.path());
+    EXPECT_EQ(faults(false), "");
+    EXPECT_TRUE(shell("mtype -i disk.raw ::/most") == most);
+}
+
+TEST_F(FatChangeTest, NamesAreComparedAsFatDoes) {
+    const auto files = made("-F 16 -s 1", "4M");
+    StorageDisk disk(files.at(fat_disk));
+    auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
+    const auto root = opened->root();
+    const auto refused = [&](const std::string& name, std::string_view what) {
+        EXPECT_TRUE(fails(opened->create(root, name, node(FileType::regular)), Errc::invalid_argument, {what})) << name;
+    };
+    put(*opened, root, "Größe and more.txt", "1");
+    refused("GRÖSSE?", "character");
+    refused("GRÖßE AND MORE.TXT", "exists");
+    refused("gr__ea~1.txt", "exists");
+    refused("VALUE", "exists");
+    refused("aux.c", "device");
+    refused("dot.", "end with a dot");
+    EXPECT_TRUE(fails(opened->create(root, "link", node(FileType::symbolic_link)), Errc::invalid_argument,
+                      {"only regular files and directories"}));
+    EXPECT_EQ(must(find_path(*opened, "/DIR/A LONG NAME")), must(find_path(*opened, "/dir/a long name")));
+    EXPECT_TRUE(fails(opened->remove(root, "dir"), Errc::invalid_argument, {"not empty"}));
+    // A short name is free again when its file is removed.
+    put(*opened, root, "again.txt", "1");
+    must(opened->remove(root, "AGAIN.TXT"));
+    put(*opened, root, "again.txt", "2");
+    must(opened->close());
+    save(files, directory_.path());
+    EXPECT_EQ(faults(false), "");
+    EXPECT_THAT(shell("mdir -i disk.raw ::/"), HasSubstr("AGAIN    TXT"));
+}
+
+TEST_F(FatChangeTest, WhatIsInUseOrDamagedIsRefused) {
+    const auto refused = [&](const std::string& script, Errc code, std::string_view what) {
+        static_cast<void>(made("-F 16 -s 1", "4M"));
+        shell(script);
+        const std::shared_ptr<Storage> storage = load(directory_.file(fat_disk), fat_disk);
+        EXPECT_TRUE(fails(open_file_system(std::make_shared<StorageDisk>(storage), Access::write), code, {what}))
+            << script;
+    };
+    const auto set = [](const std::string& at, const std::string& bytes) {
+        return fmt::format("printf '{}' | dd of=disk.raw bs=1 seek=$(({})) conv=notrunc status=none; ", bytes, at);
+    };
+    const std::string sizes =
+        "number() { od -An -tu2 -j$1 -N2 disk.raw | tr -d ' '; }; start=$((512 * $(number 14))); "
+        "size=$((512 * $(number 22))); ";
+    const auto set_link = [&](unsigned at, const std::string& bytes) {
+        return sizes + set(fmt::format("start + {}", at), bytes) + set(fmt::format("start + size + {}", at), bytes);
+    };
+    refused(set("37", "\\x01"), Errc::unsupported, "was not unmounted");
+    refused("truncate -s 3M disk.raw", Errc::corrupt, "the disk ends");
+    refused(set_link(3, "\\x7f"), Errc::unsupported, "was not unmounted");
+    refused(set_link(3, "\\xbf"), Errc::corrupt, "marked as damaged");
+    refused(sizes + set("start + 100", "\\x7f"), Errc::corrupt, "copies of its table of clusters differ");
+}
+
+TEST_F(FatChangeTest, DirectoriesWithManyFilesAreChangedQuickly) {
+    shell("truncate -s 64M disk.raw; mkfs.fat -F 32 -s 1 disk.raw > /dev/null");
+    const Files files = {{fat_disk, load(directory_.file(fat_disk), fat_disk)}};
+    StorageDisk disk(files.at(fat_disk));
+    auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
+    const auto directory = must(opened->create(opened->root(), "many", node(FileType::directory)));
+    std::size_t made = 0;
+    // Two entries each, and a directory has 65536.
+    while (opened->create(directory, fmt::format("file.{:05}", made), node(FileType::regular))) ++made;
+    EXPECT_EQ(made, 32767U);
+    must(opened->close());
+    save(files, directory_.path());
+    EXPECT_EQ(faults(false), "");
+}
+
+}  // namespace
+}  // namespace qcow::test
