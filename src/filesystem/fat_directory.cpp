@@ -99,11 +99,17 @@ std::span<std::byte> FatDirectory::change(std::size_t slot) {
     return std::span(bytes_).subspan(slot * entry_bytes, entry_bytes);
 }
 
-std::optional<std::size_t> FatDirectory::room_for(std::size_t entries) const {
+bool FatDirectory::is_free(std::size_t slot) const {
+    const auto mark = bytes_[slot * entry_bytes];
+    return mark == end_mark || mark == removed_mark;
+}
+
+std::optional<std::size_t> FatDirectory::room_for(std::size_t entries) {
+    const auto slots = bytes_.size() / entry_bytes;
+    while (first_free_ < slots && !is_free(first_free_)) ++first_free_;
     std::size_t free = 0;
-    for (std::size_t slot = 0; slot < bytes_.size() / entry_bytes; ++slot) {
-        const auto mark = bytes_[slot * entry_bytes];
-        free = mark == end_mark || mark == removed_mark ? free + 1 : 0;
+    for (auto slot = first_free_; slot < slots; ++slot) {
+        free = is_free(slot) ? free + 1 : 0;
         if (free == entries) return slot + 1 - entries;
     }
     return {};
@@ -132,6 +138,7 @@ const FatDirectory::File& FatDirectory::add(std::size_t at, const std::string& n
 
 void FatDirectory::remove(const File& file) {
     for (auto slot = file.first; slot <= file.slot; ++slot) change(slot)[0] = removed_mark;
+    first_free_ = std::min(first_free_, file.first);
     short_names_.release(file.short_name);
     aliases_.erase(file.short_name);
     const auto key = *folded(file.name);

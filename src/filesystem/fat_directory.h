@@ -40,7 +40,7 @@ public:
     std::span<std::byte> change(std::size_t slot);
 
     /// Where so many free entries lie one behind the other; none: the directory must be longer.
-    [[nodiscard]] std::optional<std::size_t> room_for(std::size_t entries) const;
+    [[nodiscard]] std::optional<std::size_t> room_for(std::size_t entries);
     /// Appends free entries.
     void grow(std::uint64_t bytes) { bytes_.resize(bytes_.size() + bytes); }
     [[nodiscard]] std::uint64_t size() const { return bytes_.size(); }
@@ -58,10 +58,12 @@ public:
     }
 
 private:
+    [[nodiscard]] bool is_free(std::size_t slot) const;
     Result<void> add_parsed(std::string name, std::size_t slot);
 
     std::vector<std::byte> bytes_;
     std::uint64_t sector_ = 512;
+    std::size_t first_free_ = 0;                     // no slot in front of it is free
     std::map<std::u16string, File> files_;           // by their folded names
     std::map<std::string, std::u16string> aliases_;  // from short to folded names
     fat::ShortNames short_names_;
