@@ -295,10 +295,11 @@ qcow::Result<void> verify(const Options& options) {
     if (!options.guests.empty() && options.guests.size() != options.images.size())
         return refuse("option --vhost-user", "each image needs a socket of its own; repeat the option");
     for (const auto& socket : options.guests) {
-        if (socket.starts_with("fd:") && !descriptor_of(socket))
+        if (socket.starts_with("fd:") && !descriptor_of(socket)) {
             return refuse("option --vhost-user",
                           fmt::format("{} has no number of a file descriptor; write ./{} for a path",
                                       qcow::printable(socket), qcow::printable(socket)));
+        }
     }
     if (options.serials.size() > options.guests.size())
         return refuse("option --serial", "it is given more often than there are images");

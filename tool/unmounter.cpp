@@ -67,7 +67,7 @@ qcow::Result<void> Unmounter::start(const std::string& target) {
     return {};
 }
 
-void Unmounter::unmount(const std::string& target) {
+void Unmounter::unmount(const std::string& target) const {
     char byte = 0;
     if (socket_ < 0) return qcow::Mount::unmount(target);
     if (send(socket_, &byte, 1, MSG_NOSIGNAL) != 1) {

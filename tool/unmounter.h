@@ -21,7 +21,7 @@ public:
     qcow::Result<void> start(const std::string& target);
 
     /// Has it unmount, and waits for that. Without start(), this process unmounts.
-    void unmount(const std::string& target);
+    void unmount(const std::string& target) const;
 
 private:
     int socket_ = -1;

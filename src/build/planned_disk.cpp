@@ -63,7 +63,7 @@ Result<void> PlannedDisk::read_pages(std::uint64_t at, std::span<std::byte> to) 
         const auto start = page->first * page_bytes;
         const auto* bytes = page->second.bytes.get();
         if (bytes == nullptr) {
-            TRY_VOID(scratch_.read(start, from_file));
+            TRY_VOID(scratch_.read(page->second.in_scratch, from_file));
             bytes = &from_file;
         }
         for (unsigned i = 0; i < page_sectors; ++i) {
@@ -127,11 +127,14 @@ Result<void> PlannedDisk::write_page(std::uint64_t number, std::size_t inside, s
         if (pages_in_memory_ < most_pages_) {
             found->second.bytes = std::make_unique<std::array<std::byte, page_bytes>>();
             ++pages_in_memory_;
+        } else {
+            found->second.in_scratch = scratch_end_;
+            scratch_end_ += page_bytes;
         }
     }
     auto& page = found->second;
     for (auto i = inside / sector; i * sector < inside + from.size(); ++i) page.written.set(i);
-    if (!page.bytes) return scratch_.write(number * page_bytes + inside, from);
+    if (!page.bytes) return scratch_.write(page.in_scratch + inside, from);
     std::memcpy(page.bytes->data() + inside, from.data(), from.size());
     return {};
 }

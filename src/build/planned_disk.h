@@ -51,6 +51,7 @@ private:
     struct Page {
         std::bitset<page_sectors> written;
         std::unique_ptr<std::array<std::byte, page_bytes>> bytes;  // null: they are in the temporary file
+        std::uint64_t in_scratch = 0;                              // where they begin there
     };
     struct Placed {
         std::uint64_t at;
@@ -68,7 +69,8 @@ private:
     std::size_t most_pages_;
     std::size_t pages_in_memory_ = 0;
     std::map<std::uint64_t, Page> pages_;  // by number
-    ScratchFile scratch_;                  // pages, at their place on the disk
+    std::uint64_t scratch_end_ = 0;
+    ScratchFile scratch_;  // pages, in the order in which they were first written
     std::vector<Placed> placed_;
     bool sealed_ = false;
 };

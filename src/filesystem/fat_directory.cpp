@@ -62,12 +62,12 @@ Result<void> FatDirectory::load(std::vector<std::byte> bytes, std::uint64_t sect
         // "." and ".." are no files, and neither are labels and entries of long names.
         if (raw[0] == removed_mark || raw[0] == std::byte{'.'} || (attributes_of(raw) & is_label) != 0) continue;
         if (name.empty()) name = text_of_short_name(raw);
-        TRY_VOID(add_parsed(std::move(name), slot));
+        TRY_VOID(add_parsed(name, slot));
     }
     return {};
 }
 
-Result<void> FatDirectory::add_parsed(std::string name, std::size_t slot) {
+Result<void> FatDirectory::add_parsed(const std::string& name, std::size_t slot) {
     const auto sum = sum_of(entry(slot).first(attributes_at));
     const auto belongs = [&](std::size_t to) {
         const auto raw = entry(to);

@@ -59,7 +59,7 @@ public:
 
 private:
     [[nodiscard]] bool is_free(std::size_t slot) const;
-    Result<void> add_parsed(std::string name, std::size_t slot);
+    Result<void> add_parsed(const std::string& name, std::size_t slot);
 
     std::vector<std::byte> bytes_;
     std::uint64_t sector_ = 512;

@@ -141,8 +141,6 @@ class Header {
 public:
     static Result<std::unique_ptr<Header>> read(const Storage& file) {
         const auto* const functions = TRY(library());
-        auto copy = TRY(Copy::make(file));
-        std::unique_ptr<Header> header(new Header(file, *functions, std::move(copy)));
         std::array<std::byte, 16> start = {};
         TRY(file.read({0}, start));
         const auto bytes = load_be<std::uint64_t>(start, 8);
@@ -152,7 +150,9 @@ public:
             return corrupt(
                 fmt::format("the file has {} bytes, and the two copies of the header take {}", there, 2 * bytes));
         }
-        TRY_VOID(header->copy_->add({0}, 2 * bytes));
+        auto copy = TRY(Copy::make(file));
+        TRY_VOID(copy->add({0}, 2 * bytes));
+        std::unique_ptr<Header> header(new Header(file, *functions, std::move(copy)));
         if (auto loaded = header->load(); !loaded) {
             if (!TRY(has_right_checksum(file, {0}, bytes)) && !TRY(has_right_checksum(file, {bytes}, bytes)))
                 return corrupt("the checksums of both copies of the header are wrong");

@@ -108,9 +108,10 @@ std::unexpected<Error> wrong_key(const Area& area, const Luks1Header& header) {
     auto why = used == 0 ? "no key slot is in use: nobody can read its data any more"
                          : fmt::format("the key is wrong: it opens none of the {} key slots in use", used);
     const auto odd = std::ranges::find(header.slots, false, &LuksSlot::marked);
-    if (odd != header.slots.end())
+    if (odd != header.slots.end()) {
         why += fmt::format("; key slot {} is damaged: it is marked neither as used nor as unused",
                            odd - header.slots.begin());
+    }
     return fail(Errc::encrypted, area.file.name(), std::move(why));
 }
 
