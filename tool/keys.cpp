@@ -171,12 +171,15 @@ std::unexpected<qcow::Error> no_way_to_ask(const std::string& file) {
                                        "--object secret,id=ID,file=FILE gives it"});
 }
 
-/// The next key that options give, if there is one.
-Result<std::optional<Secret>> given_key(const std::string& file) {
+/// Which one of several keys is meant.
+enum class Turn : std::uint8_t { next, last };
+
+/// The key that options give, if they give one.
+Result<std::optional<Secret>> given_key(const std::string& file, Turn turn) {
     auto& all = arguments();
     const std::size_t keys = all.files.size() + all.descriptors.size();
     if (keys > 0) {
-        const std::size_t i = std::min(all.taken++, keys - 1);
+        const std::size_t i = turn == Turn::last ? keys - 1 : std::min(all.taken++, keys - 1);
         if (i < all.files.size()) return QCOW_TRY(read_key_file(all.files[i]));
         const int fd = all.descriptors[i - all.files.size()];
         return QCOW_TRY(read_secret(fd, fmt::format("--key-fd {}", fd), false));
@@ -193,7 +196,7 @@ Result<Secret> find_key(const qcow::KeyRequest& request, const std::vector<std::
     auto& known = arguments().known;
     if (const auto found = known.find(request.file); found != known.end())
         return Secret(std::as_const(found->second).bytes());
-    auto key = QCOW_TRY(given_key(request.file));
+    auto key = QCOW_TRY(given_key(request.file, Turn::next));
     if (!key) key = QCOW_TRY(ask(fmt::format("Key of {}: ", qcow::printable(request.file))));
     if (!key) return no_way_to_ask(request.file);
     known.insert_or_assign(request.file, Secret(std::as_const(*key).bytes()));
@@ -211,7 +214,8 @@ void add_key_options(CLI::App& app) {
         ->allow_extra_args(false);
     app.add_option("--key", all.files,
                    "Take the key of an encrypted image from this file, as it is, or from a line of standard input\n"
-                   "(-). Repeated: of the next encrypted image or layer (default: ask on the terminal)")
+                   "(-). Repeated: of the next encrypted image or layer; of a new image, the last one (default:\n"
+                   "ask on the terminal)")
         ->type_name("FILE")
         ->allow_extra_args(false)
         ->check(name_text);
@@ -230,7 +234,7 @@ Result<std::shared_ptr<const Secret>> secret_of(const std::string& id) {
 }
 
 Result<std::shared_ptr<const Secret>> new_key(const std::string& path) {
-    auto key = QCOW_TRY(given_key(path));
+    auto key = QCOW_TRY(given_key(path, Turn::last));
     if (!key) {
         const auto name = qcow::printable(path);
         key = QCOW_TRY(ask(fmt::format("New key of {}: ", name)));

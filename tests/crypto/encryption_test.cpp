@@ -220,6 +220,10 @@ TEST_F(EncryptionTest, ChainsWithAKeyForEachLayer) {
     EXPECT_TRUE(bytes_of("out.raw") == bytes_of("disk.raw"));
     must_qemu_img(joined_arguments({"compare"}, joined_arguments(secrets, {over, "driver=raw,file.filename=disk.raw"})),
                   directory_.path());
+    std::ofstream(directory_.file("new")) << "a new key";
+    must_tool({"convert", "-O", "luks", "-o", "iter-time=10", "--key", "other", "--key", "key", "--key", "new",
+               "over.qcow2", "new.luks"});
+    EXPECT_EQ(tool({"compare", "--key", "new", "-f", "luks", "-F", "raw", "new.luks", "disk.raw"}).status, 0);
     must_tool({"commit", "--key", "other", "--key", "key", "over.qcow2"});
     expect_qemu_reads("qcow2", "base.qcow2", "committed");
 }
