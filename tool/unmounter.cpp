@@ -39,6 +39,7 @@ std::optional<dev_t> device_of(const std::string& path) {
     while (read(0, &byte, 1) < 0 && errno == EINTR) continue;
     // Not what somebody has mounted there since.
     if (device_of(target) == device) qcow::Mount::unmount(target);
+    send(0, &byte, 1, MSG_NOSIGNAL);
     _exit(0);
 }
 
@@ -68,14 +69,18 @@ qcow::Result<void> Unmounter::start(const std::string& target) {
 }
 
 void Unmounter::unmount(const std::string& target) const {
-    char byte = 0;
     if (socket_ < 0) return qcow::Mount::unmount(target);
-    if (send(socket_, &byte, 1, MSG_NOSIGNAL) != 1) {
-        return complain(fmt::format("{}: the process that unmounts is gone; use fusermount3 -u or umount",
-                                    qcow::printable(target)));
+    char byte = 0;
+    // It may also die between the question and the answer.
+    ssize_t answer = send(socket_, &byte, 1, MSG_NOSIGNAL);
+    if (answer == 1) {
+        do {
+            answer = read(socket_, &byte, 1);
+        } while (answer < 0 && errno == EINTR);
     }
-    // The other end is closed when it is done.
-    while (read(socket_, &byte, 1) < 0 && errno == EINTR) continue;
+    if (answer == 1) return;
+    complain(
+        fmt::format("{}: the process that unmounts is gone; use fusermount3 -u or umount", qcow::printable(target)));
 }
 
 }  // namespace tool
