@@ -184,9 +184,10 @@ Result<std::optional<Secret>> given_key(const std::string& file, Turn turn) {
         const int fd = all.descriptors[i - all.files.size()];
         return QCOW_TRY(read_secret(fd, fmt::format("--key-fd {}", fd), false));
     }
-    if (all.objects.size() > 1)
+    if (all.objects.size() > 1) {
         return refuse(file,
                       "there are several secrets; say with --image-opts which is its key (encrypt.key-secret=ID)");
+    }
     if (all.objects.empty()) return std::nullopt;
     return QCOW_TRY(value_of(QCOW_TRY(parse_object(all.objects.front()))));
 }

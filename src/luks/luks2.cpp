@@ -159,6 +159,7 @@ public:
             return std::unexpected(std::move(loaded).error());
         }
         return header;
+        // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): it does not see that the header owns the copy
     }
     Header(const Header&) = delete;
     Header& operator=(const Header&) = delete;
