@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "failure.h"
 #include "qcow/bitmaps.h"
 #include "running.h"
 
@@ -12,7 +13,7 @@ namespace {
 
 using Kind = qcow::BitmapAction::Kind;
 
-struct Options {
+struct BitmapOptions {
     Target target;
     Running running;
     std::string bitmap;
@@ -20,10 +21,6 @@ struct Options {
     std::string granularity;
     Source source;
 };
-
-std::unexpected<qcow::Error> refuse(std::string place, std::string what) {
-    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(place), std::move(what)});
-}
 
 struct ActionOption {
     std::string_view name;
@@ -34,7 +31,7 @@ constexpr ActionOption action_options[] = {{"--add", Kind::add},         {"--rem
                                            {"--disable", Kind::disable}, {"--merge", Kind::merge}};
 
 /// The actions, in the order of the command line.
-qcow::Result<std::vector<qcow::BitmapAction>> actions_of(const CLI::App& app, const Options& options) {
+qcow::Result<std::vector<qcow::BitmapAction>> actions_of(const CLI::App& app, const BitmapOptions& options) {
     std::vector<qcow::BitmapAction> actions;
     std::size_t merged = 0;
     const auto has = [&](Kind kind) {
@@ -76,7 +73,7 @@ qcow::Result<int> change_running(const Running& running, const std::vector<qcow:
     return ok;
 }
 
-qcow::Result<int> run(const CLI::App& app, Options& options) {
+qcow::Result<int> run(const CLI::App& app, BitmapOptions& options) {
     options.bitmap = QCOW_TRY(value_without_image(options.running, options.target.path, options.bitmap, "BITMAP"));
     if (options.running.named()) {
         if (!options.source.path.empty())
@@ -100,7 +97,7 @@ qcow::Result<int> run(const CLI::App& app, Options& options) {
 }  // namespace
 
 void declare_bitmap(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<BitmapOptions>();
     const auto self = std::make_shared<CLI::App*>();
     auto& app = declare(
         root, status, "bitmap", "Add, remove, clear, enable, disable or merge the persistent bitmaps of an image",

@@ -14,6 +14,7 @@
 
 #include "command.h"
 #include "create_options.h"
+#include "failure.h"
 #include "keys.h"
 #include "progress.h"
 #include "qcow/text.h"
@@ -23,7 +24,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct BuildOptions {
     std::vector<std::string> sources;  // the specification, or the layers of --fs
     std::string output;
     std::string filesystem;  // empty: a specification
@@ -44,12 +45,8 @@ struct Options {
     unsigned workers = 0;
 };
 
-std::unexpected<qcow::Error> refuse(std::string place, std::string what) {
-    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(place), std::move(what)});
-}
-
 /// Reads a specification. What is longer than any may be cut, and is refused when it is parsed.
-qcow::Result<std::string> contents_of(const std::string& path) {
+qcow::Result<std::string> text_of_file(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     std::string text(qcow::longest_build_spec + 1, '\0');
     file.read(text.data(), static_cast<std::streamsize>(text.size()));
@@ -70,7 +67,7 @@ const std::map<std::string, qcow::FilesystemSpec::Type> filesystem_types = {
 };
 
 /// The specification that --fs and its options stand for.
-qcow::Result<qcow::BuildSpec> spec_of_filesystem(const Options& options) {
+qcow::Result<qcow::BuildSpec> spec_of_filesystem(const BuildOptions& options) {
     qcow::FilesystemSpec filesystem;
     filesystem.type = filesystem_types.at(options.filesystem);
     filesystem.sources = options.sources;
@@ -84,7 +81,7 @@ qcow::Result<qcow::BuildSpec> spec_of_filesystem(const Options& options) {
     return spec;
 }
 
-qcow::Result<qcow::BuildSpec> spec_of_file(const Options& options) {
+qcow::Result<qcow::BuildSpec> spec_of_file(const BuildOptions& options) {
     if (options.sources.size() != 1)
         return refuse("SPEC", "is a single file; to build a file system from several directories, use --fs");
     for (const auto* given : {&options.size, &options.label, &options.owner, &options.free}) {
@@ -93,7 +90,7 @@ qcow::Result<qcow::BuildSpec> spec_of_file(const Options& options) {
     const auto& path = options.sources.front();
     if (std::filesystem::is_directory(path))
         return refuse(qcow::printable(path), "is a directory; to build a file system from it, use --fs ext4");
-    const auto text = QCOW_TRY(contents_of(path));
+    const auto text = QCOW_TRY(text_of_file(path));
     const auto directory =
         options.directory.empty() ? std::filesystem::path(path).parent_path().string() : options.directory;
     auto spec = QCOW_TRY(qcow::parse_build_spec(text, path, directory));
@@ -113,12 +110,12 @@ qcow::Result<std::optional<std::int64_t>> time_of_build() {
     return time;
 }
 
-qcow::Format format_of(const Options& options) {
+qcow::Format format_of(const BuildOptions& options) {
     if (!options.target_format.empty()) return *qcow::format_from_name(options.target_format);
     return options.output.ends_with(".qcow2") ? qcow::Format::qcow2 : qcow::Format::raw;
 }
 
-qcow::Result<qcow::BuildJob> job_of(const Options& options) {
+qcow::Result<qcow::BuildJob> build_job(const BuildOptions& options) {
     QCOW_TRY_VOID(verify_names_a_file(options.output));
     qcow::BuildJob job;
     job.spec = QCOW_TRY(options.filesystem.empty() ? spec_of_file(options) : spec_of_filesystem(options));
@@ -136,7 +133,7 @@ qcow::Result<qcow::BuildJob> job_of(const Options& options) {
     return job;
 }
 
-void print_result(const qcow::BuildResult& result, const Options& options) {
+void print_built(const qcow::BuildResult& result, const BuildOptions& options) {
     if (options.json) {
         Json parts = Json::array();
         for (const auto& part : result.parts) {
@@ -168,8 +165,8 @@ void print_result(const qcow::BuildResult& result, const Options& options) {
     table.print();
 }
 
-qcow::Result<int> run(const Options& options) {
-    const auto job = QCOW_TRY(job_of(options));
+qcow::Result<int> run(const BuildOptions& options) {
+    const auto job = QCOW_TRY(build_job(options));
     const auto built = [&] {
         Progress progress("building", options.progress);
         const CleanUpOnSignals clean_up;
@@ -178,14 +175,14 @@ qcow::Result<int> run(const Options& options) {
                             .warn = warn_on_stderr("-O")});
     }();
     if (!built) return std::unexpected(built.error());
-    print_result(*built, options);
+    print_built(*built, options);
     return ok;
 }
 
 }  // namespace
 
 void declare_build(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<BuildOptions>();
     auto& app = declare(
         root, status, "build", "Build a disk from directories, archives and other disks",
         "SPEC is a file in TOML that says which partitions and file systems the disk has, and what is in them.\n"
@@ -243,7 +240,7 @@ void declare_build(CLI::App& root, int& status) {
         ->type_name("NUMBER")
         ->check(whole_number(1, 19))
         ->needs(compress);
-    add_options_option(app, options->image.options, "Options of the image: name=value,... as for qcow create -o",
+    add_options_option(app, options->image.options, "BuildOptions of the image: name=value,... as for qcow create -o",
                        "--option");
     app.add_option("-B,--target-backing", options->image.backing,
                    "Backing file of the disk, which stores only what differs")

@@ -16,7 +16,7 @@ constexpr int corrupt = 2;
 constexpr int harmless = 3;
 constexpr int no_check = 63;  // as in qemu-img
 
-struct Options {
+struct CheckOptions {
     Source source;
     bool json = false;
     bool progress = false;
@@ -37,7 +37,7 @@ std::string_view severity_name(qcow::CheckFinding::Severity severity) {
     return "";
 }
 
-std::string_view kind_name(qcow::CheckFinding::Kind kind) {
+std::string_view finding_name(qcow::CheckFinding::Kind kind) {
     using Kind = qcow::CheckFinding::Kind;
     switch (kind) {
         case Kind::other: return "other";
@@ -77,7 +77,7 @@ std::string_view remedy_name(qcow::CheckFinding::Remedy remedy) {
 
 Json finding_json(const qcow::CheckFinding& finding) {
     Json json = {{"severity", severity_name(finding.severity)},
-                 {"kind", kind_name(finding.kind)},
+                 {"kind", finding_name(finding.kind)},
                  {"place", finding.place},
                  {"what", finding.what},
                  {"remedy", remedy_name(finding.remedy)}};
@@ -218,13 +218,13 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
     print_advice(report, path);
 }
 
-int status_of(const qcow::CheckReport& report) {
+int check_status(const qcow::CheckReport& report) {
     if (report.corruptions > 0) return corrupt;
     if (report.errors > 0) return failed;
     return report.leaks + report.postponed > 0 ? harmless : ok;
 }
 
-qcow::Result<int> run_check(const Options& options, const qcow::JobControl& control) {
+qcow::Result<int> run_check(const CheckOptions& options, const qcow::JobControl& control) {
     qcow::CheckOptions check;
     check.workers = options.workers;
     check.memory_bytes = parse_size(options.memory);
@@ -235,7 +235,7 @@ qcow::Result<int> run_check(const Options& options, const qcow::JobControl& cont
     } else {
         print_report(report, options.source.path);
     }
-    return status_of(report);
+    return check_status(report);
 }
 
 void print_repair(const qcow::RepairResult& result, bool dry_run) {
@@ -259,7 +259,7 @@ void print_repair(const qcow::RepairResult& result, bool dry_run) {
     fmt::print("the check after {} repair:\n", dry_run ? "such a" : "the");
 }
 
-qcow::Result<int> run_repair(const Options& options, const qcow::JobControl& control) {
+qcow::Result<int> run_repair(const CheckOptions& options, const qcow::JobControl& control) {
     const bool all = options.repair == "all";
     qcow::RepairOptions repair;
     repair.what = all ? qcow::RepairOptions::What::all : qcow::RepairOptions::What::leaks;
@@ -293,10 +293,10 @@ qcow::Result<int> run_repair(const Options& options, const qcow::JobControl& con
         print_repair(result, options.dry_run);
         print_report(result.after, options.source.path);
     }
-    return status_of(result.after);
+    return check_status(result.after);
 }
 
-qcow::Result<int> run_job(const Options& options) {
+qcow::Result<int> run_job(const CheckOptions& options) {
     const bool repairs = !options.repair.empty();
     // A check that only reads ends at once.
     const auto signals = repairs ? std::make_unique<StopOnSignals>() : nullptr;
@@ -316,7 +316,7 @@ qcow::Result<bool> lacks_check(const Source& source) {
     return image && (*image)->format() != qcow::Format::qcow2;
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const CheckOptions& options) {
     QCOW_TRY_VOID(verify_is_not_stdin(options.source.path));
     const auto done = run_job(options);
     if (done || done.error().code != qcow::Errc::unsupported || !QCOW_TRY(lacks_check(options.source))) return done;
@@ -327,7 +327,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_check(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<CheckOptions>();
     auto& app = declare(
         root, status, "check", "Check the metadata of an image, and repair it",
         "Counts the references to each cluster and compares them with the refcounts. Verifies all tables, snapshots\n"

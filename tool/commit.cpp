@@ -8,7 +8,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct CommitOptions {
     Target target;
     std::string base;
     bool keep = false;
@@ -16,7 +16,7 @@ struct Options {
     unsigned workers = 0;
 };
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const CommitOptions& options) {
     QCOW_TRY_VOID(verify_is_not_stdin(options.target.path));
     const StopOnSignals signals;
     Progress progress("committing", options.progress);
@@ -36,7 +36,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_commit(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<CommitOptions>();
     auto& app = declare(
         root, status, "commit", "Write the contents of an image into its backing file",
         "The contents of the disk stay the same: commit writes what IMAGE stores into its backing file, and then\n"

@@ -12,7 +12,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct CompactOptions {
     Source source;
     bool zeroes = false;
     bool compress = false;
@@ -23,7 +23,7 @@ struct Options {
     unsigned workers = 0;
 };
 
-void print_result(const qcow::CompactResult& result, const Options& options) {
+void print_compacted(const qcow::CompactResult& result, const CompactOptions& options) {
     const auto path = qcow::printable(options.source.path);
     if (!result.changed) {
         fmt::print("{}: {}, nothing to give back\n", path, human(result.size_after));
@@ -42,7 +42,7 @@ void print_result(const qcow::CompactResult& result, const Options& options) {
         fmt::print("{} clusters {} compressed\n", result.compressed_clusters, options.dry_run ? "would be" : "were");
 }
 
-Json result_json(const qcow::CompactResult& result, const Options& options) {
+Json result_json(const qcow::CompactResult& result, const CompactOptions& options) {
     return {{"filename", options.source.path},
             {"size-before", result.size_before},
             {"size-after", result.size_after},
@@ -56,7 +56,7 @@ Json result_json(const qcow::CompactResult& result, const Options& options) {
             {"dry-run", options.dry_run}};
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const CompactOptions& options) {
     QCOW_TRY_VOID(verify_is_not_stdin(options.source.path));
     const StopOnSignals signals;
     Progress progress("compacting", options.progress);
@@ -75,7 +75,7 @@ qcow::Result<int> run(const Options& options) {
     if (options.json) {
         print_json(result_json(result, options));
     } else {
-        print_result(result, options);
+        print_compacted(result, options);
     }
     return ok;
 }
@@ -83,7 +83,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_compact(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<CompactOptions>();
     auto& app = declare(
         root, status, "compact", "Give the unused space of an image back, in place",
         "Clusters at the end of the file move into free ones in front, and the file is cut. The contents of the disk,\n"

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int different = 1;
 
-struct Options {
+struct CompareOptions {
     Source a;
     Source b;
     bool strict = false;
@@ -25,7 +25,7 @@ struct Options {
 };
 
 /// Returns the exit status that qemu-img has for an error in this step.
-int status_of(qcow::CompareStep failed_in) {
+int compare_status(qcow::CompareStep failed_in) {
     switch (failed_in) {
         case qcow::CompareStep::opening: return 2;
         case qcow::CompareStep::mapping: return 3;
@@ -34,24 +34,24 @@ int status_of(qcow::CompareStep failed_in) {
     return 2;
 }
 
-std::string_view kind_name(qcow::Difference::Kind kind) {
+std::string_view difference_name(qcow::Difference::Kind kind) {
     return kind == qcow::Difference::Kind::contents ? "contents" : "allocation";
 }
 
 /// Prints the line of a difference, for --all.
-void print_difference(const qcow::Difference& difference, const Options& options, bool first) {
+void print_difference(const qcow::Difference& difference, const CompareOptions& options, bool first) {
     const auto& [start, length] = difference.bytes;
     if (options.json) {
         fmt::print("{}\n    {{ \"start\": {}, \"length\": {}, \"kind\": \"{}\" }}", first ? "" : ",", start.value,
-                   length, kind_name(difference.kind));
+                   length, difference_name(difference.kind));
         return;
     }
     if (first) fmt::print("{}\n", paint("START                   LENGTH              DIFFERENCE", Colour::bold));
-    fmt::print("{:#014x}  {:#14x}  {:>10}  {}\n", start.value, length, human(length), kind_name(difference.kind));
+    fmt::print("{:#014x}  {:#14x}  {:>10}  {}\n", start.value, length, human(length), difference_name(difference.kind));
 }
 
 /// Returns the result as JSON, without the outer braces.
-std::string facts(const qcow::CompareResult& result, const Options& options) {
+std::string facts(const qcow::CompareResult& result, const CompareOptions& options) {
     const auto image = [](const Source& source, qcow::Format format, std::uint64_t size) {
         return Json{{"filename", source.path}, {"format", qcow::format_name(format)}, {"virtual-size", size}};
     };
@@ -62,7 +62,7 @@ std::string facts(const qcow::CompareResult& result, const Options& options) {
         {"identical", comparison.identical}};
     if (comparison.first) {
         json["first-difference"] = {{"offset", comparison.first->bytes.start.value},
-                                    {"kind", kind_name(comparison.first->kind)}};
+                                    {"kind", difference_name(comparison.first->kind)}};
     }
     if (options.all) json["different-bytes"] = comparison.different_bytes;
     const auto text = json.dump(2, ' ', true, Json::error_handler_t::replace);
@@ -70,7 +70,7 @@ std::string facts(const qcow::CompareResult& result, const Options& options) {
 }
 
 /// Prints the lines of qemu-img compare, or with --all a summary.
-void print_verdict(const qcow::Comparison& comparison, const Options& options) {
+void print_verdict(const qcow::Comparison& comparison, const CompareOptions& options) {
     const bool sizes_differ = comparison.size_a != comparison.size_b;
     const auto& first = comparison.first;
     const auto common_size = std::min(comparison.size_a, comparison.size_b);
@@ -93,7 +93,7 @@ void print_verdict(const qcow::Comparison& comparison, const Options& options) {
     }
 }
 
-qcow::Result<int> run(Options& options) {
+qcow::Result<int> run(CompareOptions& options) {
     for (auto* source : {&options.a, &options.b}) {
         QCOW_TRY_VOID(name_source(*source, source->path));
         QCOW_TRY_VOID(verify_is_not_stdin(source->path));
@@ -126,7 +126,7 @@ qcow::Result<int> run(Options& options) {
     if (!result) {
         if (lists_json) fmt::print("\n}}\n");
         complain(result.error().message());
-        return status_of(failed_in);
+        return compare_status(failed_in);
     }
     if (options.json && !options.quiet) {
         fmt::print("{}\n{}\n}}\n", lists_json ? "," : "{", facts(*result, options));
@@ -139,7 +139,7 @@ qcow::Result<int> run(Options& options) {
 }  // namespace
 
 void declare_compare(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<CompareOptions>();
     auto& app = declare(
         root, status, "compare", "Compare the contents of two images",
         "Compares what a guest sees. Formats, allocation and backing chains may differ. If one disk is larger, the\n"

@@ -5,7 +5,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct ControlOptions {
     std::string socket;
     std::string command;
     std::vector<std::string> arguments;
@@ -17,7 +17,7 @@ Json value_of(const std::string& text) {
     return value.is_discarded() ? Json(text) : value;
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const ControlOptions& options) {
     Json arguments = Json::object();
     for (const auto& argument : options.arguments) {
         const auto equals = argument.find('=');
@@ -34,7 +34,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_control(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<ControlOptions>();
     auto& app = declare(
         root, status, "control", "Send a command to a running server",
         "Sends one command to the socket of qcow serve --control, and prints what it returns as JSON. Values that are\n"

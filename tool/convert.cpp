@@ -7,6 +7,7 @@
 
 #include "command.h"
 #include "create_options.h"
+#include "failure.h"
 #include "keys.h"
 #include "progress.h"
 #include "qcow/convert.h"
@@ -22,7 +23,7 @@ namespace {
 /// The exit status of a salvage that could not read everything.
 constexpr int lost_something = 3;
 
-struct Options {
+struct ConvertOptions {
     Source source;                   // how to open each source
     std::vector<std::string> paths;  // the sources, then the target
     std::string target;
@@ -42,12 +43,8 @@ struct Options {
     bool progress = false;
 };
 
-std::unexpected<qcow::Error> refuse(std::string place, std::string what) {
-    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(place), std::move(what)});
-}
-
 /// A new target.
-qcow::Result<qcow::NewImage> new_target(const Options& options) {
+qcow::Result<qcow::NewImage> new_target(const ConvertOptions& options) {
     if (options.cache != "writeback" && options.cache != "unsafe")
         return refuse("--cache " + options.cache, "works only with -n; a new file is flushed once, at the end");
     qcow::NewImage target;
@@ -61,7 +58,7 @@ qcow::Result<qcow::NewImage> new_target(const Options& options) {
 }
 
 /// An existing target. Its backing file does not change: -B only says which it is.
-qcow::Result<qcow::ConvertJob::ExistingTarget> existing_target(const Options& options) {
+qcow::Result<qcow::ConvertJob::ExistingTarget> existing_target(const ConvertOptions& options) {
     const auto& [made, backing, backing_format] = options.image;
     if (!made.empty())
         return refuse(options.target, "-n writes into an existing image, whose options do not change; leave out -o");
@@ -83,7 +80,7 @@ qcow::Result<qcow::ConvertJob::ExistingTarget> existing_target(const Options& op
 }
 
 /// A target that can be written only from front to back.
-qcow::Result<qcow::ConvertJob::StreamTarget> stream_target(const Options& options) {
+qcow::Result<qcow::ConvertJob::StreamTarget> stream_target(const ConvertOptions& options) {
     if (options.existing || (!options.target_format.empty() && options.target_format != "raw") ||
         !options.image.options.empty() || !options.image.backing.empty()) {
         return refuse(options.target,
@@ -94,7 +91,7 @@ qcow::Result<qcow::ConvertJob::StreamTarget> stream_target(const Options& option
     return qcow::ConvertJob::StreamTarget{options.target};
 }
 
-qcow::Result<std::vector<qcow::ConvertJob::Source>> sources(const Options& options) {
+qcow::Result<std::vector<qcow::ConvertJob::Source>> sources(const ConvertOptions& options) {
     const auto paths = std::span(options.paths).first(options.paths.size() - 1);
     if (paths.empty()) return refuse("", "TARGET is missing; usage: qcow convert [OPTIONS] SOURCE... TARGET");
     if (paths.size() > 1 && !options.source.snapshot.empty())
@@ -109,7 +106,7 @@ qcow::Result<std::vector<qcow::ConvertJob::Source>> sources(const Options& optio
     return sources;
 }
 
-qcow::Result<qcow::ConvertJob> job_of(const Options& options) {
+qcow::Result<qcow::ConvertJob> convert_job(const ConvertOptions& options) {
     qcow::ConvertJob job;
     job.sources = QCOW_TRY(sources(options));
     if (qcow::is_stream(options.target)) {
@@ -131,7 +128,7 @@ qcow::Result<qcow::ConvertJob> job_of(const Options& options) {
 
 std::string_view reason_name(qcow::Errc code) { return code == qcow::Errc::io ? "io" : "corrupt"; }
 
-void print_summary(const qcow::Losses& losses, std::uint64_t size, const Options& options) {
+void print_summary(const qcow::Losses& losses, std::uint64_t size, const ConvertOptions& options) {
     Json json = {{"target", options.target},
                  {"source-bytes", size},
                  {"lost-bytes", losses.bytes},
@@ -146,7 +143,7 @@ void print_summary(const qcow::Losses& losses, std::uint64_t size, const Options
     print_json(json);
 }
 
-void tell_losses(const qcow::Losses& losses, const Options& options) {
+void tell_losses(const qcow::Losses& losses, const ConvertOptions& options) {
     for (const auto& [bytes, why] : losses.ranges) {
         complain(fmt::format("lost: guest bytes {:#x} to {:#x} ({}): {}", bytes.start.value,
                              bytes.start.value + bytes.length - 1, human(bytes.length), why.message()));
@@ -156,8 +153,8 @@ void tell_losses(const qcow::Losses& losses, const Options& options) {
                          human_exact(losses.bytes)));
 }
 
-qcow::Result<int> run(const Options& options) {
-    const auto job = QCOW_TRY(job_of(options));
+qcow::Result<int> run(const ConvertOptions& options) {
+    const auto job = QCOW_TRY(convert_job(options));
     // What is new is removed. An image that was there is closed in order.
     std::optional<StopOnSignals> stop;
     if (std::holds_alternative<qcow::ConvertJob::ExistingTarget>(job.target)) stop.emplace();
@@ -188,7 +185,7 @@ public:
 }  // namespace
 
 void declare_convert(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<ConvertOptions>();
     auto& app = declare(
         root, status, "convert", "Copy the contents of images into a raw or qcow2 image",
         "The target gets its name only when it is complete. It then replaces a file with that name, and keeps its\n"

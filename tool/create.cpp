@@ -12,7 +12,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct CreateOptions {
     std::string path;
     std::string size;
     std::string format = "qcow2";
@@ -22,7 +22,7 @@ struct Options {
     bool quiet = false;
 };
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const CreateOptions& options) {
     auto made = QCOW_TRY(parse_create_options(options.image, options.path, *qcow::format_from_name(options.format)));
     if (!options.size.empty() && made.has("size")) {
         return std::unexpected(
@@ -46,7 +46,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_create(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<CreateOptions>();
     auto& app = declare(root, status, "create", "Make a new, empty image",
                         std::string(new_image_help) +
                             "\nExamples:\n"

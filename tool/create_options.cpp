@@ -16,7 +16,7 @@ namespace {
 using Name = std::string;
 using Value = std::string;
 
-std::unexpected<qcow::Error> refuse(const Name& name, std::string what) {
+std::unexpected<qcow::Error> refuse_option(const Name& name, std::string what) {
     return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "option " + name, std::move(what)});
 }
 
@@ -33,7 +33,7 @@ qcow::Result<void> set_word(T& target, const Name& name, const Value& value, con
         }
         known.push_back(word);
     }
-    return refuse(name, not_one_of(value, known));
+    return refuse_option(name, not_one_of(value, known));
 }
 
 qcow::Result<void> set_switch(bool& target, const Name& name, const Value& value) {
@@ -41,19 +41,19 @@ qcow::Result<void> set_switch(bool& target, const Name& name, const Value& value
         return std::ranges::find(words, value) != words.end();
     };
     const bool on = is_one_of({"on", "yes", "true", "y"});
-    if (!on && !is_one_of({"off", "no", "false", "n"})) return refuse(name, not_one_of(value, {"on", "off"}));
+    if (!on && !is_one_of({"off", "no", "false", "n"})) return refuse_option(name, not_one_of(value, {"on", "off"}));
     target = on;
     return {};
 }
 
 qcow::Result<void> set_size(std::uint64_t& target, const Name& name, const Value& value) {
-    if (auto wrong = size_text(value); !wrong.empty()) return refuse(name, std::move(wrong));
+    if (auto wrong = size_text(value); !wrong.empty()) return refuse_option(name, std::move(wrong));
     target = parse_size(value);
     return {};
 }
 
 qcow::Result<void> set_name(std::string& target, const Name& name, const Value& value) {
-    if (value.empty()) return refuse(name, "the name is empty; leave out the option instead");
+    if (value.empty()) return refuse_option(name, "the name is empty; leave out the option instead");
     target = value;
     return {};
 }
@@ -77,7 +77,7 @@ const std::vector<Setter>& setters() {
          [](O& o, const Name& name, const Value& value) { return set_size(o.cluster_size, name, value); }},
         {"refcount_bits",
          [](O& o, const Name& name, const Value& value) -> Set {
-             if (auto wrong = whole_number(1, 64)(value); !wrong.empty()) return refuse(name, std::move(wrong));
+             if (auto wrong = whole_number(1, 64)(value); !wrong.empty()) return refuse_option(name, std::move(wrong));
              o.refcount_bits = static_cast<unsigned>(parse_size(value));
              return {};
          }},
@@ -110,8 +110,9 @@ const std::vector<Setter>& setters() {
         {"size", [](O& o, const Name& name, const Value& value) { return set_size(o.size, name, value); }},
         {"encrypt.format",
          [](O&, const Name& name, const Value& value) -> Set {
-             if (value == "aes") return refuse(name, "new images do not get the weak encryption \"aes\"; use luks");
-             return value == "luks" ? Set() : refuse(name, not_one_of(value, {"luks"}));
+             if (value == "aes")
+                 return refuse_option(name, "new images do not get the weak encryption \"aes\"; use luks");
+             return value == "luks" ? Set() : refuse_option(name, not_one_of(value, {"luks"}));
          }},
         {"encrypt.key-secret",
          [](O& o, const Name& name, const Value& value) { return set_name(o.encrypt.key_secret, name, value); }},
@@ -135,7 +136,8 @@ const std::vector<Setter>& setters() {
          [](O& o, const Name& name, const Value& value) { return set_name(o.encrypt.options.hash, name, value); }},
         {"encrypt.iter-time",
          [](O& o, const Name& name, const Value& value) -> Set {
-             if (auto wrong = whole_number(1, 1'000'000)(value); !wrong.empty()) return refuse(name, std::move(wrong));
+             if (auto wrong = whole_number(1, 1'000'000)(value); !wrong.empty())
+                 return refuse_option(name, std::move(wrong));
              o.encrypt.options.iter_time_ms = static_cast<std::uint32_t>(parse_size(value));
              return {};
          }},
@@ -149,7 +151,7 @@ const std::vector<Setter>& setters() {
          [](O& o, const Name& name, const Value& value) { return set_name(o.encrypt.old_secret, name, value); }},
         {"encrypt.keyslot",
          [](O& o, const Name& name, const Value& value) -> Set {
-             if (auto wrong = whole_number(0, 7)(value); !wrong.empty()) return refuse(name, std::move(wrong));
+             if (auto wrong = whole_number(0, 7)(value); !wrong.empty()) return refuse_option(name, std::move(wrong));
              o.encrypt.key_slot = static_cast<unsigned>(parse_size(value));
              return {};
          }},
@@ -169,10 +171,11 @@ qcow::Result<void> set_option(NewImageOptions& options, const Name& given, const
         return setter->set(options, name, value);
     }
     if (const auto instead = qemu_option("-o", name))
-        return refuse(name, fmt::format("it is an option of QEMU that qcow does not have; {}", *instead));
+        return refuse_option(name, fmt::format("it is an option of QEMU that qcow does not have; {}", *instead));
     std::vector<std::string> known;
     for (const auto& other : setters()) known.push_back(other.name);
-    return refuse(name, fmt::format("there is no option with this name{} (see --help)", did_you_mean(name, known)));
+    return refuse_option(name,
+                         fmt::format("there is no option with this name{} (see --help)", did_you_mean(name, known)));
 }
 
 }  // namespace
@@ -258,11 +261,13 @@ qcow::Result<void> set_encryption(NewImageOptions& options, const std::string& p
     const auto is_about_it = [](const std::string& name) { return name.starts_with("encrypt."); };
     const bool any = std::ranges::any_of(options.given, is_about_it);
     for (const auto* name : {"encrypt.state", "encrypt.new-secret", "encrypt.old-secret", "encrypt.keyslot"})
-        if (options.has(name)) return refuse(name, "only qcow amend has it: it changes the key slots of an image");
+        if (options.has(name))
+            return refuse_option(name, "only qcow amend has it: it changes the key slots of an image");
     if (format != qcow::Format::luks && !any) return {};
     if (format == qcow::Format::qcow2 && !options.has("encrypt.format"))
-        return refuse("encrypt.format", "the image is not encrypted without it; add encrypt.format=luks");
-    if (format == qcow::Format::raw) return refuse("encrypt.format", "a raw image is not encrypted; use qcow2 or luks");
+        return refuse_option("encrypt.format", "the image is not encrypted without it; add encrypt.format=luks");
+    if (format == qcow::Format::raw)
+        return refuse_option("encrypt.format", "a raw image is not encrypted; use qcow2 or luks");
     const auto& encrypt = options.encrypt;
     options.encryption = encrypt.options;
     options.encryption->key = QCOW_TRY(encrypt.key_secret.empty() ? new_key(path) : secret_of(encrypt.key_secret));

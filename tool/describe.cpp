@@ -29,7 +29,7 @@ std::string clock(std::uint64_t nanoseconds) {
                        nanoseconds / 1'000'000 % 1000);
 }
 
-std::string_view kind_name(qcow::Feature::Kind kind) {
+std::string_view feature_kind(qcow::Feature::Kind kind) {
     switch (kind) {
         case qcow::Feature::Kind::incompatible: return "incompatible";
         case qcow::Feature::Kind::compatible: return "compatible";
@@ -129,7 +129,7 @@ Json info_json(const qcow::ImageInfo& info) {
         json["features"] = Json::array();
         for (const auto& f : info.features) {
             json["features"].push_back(
-                {{"kind", kind_name(f.kind)}, {"bit", f.bit}, {"name", f.name}, {"known", f.known}});
+                {{"kind", feature_kind(f.kind)}, {"bit", f.bit}, {"name", f.name}, {"known", f.known}});
         }
     }
     if (info.backing) {
@@ -173,7 +173,7 @@ void print_info(const qcow::ImageInfo& info) {
     features.reserve(info.features.size());
     for (const auto& f : info.features) {
         features.push_back(
-            fmt::format("{}{}", printable(f.name), f.known ? "" : fmt::format(" (unknown, {})", kind_name(f.kind))));
+            fmt::format("{}{}", printable(f.name), f.known ? "" : fmt::format(" (unknown, {})", feature_kind(f.kind))));
     }
     if (!features.empty()) lines.add("features", join(features));
     if (info.backing) lines.add("backing file", reference_text(*info.backing));

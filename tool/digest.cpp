@@ -17,7 +17,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct DigestOptions {
     Source source;  // how to open each image
     std::vector<std::string> names;
     std::string algorithm = "sha256";
@@ -35,7 +35,7 @@ std::string hex(const std::vector<std::byte>& bytes) {
     return text;
 }
 
-qcow::Result<qcow::DigestResult> digest_of(const Options& options, const std::string& name) {
+qcow::Result<qcow::DigestResult> digest_of(const DigestOptions& options, const std::string& name) {
     Source source = options.source;
     QCOW_TRY_VOID(name_source(source, name));
     QCOW_TRY_VOID(verify_is_not_stdin(source.path));
@@ -103,7 +103,7 @@ std::optional<Line> parse_line(std::string_view text, std::size_t digest_bytes) 
     return line;
 }
 
-qcow::Result<int> print_digests(const Options& options) {
+qcow::Result<int> print_digests(const DigestOptions& options) {
     Json json = Json::array();
     int status = ok;
     for (const auto& name : options.names) {
@@ -131,7 +131,7 @@ std::string counted(unsigned count, std::string_view noun, std::string_view verb
     return count == 1 ? fmt::format("1 {} {}", noun, verb_of_one) : fmt::format("{} {}s {}", count, noun, verb);
 }
 
-qcow::Result<int> check_digests(const Options& options) {
+qcow::Result<int> check_digests(const DigestOptions& options) {
     const auto digest_bytes = QCOW_TRY(qcow::digest_size(options.algorithm));
     const auto refuse = [&](const char* what) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, options.check, what});
@@ -178,7 +178,7 @@ qcow::Result<int> check_digests(const Options& options) {
     return unreadable + wrong == 0 ? ok : failed;
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const DigestOptions& options) {
     const auto refuse = [](const char* place, const char* what) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, place, what});
     };
@@ -193,7 +193,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_digest(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<DigestOptions>();
     auto& app = declare(
         root, status, "digest", "Print or verify checksums of the contents of images",
         "A digest depends only on what a guest sees. The same contents have the same digest in any format, allocation\n"

@@ -5,13 +5,13 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct DiscardOptions {
     Target target;
     std::string offset;
     std::string length;
 };
 
-qcow::Result<void> discard(qcow::Image& image, const Options& options) {
+qcow::Result<void> discard(qcow::Image& image, const DiscardOptions& options) {
     const auto at = parse_size(options.offset);
     const auto length = parse_size(options.length);
     if (auto fits = verify_range(image, options.target.path, at, length); !fits) return fits;
@@ -21,7 +21,7 @@ qcow::Result<void> discard(qcow::Image& image, const Options& options) {
 }  // namespace
 
 void declare_discard(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<DiscardOptions>();
     auto& app = declare(
         root, status, "discard", "Release the storage of bytes that are no longer needed",
         "Whole clusters in the range become zeros. Other bytes of the range keep their contents. To make all of them\n"

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "command.h"
+#include "failure.h"
 #include "inside.h"
 #include "progress.h"
 #include "qcow/text.h"
@@ -14,7 +15,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct GetOptions {
     DiskName disk;
     std::vector<std::string> paths;  // and the target, unless `tar`
     std::vector<std::uint64_t> inodes;
@@ -35,16 +36,12 @@ std::string last_name(std::string path) {
     return path.substr(path.rfind('/') + 1);
 }
 
-std::unexpected<qcow::Error> refuse(std::string place, std::string what) {
-    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(place), std::move(what)});
-}
-
 bool is_directory(const std::string& path) {
     struct stat status = {};
     return stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
 }
 
-qcow::Result<std::vector<Item>> items_of(Inside& inside, const Options& options, std::size_t paths) {
+qcow::Result<std::vector<Item>> items_of(Inside& inside, const GetOptions& options, std::size_t paths) {
     std::vector<Item> items;
     for (std::size_t i = 0; i < paths; ++i) {
         const auto& path = options.paths[i];
@@ -79,7 +76,7 @@ qcow::Result<Target> target_of(const std::string& target, const std::vector<Item
     return Target{slash == 0 ? "/" : target.substr(0, slash), target.substr(slash + 1)};
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const GetOptions& options) {
     if (!options.tar && options.paths.empty()) return refuse("TARGET", "name where the files go, or give --tar");
     const std::size_t paths = options.paths.size() - (options.tar ? 0 : 1);
     if (paths == 0 && options.inodes.empty())
@@ -137,7 +134,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_get(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<GetOptions>();
     auto& app = declare(
         root, status, "get", "Copy files and directories out of the file system of a disk",
         "Keeps owners, modes, times, hard and symbolic links, holes, device nodes and extended attributes, as far as "

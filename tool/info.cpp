@@ -10,7 +10,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct InfoOptions {
     Source source;
     bool chain = false;
     bool usage = false;
@@ -18,7 +18,7 @@ struct Options {
 };
 
 /// What is in the disk; nothing where it cannot be read, for example because it is encrypted.
-std::optional<qcow::PartitionTable> contents_of(const std::shared_ptr<qcow::Image>& image, const Options& options,
+std::optional<qcow::PartitionTable> contents_of(const std::shared_ptr<qcow::Image>& image, const InfoOptions& options,
                                                 bool followed) {
     auto whole = image;
     if (!followed && (!image->info() || image->info()->backing || image->info()->data_file)) {
@@ -32,7 +32,7 @@ std::optional<qcow::PartitionTable> contents_of(const std::shared_ptr<qcow::Imag
     return *std::move(table);
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const InfoOptions& options) {
     const bool follow = options.chain || options.usage;
     auto image = open_source(options.source, follow);
     // If the chain cannot be opened, the image alone is still worth printing.
@@ -83,7 +83,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_info(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<InfoOptions>();
     auto& app = declare(
         root, status, "info", "Show the format, sizes, features, snapshots and backing file of an image",
         "Reads the header and its tables, and of the disk only what tells its partitions and file systems. --usage\n"

@@ -13,6 +13,7 @@
 
 #include "arguments.h"
 #include "create_options.h"
+#include "failure.h"
 #include "qcow/text.h"
 #include "qcow/try.h"
 #include "signals.h"
@@ -25,10 +26,6 @@ using qcow::Result;
 using qcow::Secret;
 
 constexpr std::size_t max_key_bytes = 8192;
-
-std::unexpected<qcow::Error> refuse(std::string place, std::string what) {
-    return std::unexpected(qcow::Error{Errc::invalid_argument, std::move(place), std::move(what)});
-}
 
 /// The values of the options.
 struct Arguments {
@@ -126,7 +123,7 @@ Result<std::map<std::string, std::string>> parse_object(const std::string& text)
     return values;
 }
 
-Result<Secret> value_of(const std::map<std::string, std::string>& object) {
+Result<Secret> secret_of(const std::map<std::string, std::string>& object) {
     const auto name = fmt::format("--object secret \"{}\"", object.at("id"));
     const bool has_file = object.contains("file");
     if (has_file == object.contains("data")) return refuse(name, "give it either a file or data");
@@ -140,7 +137,7 @@ Result<Secret> value_of(const std::map<std::string, std::string>& object) {
 Result<Secret> find_secret(const std::string& id) {
     for (const auto& text : arguments().objects) {
         const auto object = QCOW_TRY(parse_object(text));
-        if (object.at("id") == id) return value_of(object);
+        if (object.at("id") == id) return secret_of(object);
     }
     return refuse(fmt::format("secret \"{}\"", id), fmt::format("define it with --object secret,id={},file=FILE", id));
 }
@@ -189,7 +186,7 @@ Result<std::optional<Secret>> given_key(const std::string& file, Turn turn) {
                       "there are several secrets; say with --image-opts which is its key (encrypt.key-secret=ID)");
     }
     if (all.objects.empty()) return std::nullopt;
-    return QCOW_TRY(value_of(QCOW_TRY(parse_object(all.objects.front()))));
+    return QCOW_TRY(secret_of(QCOW_TRY(parse_object(all.objects.front()))));
 }
 
 Result<Secret> find_key(const qcow::KeyRequest& request, const std::vector<std::string>& secrets) {

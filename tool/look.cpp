@@ -19,7 +19,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct LookOptions {
     DiskName disk;
     std::vector<std::string> paths;
     std::optional<std::uint64_t> inode;
@@ -37,7 +37,7 @@ struct Options {
 };
 
 /// The file that the command is about: that at the path, or the inode.
-qcow::Result<qcow::Inode> start_of(Inside& inside, const Options& options, const std::string& path, bool follow) {
+qcow::Result<qcow::Inode> start_of(Inside& inside, const LookOptions& options, const std::string& path, bool follow) {
     if (options.inode) return *options.inode;
     return qcow::find_path(*inside.files, path, follow);
 }
@@ -125,7 +125,7 @@ std::string joined(const std::string& above, const std::string& name) {
     return above.ends_with('/') ? above + name : above + "/" + name;
 }
 
-qcow::Result<int> list_one(Inside& inside, const Options& options, const std::string& path, Json& json) {
+qcow::Result<int> list_one(Inside& inside, const LookOptions& options, const std::string& path, Json& json) {
     auto& files = *inside.files;
     const auto start = QCOW_TRY(start_of(inside, options, path, true));
     Failures failures(path);
@@ -185,7 +185,7 @@ qcow::Result<int> list_one(Inside& inside, const Options& options, const std::st
     return failures.status();
 }
 
-qcow::Result<int> run_ls(const Options& options) {
+qcow::Result<int> run_ls(const LookOptions& options) {
     auto inside = QCOW_TRY(open_inside(options.disk));
     Json json = Json::array();
     int status = ok;
@@ -203,7 +203,7 @@ qcow::Result<int> run_ls(const Options& options) {
 
 // ---- tree ----
 
-qcow::Result<int> run_tree(const Options& options) {
+qcow::Result<int> run_tree(const LookOptions& options) {
     auto inside = QCOW_TRY(open_inside(options.disk));
     const auto path = options.paths.empty() ? "/" : options.paths.front();
     const auto start = QCOW_TRY(start_of(inside, options, path, true));
@@ -273,7 +273,7 @@ char letter_of(qcow::FileType type) {
     return letters.at(static_cast<std::size_t>(type));
 }
 
-bool matches(const qcow::Visited& visited, const std::string& name, const Options& options) {
+bool matches(const qcow::Visited& visited, const std::string& name, const LookOptions& options) {
     const auto& info = visited.info;
     if (!options.name.empty() && fnmatch(options.name.c_str(), name.c_str(), 0) != 0) return false;
     if (!options.iname.empty() && fnmatch(options.iname.c_str(), name.c_str(), FNM_CASEFOLD) != 0) return false;
@@ -284,7 +284,7 @@ bool matches(const qcow::Visited& visited, const std::string& name, const Option
     return options.older.empty() || (info.modified && info.modified->seconds < *parse_time(options.older));
 }
 
-qcow::Result<int> run_find(const Options& options) {
+qcow::Result<int> run_find(const LookOptions& options) {
     auto inside = QCOW_TRY(open_inside(options.disk));
     const auto path = options.paths.empty() ? "/" : options.paths.front();
     const auto start = QCOW_TRY(qcow::find_path(*inside.files, path, false));
@@ -312,7 +312,7 @@ qcow::Result<int> run_find(const Options& options) {
 
 // ---- cat ----
 
-qcow::Result<int> run_cat(const Options& options) {
+qcow::Result<int> run_cat(const LookOptions& options) {
     auto inside = QCOW_TRY(open_inside(options.disk));
     qcow::FilesInUse in_use;
     using enum qcow::FilesInUse::Use;
@@ -357,7 +357,7 @@ qcow::Result<int> run_cat(const Options& options) {
     return status;
 }
 
-void add_common(CLI::App& app, Options& options, const std::string& paths, bool several,
+void add_common(CLI::App& app, LookOptions& options, const std::string& paths, bool several,
                 const std::string& snapshot = "-l,--snapshot") {
     add_disk_options(app, options.disk, snapshot);
     auto* option = app.add_option("PATH", options.paths, paths);
@@ -365,7 +365,7 @@ void add_common(CLI::App& app, Options& options, const std::string& paths, bool 
     if (several) option->expected(0, -1);
 }
 
-void add_inode(CLI::App& app, Options& options) {
+void add_inode(CLI::App& app, LookOptions& options) {
     app.add_option("--inode", options.inode, "Take the file with this inode number instead of a path")
         ->type_name("NUMBER");
 }
@@ -373,7 +373,7 @@ void add_inode(CLI::App& app, Options& options) {
 }  // namespace
 
 void declare_ls(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<LookOptions>();
     auto& app = declare(root, status, "ls", "List directories in the file system of a disk",
                         "Needs no mounting and no root. A process without rights reads the file system.\n"
                         "Examples:\n"
@@ -390,7 +390,7 @@ void declare_ls(CLI::App& root, int& status) {
 }
 
 void declare_tree(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<LookOptions>();
     auto& app = declare(root, status, "tree", "Show a directory of a disk, and all below it, as a tree",
                         "Examples:\n"
                         "  qcow tree disk.qcow2:2 /etc",
@@ -402,7 +402,7 @@ void declare_tree(CLI::App& root, int& status) {
 }
 
 void declare_find(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<LookOptions>();
     auto& app = declare(root, status, "find", "Find files in the file system of a disk",
                         "Prints the paths of the files that all conditions hold for.\n"
                         "Examples:\n"
@@ -430,7 +430,7 @@ void declare_find(CLI::App& root, int& status) {
 }
 
 void declare_cat(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<LookOptions>();
     auto& app = declare(root, status, "cat", "Print files of the file system of a disk",
                         "Links are followed within the disk.\n"
                         "Examples:\n"

@@ -11,7 +11,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct MapOptions {
     Source source;
     bool json = false;
 };
@@ -56,7 +56,7 @@ void print_text_extent(Output& out, const qcow::Extent& e) {
     out.print("\n");
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const MapOptions& options) {
     auto image = open_source(options.source);
     if (!image) return std::unexpected(std::move(image).error());
     auto disk = disk_of(*image, options.source);
@@ -86,7 +86,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_map(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<MapOptions>();
     auto& app = declare(root, status, "map", "Show where the extents of the virtual disk are stored",
                         "DEPTH is the layer that decides: 0 is the image itself, 1 its backing file, and so on.\n"
                         "Zero and unallocated extents read as zeros. For unallocated ones, no layer has an entry.\n"

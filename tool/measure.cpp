@@ -6,12 +6,13 @@
 
 #include "command.h"
 #include "create_options.h"
+#include "failure.h"
 #include "text.h"
 
 namespace tool {
 namespace {
 
-struct Options {
+struct MeasureOptions {
     Source source;
     std::string size;
     std::string target_format = "raw";
@@ -20,20 +21,17 @@ struct Options {
     bool json = false;
 };
 
-std::unexpected<qcow::Error> refuse(std::string what) {
-    return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "", std::move(what)});
-}
-
-qcow::Result<qcow::MeasureJob> job_of(const Options& options) {
+qcow::Result<qcow::MeasureJob> measure_job(const MeasureOptions& options) {
     const bool has_source = !options.source.path.empty();
     const auto format = *qcow::format_from_name(options.target_format);
     const auto made = QCOW_TRY(parse_create_options(options.image, "the new image", format));
     if (has_source && !options.size.empty())
-        return refuse("--size and IMAGE exclude each other; measure the one or the other");
-    if (!has_source && !options.source.snapshot.empty()) return refuse("--snapshot needs an IMAGE that has it");
-    if (!options.size.empty() && made.has("size")) return refuse("the size is given twice, as --size and as -o size");
+        return refuse("", "--size and IMAGE exclude each other; measure the one or the other");
+    if (!has_source && !options.source.snapshot.empty()) return refuse("", "--snapshot needs an IMAGE that has it");
+    if (!options.size.empty() && made.has("size"))
+        return refuse("", "the size is given twice, as --size and as -o size");
     if (!has_source && options.size.empty() && !made.has("size"))
-        return refuse("there is nothing to measure; give an IMAGE, or --size for an empty image");
+        return refuse("", "there is nothing to measure; give an IMAGE, or --size for an empty image");
     qcow::MeasureJob job{.format = format, .options = made};
     if (!options.size.empty()) job.options.size = parse_size(options.size);
     if (has_source) {
@@ -43,8 +41,8 @@ qcow::Result<qcow::MeasureJob> job_of(const Options& options) {
     return job;
 }
 
-qcow::Result<int> run(const Options& options) {
-    const auto job = QCOW_TRY(job_of(options));
+qcow::Result<int> run(const MeasureOptions& options) {
+    const auto job = QCOW_TRY(measure_job(options));
     const auto measured = QCOW_TRY(qcow::measure(job, {.warn = warn_on_stderr()}));
     if (options.json || options.output == "json") {
         Json json = {{"required", measured.required}, {"fully-allocated", measured.fully_allocated}};
@@ -63,7 +61,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_measure(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<MeasureOptions>();
     auto& app = declare(
         root, status, "measure", "Tell how much space a new image needs",
         "Prints the length in bytes of the file that qcow convert makes of IMAGE, or qcow create makes with --size.\n"

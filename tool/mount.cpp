@@ -16,7 +16,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct MountOptions {
     Source source;
     std::string target;
     std::string pid_file;
@@ -28,9 +28,9 @@ struct Options {
     Sandbox sandbox;
 };
 
-bool only_reads(const Options& options) { return options.read_only || !options.source.snapshot.empty(); }
+bool only_reads(const MountOptions& options) { return options.read_only || !options.source.snapshot.empty(); }
 
-qcow::Result<qcow::ImageSpec> mounted_spec(const Options& options) {
+qcow::Result<qcow::ImageSpec> mounted_spec(const MountOptions& options) {
     auto spec = QCOW_TRY(spec_of(options.source));
     if (!only_reads(options)) {
         set_cache(spec, options.cache);
@@ -40,14 +40,14 @@ qcow::Result<qcow::ImageSpec> mounted_spec(const Options& options) {
 }
 
 /// Confines the process, when everything is open.
-qcow::Result<void> confine(const Options& options) {
+qcow::Result<void> confine(const MountOptions& options) {
     auto sandbox = options.sandbox;
     if (!options.pid_file.empty()) sandbox.removed.push_back(options.pid_file);
     complain("sandbox: " + QCOW_TRY(enter_sandbox(sandbox)));
     return {};
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const MountOptions& options) {
     if (options.source.force_share && !only_reads(options)) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "option --force-share",
                                            "two writers destroy an image; add --read-only or --snapshot"});
@@ -92,7 +92,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_mount(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<MountOptions>();
     auto& app = declare(
         root, status, "mount", "Show the disk of an image as a file of this machine",
         "Mounts the image by FUSE, without root. It stays mounted until SIGTERM or SIGINT (Ctrl-C), or until somebody\n"

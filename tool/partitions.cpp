@@ -10,7 +10,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct PartitionsOptions {
     DiskName disk;
     bool json = false;
 };
@@ -39,7 +39,7 @@ void print_table(const qcow::PartitionTable& table) {
     if (!rows.empty()) rows.print();
 }
 
-qcow::Result<int> run_partitions(const Options& options) {
+qcow::Result<int> run_partitions(const PartitionsOptions& options) {
     const auto image = QCOW_TRY(open_source(options.disk.source));
     auto disk = QCOW_TRY(disk_of(image, options.disk.source));
     if (options.disk.partition) disk = QCOW_TRY(qcow::partition_disk(disk, *options.disk.partition));
@@ -60,7 +60,7 @@ struct Usage {
 };
 
 /// The file systems of the disk that can be read.
-qcow::Result<std::vector<Usage>> usages(const Options& options) {
+qcow::Result<std::vector<Usage>> usages(const PartitionsOptions& options) {
     std::vector<Usage> found;
     const auto image = QCOW_TRY(open_source(options.disk.source));
     const auto whole = QCOW_TRY(disk_of(image, options.disk.source));
@@ -84,7 +84,7 @@ qcow::Result<std::vector<Usage>> usages(const Options& options) {
     return found;
 }
 
-Json usage_json(const Usage& usage) {
+Json space_json(const Usage& usage) {
     const auto& info = usage.info;
     Json json = {{"disk", usage.disk},
                  {"type", info.type},
@@ -99,11 +99,11 @@ Json usage_json(const Usage& usage) {
     return json;
 }
 
-qcow::Result<int> run_df(const Options& options) {
+qcow::Result<int> run_df(const PartitionsOptions& options) {
     const auto found = QCOW_TRY(usages(options));
     if (options.json) {
         Json json = Json::array();
-        for (const auto& usage : found) json.push_back(usage_json(usage));
+        for (const auto& usage : found) json.push_back(space_json(usage));
         print_json(json);
         return ok;
     }
@@ -137,7 +137,7 @@ qcow::Result<int> run_df(const Options& options) {
 }  // namespace
 
 void declare_partitions(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<PartitionsOptions>();
     auto& app = declare(root, status, "partitions", "List the partitions of a disk, and what is in them",
                         "Reads GPT and MBR tables, with logical partitions. If a GPT is damaged, its backup is read.\n"
                         "Other commands take the number of a partition behind the disk: qcow ls DISK:N\n"
@@ -151,7 +151,7 @@ void declare_partitions(CLI::App& root, int& status) {
 }
 
 void declare_df(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<PartitionsOptions>();
     auto& app = declare(root, status, "df", "Show how full the file systems of a disk are",
                         "Shows all partitions whose file system can be read, or only DISK:N.\n"
                         "Examples:\n"

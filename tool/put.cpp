@@ -20,7 +20,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct PutOptions {
     Target disk;
     std::optional<unsigned> partition;
     std::vector<std::string> paths;
@@ -32,7 +32,7 @@ struct Options {
 qcow::Error error_of(qcow::Errc code, const std::string& place, std::string what) {
     return {code, qcow::printable(place, 1000), std::move(what)};
 }
-std::unexpected<qcow::Error> refuse(const std::string& place, std::string what) {
+std::unexpected<qcow::Error> refuse_path(const std::string& place, std::string what) {
     return std::unexpected(error_of(qcow::Errc::invalid_argument, place, std::move(what)));
 }
 std::unexpected<qcow::Error> system_failure(const std::string& place) {
@@ -60,7 +60,8 @@ qcow::Result<void> verify_goes_on(const std::stop_token& stop) {
 /// Opens the file system for writing, in the confined process, and calls `work`. What was done before an error or a
 /// signal is completed, so the file system is whole.
 qcow::Result<int> change_files(
-    const Options& options, const std::function<qcow::Result<void>(qcow::FileSystem&, const std::stop_token&)>& work) {
+    const PutOptions& options,
+    const std::function<qcow::Result<void>(qcow::FileSystem&, const std::stop_token&)>& work) {
     // The confined process inherits that these signals are blocked.
     const StopOnSignals signals;
     std::shared_ptr<qcow::Image> image;
@@ -132,7 +133,7 @@ std::vector<qcow::Attribute> attributes_of(const std::string& path) {
 /// Copies files of this machine into the file system.
 class Putting {
 public:
-    Putting(qcow::FileSystem& files, const Options& options, const qcow::FilesInUse& in_use, std::stop_token stop)
+    Putting(qcow::FileSystem& files, const PutOptions& options, const qcow::FilesInUse& in_use, std::stop_token stop)
         : files_(files), options_(options), in_use_(in_use), stop_(std::move(stop)) {}
 
     /// Copies a file of this machine, and all below it, to `path` in the disk: to the name in this directory.
@@ -147,10 +148,11 @@ public:
         const auto name = split_path(path).second;
         const auto existing = QCOW_TRY(within(path, entry_of(files_, directory, name)));
         if (existing && existing->type == qcow::FileType::directory) {
-            if (!is_directory) return refuse(path, "a directory with this name is in the disk");
+            if (!is_directory) return refuse_path(path, "a directory with this name is in the disk");
             return put_entries(source, existing->inode, path);
         }
-        if (is_directory && existing) return refuse(path, "a file with this name is in the disk, and no directory");
+        if (is_directory && existing)
+            return refuse_path(path, "a file with this name is in the disk, and no directory");
         const auto node = QCOW_TRY(node_of(source, status));
         if (is_directory)
             return put_entries(source, QCOW_TRY(within(path, files_.create(directory, name, node))), path);
@@ -239,7 +241,7 @@ private:
                 const auto part = std::min<std::size_t>(buffer.size(), static_cast<std::size_t>(end - at));
                 const auto got = pread(file, buffer.data(), part, at);
                 if (got < 0) return system_failure(source);
-                if (got == 0) return refuse(source, "the file became shorter while it was read");
+                if (got == 0) return refuse_path(source, "the file became shorter while it was read");
                 QCOW_TRY_VOID(files_.write(made, static_cast<std::uint64_t>(at),
                                            std::span(buffer).first(static_cast<std::size_t>(got))));
                 at += got;
@@ -250,12 +252,12 @@ private:
     }
 
     qcow::FileSystem& files_;
-    const Options& options_;
+    const PutOptions& options_;
     const qcow::FilesInUse& in_use_;  // those of the disk
     const std::stop_token stop_;
 };
 
-qcow::Result<int> run_put(const Options& options) {
+qcow::Result<int> run_put(const PutOptions& options) {
     qcow::FilesInUse in_use;
     QCOW_TRY_VOID(in_use.add_unopened(qcow::FilesInUse::Use::written, spec_of(options.disk), "the disk"));
     return change_files(options, [&](qcow::FileSystem& files, const std::stop_token& stop) -> qcow::Result<void> {
@@ -265,11 +267,12 @@ qcow::Result<int> run_put(const Options& options) {
         const auto place = qcow::find_path(files, target);
         const bool into = place && QCOW_TRY(files.stat(*place)).type == qcow::FileType::directory;
         if (!into && (sources.size() > 1 || target.ends_with('/')))
-            return refuse(target, "there is no such directory in the disk; make it with qcow mkdir");
+            return refuse_path(target, "there is no such directory in the disk; make it with qcow mkdir");
         for (const auto& source : sources) {
             if (into) {
                 const auto name = split_path(source).second;
-                if (name.empty() || name == "." || name == "..") return refuse(source, "give a name, and not a place");
+                if (name.empty() || name == "." || name == "..")
+                    return refuse_path(source, "give a name, and not a place");
                 QCOW_TRY_VOID(putting.put(source, *place, below(target, name)));
             } else {
                 const auto above = QCOW_TRY(qcow::find_path(files, split_path(target).first));
@@ -286,7 +289,7 @@ qcow::Result<int> run_put(const Options& options) {
 qcow::Result<void> remove_below(qcow::FileSystem& files, qcow::Inode directory, const std::string& path, unsigned depth,
                                 const std::stop_token& stop) {
     constexpr unsigned deepest = 1000;
-    if (depth > deepest) return refuse(path, "the directories are too deep");
+    if (depth > deepest) return refuse_path(path, "the directories are too deep");
     for (const auto& entry : QCOW_TRY(within(path, files.list(directory)))) {
         QCOW_TRY_VOID(verify_goes_on(stop));
         const auto place = below(path, entry.name);
@@ -298,11 +301,11 @@ qcow::Result<void> remove_below(qcow::FileSystem& files, qcow::Inode directory, 
     return {};
 }
 
-qcow::Result<int> run_rm(const Options& options) {
+qcow::Result<int> run_rm(const PutOptions& options) {
     return change_files(options, [&](qcow::FileSystem& files, const std::stop_token& stop) -> qcow::Result<void> {
         for (const auto& path : options.paths) {
             const auto [above, name] = split_path(path);
-            if (name.empty() || name == "." || name == "..") return refuse(path, "this cannot be removed");
+            if (name.empty() || name == "." || name == "..") return refuse_path(path, "this cannot be removed");
             const auto directory = QCOW_TRY(qcow::find_path(files, above));
             const auto entry = QCOW_TRY(within(path, entry_of(files, directory, name)));
             if (!entry)
@@ -331,7 +334,7 @@ qcow::Result<qcow::Inode> make_directory(qcow::FileSystem& files, qcow::Inode ab
     return files.create(above, name, node);
 }
 
-qcow::Result<int> run_mkdir(const Options& options) {
+qcow::Result<int> run_mkdir(const PutOptions& options) {
     return change_files(options, [&](qcow::FileSystem& files, const std::stop_token&) -> qcow::Result<void> {
         for (const auto& path : options.paths) {
             if (!options.parents) {
@@ -355,7 +358,7 @@ qcow::Result<int> run_mkdir(const Options& options) {
     });
 }
 
-void add_changed_disk(CLI::App& app, Options& options) {
+void add_changed_disk(CLI::App& app, PutOptions& options) {
     app.add_option("DISK", options.disk.path, "Image file or block device that is changed; DISK:N is its partition N")
         ->required()
         ->check(name_text)
@@ -377,7 +380,7 @@ void add_changed_disk(CLI::App& app, Options& options) {
 }  // namespace
 
 void declare_put(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<PutOptions>();
     auto& app = declare(root, status, "put", "Copy files and directories into the file system of a disk, in place",
                         "The file system is ext2, ext3, ext4 or FAT, and nothing else uses the disk. Owners, modes, "
                         "times, symbolic links,\n"
@@ -400,7 +403,7 @@ void declare_put(CLI::App& root, int& status) {
 }
 
 void declare_rm(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<PutOptions>();
     auto& app = declare(root, status, "rm", "Remove files from the file system of a disk, in place",
                         "The file system is ext2, ext3, ext4 or FAT, and nothing else uses the disk.\n"
                         "Examples:\n"
@@ -413,7 +416,7 @@ void declare_rm(CLI::App& root, int& status) {
 }
 
 void declare_mkdir(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<PutOptions>();
     auto& app = declare(
         root, status, "mkdir", "Make directories in the file system of a disk, in place",
         "The file system is ext2, ext3, ext4 or FAT, and nothing else uses the disk. Root owns the directories.\n"

@@ -13,7 +13,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct ReadOptions {
     Source source;
     std::string offset;
     std::string length;
@@ -52,7 +52,7 @@ qcow::Result<void> print_hex(qcow::Disk& disk, qcow::GuestOffset at, std::uint64
     return {};
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const ReadOptions& options) {
     auto image = open_source(options.source);
     if (!image) return std::unexpected(std::move(image).error());
     auto disk = disk_of(*image, options.source);
@@ -77,7 +77,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_read(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<ReadOptions>();
     auto& app = declare(root, status, "read", "Print bytes of the virtual disk",
                         "Prints the bytes to standard output unchanged, or with --hex as a dump.\n"
                         "Examples:\n"

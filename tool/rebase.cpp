@@ -8,7 +8,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct RebaseOptions {
     Target target;
     std::string backing;
     std::string backing_format;
@@ -18,7 +18,7 @@ struct Options {
     unsigned workers = 0;
 };
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const RebaseOptions& options) {
     QCOW_TRY_VOID(verify_is_not_stdin(options.target.path));
     const StopOnSignals signals;
     Progress progress("rebasing", options.progress);
@@ -40,7 +40,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_rebase(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<RebaseOptions>();
     auto& app = declare(
         root, status, "rebase", "Change the backing file of an image",
         "The contents of the disk stay the same: rebase first copies the data that differ between the old and the new\n"

@@ -9,7 +9,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct ResizeOptions {
     Target target;
     Running running;
     std::string size;
@@ -27,7 +27,7 @@ const CLI::Validator new_size_text(
     "");
 
 /// The image of a running server. A relative size counts from what it has.
-qcow::Result<int> resize_running(const Options& options, const std::string& size) {
+qcow::Result<int> resize_running(const ResizeOptions& options, const std::string& size) {
     const auto refuse = [&](std::string what) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, size, std::move(what)});
     };
@@ -43,7 +43,7 @@ qcow::Result<int> resize_running(const Options& options, const std::string& size
     return ok;
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const ResizeOptions& options) {
     using enum qcow::ResizeJob::Change;
     auto size = QCOW_TRY(value_without_image(options.running, options.target.path, options.size, "SIZE"));
     if (auto error = new_size_text(size); !error.empty())
@@ -66,7 +66,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_resize(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<ResizeOptions>();
     auto& app = declare(
         root, status, "resize", "Change the virtual size",
         "New bytes read as zeros. Shrinking loses the bytes past the new end, and cuts unused clusters off the file.\n"

@@ -8,14 +8,11 @@
 #include <cerrno>
 #include <cstring>
 
+#include "failure.h"
 #include "qcow/text.h"
 
 namespace tool {
 namespace {
-
-std::unexpected<qcow::Error> failure(qcow::Errc code, std::string place, std::string what) {
-    return std::unexpected(qcow::Error{code, std::move(place), std::move(what)});
-}
 
 /// A connection to the control socket of a server.
 class Connection {

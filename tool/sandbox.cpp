@@ -28,6 +28,8 @@
 #include <filesystem>
 #include <utility>
 
+#include "failure.h"
+
 #ifdef QCOW_SECCOMP
 #include <seccomp.h>
 #endif
@@ -67,14 +69,10 @@ private:
 
 // ---- Another user ----
 
-std::unexpected<qcow::Error> failure(qcow::Errc code, std::string place, std::string what) {
-    return std::unexpected(qcow::Error{code, std::move(place), std::move(what)});
-}
-
 /// Makes the account the owner of the socket at `path`. Verifies that it is a socket, because another user may be able
 /// to change its directory.
 qcow::Result<void> give(const std::string& path, const passwd& account) {
-    const Fd fd(open(path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
+    const Fd fd(::open(path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
     struct stat status = {};
     const bool is_socket = fd.get() >= 0 && fstat(fd.get(), &status) == 0 && S_ISSOCK(status.st_mode);
     if (!is_socket || fchownat(fd.get(), "", account.pw_uid, account.pw_gid, AT_EMPTY_PATH) != 0)
@@ -129,7 +127,7 @@ private:
         if (ruleset_.get() < 0) return std::strerror(errno);
         for (const auto& path : removed) {
             const auto directory = std::filesystem::path(path).parent_path().string();
-            const Fd fd(open(directory.empty() ? "." : directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
+            const Fd fd(::open(directory.empty() ? "." : directory.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC));
             landlock_path_beneath_attr beneath = {};
             beneath.allowed_access = LANDLOCK_ACCESS_FS_REMOVE_FILE;
             beneath.parent_fd = fd.get();

@@ -23,7 +23,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct ServeOptions {
     std::vector<std::string> images;
     Source source;  // the options of all images
     std::vector<std::string> names;
@@ -106,10 +106,10 @@ private:
     std::atomic<bool> stopping_ = false;
 };
 
-bool only_reads(const Options& options) { return options.read_only || !options.source.snapshot.empty(); }
+bool only_reads(const ServeOptions& options) { return options.read_only || !options.source.snapshot.empty(); }
 
 /// Returns how to open the image with this name.
-qcow::Result<qcow::ImageSpec> served_spec(const Options& options, const std::string& name) {
+qcow::Result<qcow::ImageSpec> served_spec(const ServeOptions& options, const std::string& name) {
     auto source = options.source;
     QCOW_TRY_VOID(name_source(source, name));
     auto spec = QCOW_TRY(spec_of(source));
@@ -120,7 +120,7 @@ qcow::Result<qcow::ImageSpec> served_spec(const Options& options, const std::str
     return spec;
 }
 
-std::string export_name(const Options& options, std::size_t index) {
+std::string export_name(const ServeOptions& options, std::size_t index) {
     if (index < options.names.size()) return options.names[index];
     return options.images.size() == 1 ? "" : std::filesystem::path(options.images[index]).filename().string();
 }
@@ -144,7 +144,7 @@ qcow::Result<void> offer_bitmap(const std::string& name, const std::vector<std::
     return offered ? qcow::Result<void>() : result;
 }
 
-bool with_tls(const Options& options) {
+bool with_tls(const ServeOptions& options) {
     return !options.tls.certificates.empty() || !options.tls.psk_file.empty() || options.tls.verify_peer;
 }
 
@@ -168,7 +168,7 @@ std::optional<int> descriptor_of(const std::string& socket) {
 }
 
 /// The sockets that a service manager passes and no virtual machine has, by their descriptors.
-std::vector<int> sockets_for_nbd(const Options& options) {
+std::vector<int> sockets_for_nbd(const ServeOptions& options) {
     std::vector<int> sockets;
     for (int fd = 3; fd < 3 + inherited_sockets(); ++fd) {
         const auto is_it = [&](const std::string& guest) { return descriptor_of(guest) == fd; };
@@ -178,12 +178,12 @@ std::vector<int> sockets_for_nbd(const Options& options) {
 }
 
 /// Whether NBD clients are served, too.
-bool with_nbd(const Options& options) {
+bool with_nbd(const ServeOptions& options) {
     return options.guests.empty() || !options.socket.empty() || !options.bind.empty() || options.port_given ||
            !sockets_for_nbd(options).empty();
 }
 
-qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
+qcow::Result<void> listen(qcow::NbdServer& server, const ServeOptions& options) {
     const auto inherited = sockets_for_nbd(options);
     for (const int fd : inherited)
         if (auto done = server.listen_inherited(fd); !done) return done;
@@ -209,7 +209,7 @@ qcow::Result<void> listen(qcow::NbdServer& server, const Options& options) {
 }
 
 /// The images under the names of their exports. The empty name of a single export is that of its file.
-std::vector<qcow::ControlledImage> controlled(const Options& options,
+std::vector<qcow::ControlledImage> controlled(const ServeOptions& options,
                                               const std::vector<std::shared_ptr<qcow::Image>>& images) {
     std::vector<qcow::ControlledImage> result;
     for (std::size_t i = 0; i < images.size(); ++i) {
@@ -244,7 +244,7 @@ private:
 };
 
 /// Returns a server for the virtual machine of an image, which listens.
-qcow::Result<std::unique_ptr<qcow::VhostUserServer>> guest_server(const Options& options, std::size_t index,
+qcow::Result<std::unique_ptr<qcow::VhostUserServer>> guest_server(const ServeOptions& options, std::size_t index,
                                                                   std::shared_ptr<qcow::Disk> disk) {
     auto guest = options.guest;
     guest.read_only = only_reads(options);
@@ -261,7 +261,7 @@ qcow::Result<std::unique_ptr<qcow::VhostUserServer>> guest_server(const Options&
 }
 
 /// The files that the server makes, and removes at its end.
-std::vector<std::string> made_sockets(const Options& options) {
+std::vector<std::string> made_sockets(const ServeOptions& options) {
     std::vector<std::string> sockets;
     for (const auto& path : {options.socket, options.control})
         if (!path.empty()) sockets.push_back(path);
@@ -271,7 +271,7 @@ std::vector<std::string> made_sockets(const Options& options) {
 }
 
 /// Confines the process, when everything is open.
-qcow::Result<void> confine(const Options& options) {
+qcow::Result<void> confine(const ServeOptions& options) {
     auto sandbox = options.sandbox;
     sandbox.given = made_sockets(options);
     sandbox.removed = made_sockets(options);
@@ -284,7 +284,7 @@ qcow::Result<void> confine(const Options& options) {
 }
 
 /// Refuses options that do not go together.
-qcow::Result<void> verify(const Options& options) {
+qcow::Result<void> verify(const ServeOptions& options) {
     const auto refuse = [](std::string option, std::string why) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, std::move(option), std::move(why)});
     };
@@ -314,7 +314,7 @@ struct Served {
     std::vector<qcow::NbdExport> exports;
 };
 
-qcow::Result<Served> open_images(const Options& options) {
+qcow::Result<Served> open_images(const ServeOptions& options) {
     qcow::FilesInUse in_use;
     if (!options.pid_file.empty())
         QCOW_TRY_VOID(in_use.add(qcow::FilesInUse::Use::written, options.pid_file, "the PID file"));
@@ -336,7 +336,7 @@ qcow::Result<Served> open_images(const Options& options) {
 }
 
 /// Makes the servers, which then listen.
-qcow::Result<void> add_servers(Servers& servers, const Options& options, std::vector<qcow::NbdExport> exports) {
+qcow::Result<void> add_servers(Servers& servers, const ServeOptions& options, std::vector<qcow::NbdExport> exports) {
     for (std::size_t i = 0; i < options.guests.size(); ++i)
         servers.add_guest(QCOW_TRY(guest_server(options, i, exports[i].disk)));
     if (!with_nbd(options)) return {};
@@ -350,7 +350,7 @@ qcow::Result<void> add_servers(Servers& servers, const Options& options, std::ve
     return {};
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const ServeOptions& options) {
     QCOW_TRY_VOID(verify(options));
     auto [images, exports] = QCOW_TRY(open_images(options));
     Servers servers;
@@ -380,7 +380,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_serve(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<ServeOptions>();
     auto& app = declare(
         root, status, "serve", "Serve images: over NBD to any client, over vhost-user to virtual machines",
         "The server listens on TCP port 10809 of localhost. --socket, --bind, or a socket from a service manager or\n"

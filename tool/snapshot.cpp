@@ -10,7 +10,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct SnapshotOptions {
     Source source;
     Running running;
     bool list = false;
@@ -50,12 +50,12 @@ qcow::Result<qcow::ImageInfo> running_info(const Running& running) {
     return info;
 }
 
-qcow::Result<qcow::ImageInfo> file_info(const Options& options) {
+qcow::Result<qcow::ImageInfo> file_info(const SnapshotOptions& options) {
     const auto image = QCOW_TRY(open_source(options.source, false));
     return image->info();
 }
 
-qcow::Result<int> list(const Options& options) {
+qcow::Result<int> list(const SnapshotOptions& options) {
     const auto info = QCOW_TRY(options.running.named() ? running_info(options.running) : file_info(options));
     if (info.snapshots_error) return std::unexpected(*info.snapshots_error);
     if (options.json) {
@@ -95,7 +95,7 @@ qcow::Result<std::string> id_of(const std::vector<qcow::SnapshotInfo>& snapshots
                     "it is not clear which one is meant: " + all + "; say snapshot.id=ID or snapshot.name=NAME"});
 }
 
-qcow::Result<void> change(qcow::Snapshots snapshots, const Options& options) {
+qcow::Result<void> change(qcow::Snapshots snapshots, const SnapshotOptions& options) {
     if (!options.create.empty()) {
         QCOW_TRY(snapshots.create(options.create));
         return {};
@@ -106,7 +106,7 @@ qcow::Result<void> change(qcow::Snapshots snapshots, const Options& options) {
     return snapshots.rename(id, options.rename[1]);
 }
 
-qcow::Result<int> change_running(const Options& options) {
+qcow::Result<int> change_running(const SnapshotOptions& options) {
     const auto tell = [&](const std::string& action, Json arguments) -> qcow::Result<int> {
         QCOW_TRY(
             execute(options.running, fmt::format("blockdev-snapshot-{}internal-sync", action), std::move(arguments)));
@@ -119,7 +119,7 @@ qcow::Result<int> change_running(const Options& options) {
     return tell("rename-", {{"id", id}, {"new-name", options.rename[1]}});
 }
 
-qcow::Result<int> run(const Options& options) {
+qcow::Result<int> run(const SnapshotOptions& options) {
     if (options.source.path.empty() != options.running.named()) {
         return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "",
                                            options.running.named()
@@ -144,7 +144,7 @@ qcow::Result<int> run(const Options& options) {
 }  // namespace
 
 void declare_snapshot(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<SnapshotOptions>();
     auto& app = declare(
         root, status, "snapshot", "List, make, apply, remove or rename the internal snapshots of an image",
         "A snapshot keeps the contents of the disk within the image. It is found by its id or its name. If\n"

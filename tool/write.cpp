@@ -15,7 +15,7 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct WriteOptions {
     Target target;
     std::string offset;
 };
@@ -45,7 +45,7 @@ std::optional<std::uint64_t> input_length() {
     return static_cast<std::uint64_t>(std::max<off_t>(0, status.st_size - at));
 }
 
-qcow::Result<void> write_input(qcow::Image& image, const Options& options, const std::stop_token& stop) {
+qcow::Result<void> write_input(qcow::Image& image, const WriteOptions& options, const std::stop_token& stop) {
     const std::uint64_t begin = parse_size(options.offset);
     if (auto fits = verify_range(image, options.target.path, begin, input_length().value_or(0)); !fits) return fits;
     std::vector<std::byte> buffer(std::size_t{1} << 20);
@@ -67,7 +67,7 @@ qcow::Result<void> write_input(qcow::Image& image, const Options& options, const
 }  // namespace
 
 void declare_write(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<WriteOptions>();
     auto& app = declare(
         root, status, "write", "Write bytes into the virtual disk",
         "Reads the bytes from standard input, up to its end. The command fails if they do not fit into the disk:\n"

@@ -5,14 +5,14 @@
 namespace tool {
 namespace {
 
-struct Options {
+struct ZeroOptions {
     Target target;
     std::string offset;
     std::string length;
     bool keep = false;
 };
 
-qcow::Result<void> zero(qcow::Image& image, const Options& options) {
+qcow::Result<void> zero(qcow::Image& image, const ZeroOptions& options) {
     const auto at = parse_size(options.offset);
     const auto length = parse_size(options.length);
     if (auto fits = verify_range(image, options.target.path, at, length); !fits) return fits;
@@ -22,7 +22,7 @@ qcow::Result<void> zero(qcow::Image& image, const Options& options) {
 }  // namespace
 
 void declare_zero(CLI::App& root, int& status) {
-    const auto options = std::make_shared<Options>();
+    const auto options = std::make_shared<ZeroOptions>();
     auto& app = declare(
         root, status, "zero", "Fill bytes of the virtual disk with zeros",
         "The storage of whole clusters is released, or with --keep stays reserved for later writes.\n"

@@ -34,6 +34,9 @@ constexpr bool lies_within(std::uint64_t begin, std::uint64_t length, std::uint6
 }
 
 inline std::span<const std::byte> as_bytes(std::string_view text) { return std::as_bytes(std::span(text)); }
+inline std::string_view as_text(std::span<const std::byte> bytes) {
+    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
 
 /// Whether every byte is zero.
 bool is_zero(std::span<const std::byte> bytes);

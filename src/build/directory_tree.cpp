@@ -168,9 +168,9 @@ void fill(TreeInode& inode, const struct stat& status) {
     }
 }
 
-class Lister {
+class DirectoryLister {
 public:
-    explicit Lister(std::shared_ptr<SourceRoot> root) : root_(std::move(root)) {}
+    explicit DirectoryLister(std::shared_ptr<SourceRoot> root) : root_(std::move(root)) {}
 
     Result<void> list(int fd, TreeNode& to, std::uint32_t directory, unsigned depth) {
         const auto& path = root_->directories[directory];
@@ -295,7 +295,7 @@ Result<Tree> tree_of_directory(const std::string& path) {
     Tree tree;
     fill(*tree.root().inode, status);
     tree.root().implied = false;
-    Lister lister(root);
+    DirectoryLister lister(root);
     TRY_VOID(lister.read_xattrs(root->fd.get(), {}, *tree.root().inode, {}));
     TRY_VOID(lister.list(root->fd.get(), tree.root(), 0, 0));
     return tree;

@@ -80,10 +80,6 @@ struct Plan {
 };
 
 /// Refuses what a key of the specification says.
-std::unexpected<Error> refuse(const Volume& volume, std::string_view key, std::string what) {
-    return fail(Errc::invalid_argument, volume.at(key), std::move(what));
-}
-
 /// Refuses a file. The place of such an error is its path, as far as that is known.
 std::unexpected<Error> refuse_file(std::string what) { return fail(Errc::invalid_argument, "", std::move(what)); }
 std::unexpected<Error> failed(Error error, const std::string& name) {
@@ -101,8 +97,8 @@ Result<std::uint64_t> number_option(const Volume& volume, const std::string& nam
     std::uint64_t value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (error != std::errc() || end != text.data() + text.size() || value < least || value > most)
-        return refuse(volume, "options." + name,
-                      fmt::format("option {} wants a whole number from {} to {}", name, least, most));
+        return volume.refuse("options." + name,
+                             fmt::format("option {} wants a whole number from {} to {}", name, least, most));
     return value;
 }
 
@@ -126,9 +122,9 @@ Result<Plan> plan_of(const Volume& volume) {
     const auto& spec = volume.spec;
     plan.block_size = spec.block_size.value_or(4096);
     if (plan.block_size != 1024 && plan.block_size != 2048 && plan.block_size != 4096)
-        return refuse(volume, "block_size", "ext wants a block_size of 1024, 2048 or 4096");
+        return volume.refuse("block_size", "ext wants a block_size of 1024, 2048 or 4096");
     if (spec.label.size() > EXT2_LABEL_LEN)
-        return refuse(volume, "label", "the label is longer than the 16 bytes that ext has");
+        return volume.refuse("label", "the label is longer than the 16 bytes that ext has");
     set_default_features(plan, spec.type);
     std::vector<std::string> known = {"journal_blocks", "inodes", "inode_size", "reserved_percent"};
     for (const auto& feature : features) known.emplace_back(feature.name);
@@ -141,8 +137,8 @@ Result<Plan> plan_of(const Volume& volume) {
         const auto feature = std::ranges::find(features, std::string_view(name), &Feature::name);
         if (feature != features.end()) {
             if (text != "on" && text != "off")
-                return refuse(volume, "options." + name,
-                              fmt::format("option {} is \"{}\", and must be on or off", name, printable(text)));
+                return volume.refuse("options." + name,
+                                     fmt::format("option {} is \"{}\", and must be on or off", name, printable(text)));
             (plan.super.*feature->word &= ~feature->bit) |= text == "on" ? feature->bit : 0;
         } else if (name == "journal_blocks") {
             plan.journal_blocks = TRY(number(1024, 10240000));
@@ -151,13 +147,13 @@ Result<Plan> plan_of(const Volume& volume) {
         } else if (name == "inode_size") {
             const auto size = TRY(number(least_inode_size, plan.block_size));
             if (!std::has_single_bit(size))
-                return refuse(volume, "options." + name, "option inode_size wants a power of two");
+                return volume.refuse("options." + name, "option inode_size wants a power of two");
             plan.inode_size = static_cast<std::uint32_t>(size);
         } else if (name == "reserved_percent") {
             plan.reserved_percent = static_cast<unsigned>(TRY(number(0, 50)));
         } else {
-            return refuse(volume, "options." + name,
-                          fmt::format("ext has no option \"{}\"{}", printable(name), did_you_mean(name, known)));
+            return volume.refuse("options." + name,
+                                 fmt::format("ext has no option \"{}\"{}", printable(name), did_you_mean(name, known)));
         }
     }
     // Without these, nothing can grow later or hold attributes; e2fsck refuses some combinations.
@@ -174,7 +170,7 @@ std::uint64_t journal_blocks(const Plan& plan, std::uint64_t blocks) {
 }
 
 /// What the tree takes.
-struct Needs {
+struct ExtNeeds {
     std::uint64_t blocks = 0;
     std::uint64_t inodes = 0;
     std::uint64_t files = 0;
@@ -192,7 +188,7 @@ class Counter {
 public:
     Counter(const Volume& volume, const Plan& plan) : volume_(volume), plan_(plan) {}
 
-    Result<Needs> count() {
+    Result<ExtNeeds> count() {
         needs_.inodes = EXT2_GOOD_OLD_FIRST_INO;
         TRY_VOID(count(volume_.tree.root()));
         needs_.blocks += 1;  // the resize inode's
@@ -243,7 +239,7 @@ private:
 
     const Volume& volume_;
     const Plan& plan_;
-    Needs needs_;
+    ExtNeeds needs_;
 };
 
 void forget_links(TreeNode& node) {
@@ -253,7 +249,7 @@ void forget_links(TreeNode& node) {
     for (auto& [name, child] : *node.children) forget_links(child);
 }
 
-Result<Needs> needs_of(const Volume& volume, const Plan& plan) {
+Result<ExtNeeds> needs_of(const Volume& volume, const Plan& plan) {
     auto& root = volume.tree.root();
     auto& place = (*root.children)[std::string(lost_found)];
     if (!place.inode) {
@@ -261,24 +257,25 @@ Result<Needs> needs_of(const Volume& volume, const Plan& plan) {
         place.inode->mode = S_IFDIR | 0700;
         place.inode->mtime = volume.time;
     }
-    if (!place.is_directory()) return refuse(volume, "source", "/lost+found is no directory, as ext requires");
+    if (!place.is_directory()) return volume.refuse("source", "/lost+found is no directory, as ext requires");
     forget_links(root);
     auto needs = Counter(volume, plan).count();
     return needs ? needs : failed_tree(volume, std::move(needs).error());
 }
 
-std::uint64_t inodes_for(const Plan& plan, const Needs& needs, std::uint64_t blocks) {
+std::uint64_t inodes_for(const Plan& plan, const ExtNeeds& needs, std::uint64_t blocks) {
     if (plan.inodes) return *plan.inodes;
     constexpr std::uint64_t most = 0xfffffff0;
     return std::max(needs.inodes + needs.inodes / 16 + 16, std::min(blocks * plan.block_size / bytes_per_inode, most));
 }
 
 /// Begins a file system of this many blocks. Nothing is written.
-Result<ext2_filsys> begin(ExtIo& io, const Volume& volume, const Plan& plan, const Needs& needs, std::uint64_t blocks) {
+Result<ext2_filsys> begin(ExtIo& io, const Volume& volume, const Plan& plan, const ExtNeeds& needs,
+                          std::uint64_t blocks) {
     constexpr std::uint64_t most_blocks = 0xffffffff;
     if (blocks > most_blocks) {
-        return refuse(volume, "size",
-                      fmt::format("ext is made with at most 2^32 - 1 blocks, of {} bytes here", plan.block_size));
+        return volume.refuse(
+            "size", fmt::format("ext is made with at most 2^32 - 1 blocks, of {} bytes here", plan.block_size));
     }
     auto super = plan.super;
     super.s_rev_level = EXT2_DYNAMIC_REV;
@@ -288,8 +285,8 @@ Result<ext2_filsys> begin(ExtIo& io, const Volume& volume, const Plan& plan, con
     ext2fs_blocks_count_set(&super, blocks);
     const auto inodes = inodes_for(plan, needs, blocks);
     if (inodes > 0xffffffff || inodes < needs.inodes) {
-        return refuse(volume, "options.inodes",
-                      fmt::format("the tree has {} files, and there are {} inodes", needs.inodes, inodes));
+        return volume.refuse("options.inodes",
+                             fmt::format("the tree has {} files, and there are {} inodes", needs.inodes, inodes));
     }
     super.s_inodes_count = static_cast<std::uint32_t>(inodes);
     ext2fs_r_blocks_count_set(&super, blocks / 100 * plan.reserved_percent);
@@ -334,7 +331,7 @@ public:
           io_(window_),
           blocks_(size / plan.block_size) {}
 
-    Result<Filled> run(const Needs& needs) {
+    Result<Filled> run(const ExtNeeds& needs) {
         fs_.reset(TRY(begin(io_, volume_, plan_, needs, blocks_)));
         if (room(fs(), plan_) < needs.blocks) {
             return does_not_fit(volume_, needs.blocks * plan_.block_size, room(fs(), plan_) * plan_.block_size);
@@ -648,7 +645,7 @@ Result<std::uint64_t> fitted_ext(const Volume& volume) {
         if (!journal_fits) blocks = std::max(blocks, least_with_journal - unit);
         blocks += std::max(wanted - std::min(free, wanted), unit);
     }
-    return refuse(volume, "size", "no size was found that fits the tree; give a size");
+    return volume.refuse("size", "no size was found that fits the tree; give a size");
 }
 
 Result<TimeRange> times_of_ext(const Volume& volume) {

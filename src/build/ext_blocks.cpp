@@ -188,7 +188,7 @@ constexpr std::uint64_t root_header = 32;      // "." and "..", and what the ind
 constexpr std::uint64_t node_header = 8;
 constexpr std::uint8_t half_md4 = 1;
 
-std::uint64_t entry_bytes(std::size_t name) { return 8 + divide_up(name, 4) * 4; }
+std::uint64_t ext_entry_bytes(std::size_t name) { return 8 + divide_up(name, 4) * 4; }
 
 std::uint8_t type_of(mode_t mode) {
     switch (mode & S_IFMT) {
@@ -209,11 +209,11 @@ public:
     explicit EntryBlock(const DirectoryShape& shape)
         : bytes_(shape.block_size), end_(shape.block_size - (shape.checksums ? tail_bytes : 0)) {}
 
-    [[nodiscard]] bool fits(std::string_view name) const { return entry_bytes(name.size()) <= end_ - used_; }
+    [[nodiscard]] bool fits(std::string_view name) const { return ext_entry_bytes(name.size()) <= end_ - used_; }
 
     void add(std::uint32_t inode, std::string_view name, std::uint8_t type) {
         last_ = used_;
-        const auto length = entry_bytes(name.size());
+        const auto length = ext_entry_bytes(name.size());
         store_le(bytes_, used_, inode);
         store_le(bytes_, used_ + 4, static_cast<std::uint16_t>(length));
         bytes_[used_ + 6] = static_cast<std::byte>(name.size());
@@ -266,10 +266,10 @@ void store_index(Block& block, std::uint64_t header, std::uint64_t limit, std::s
 
 std::uint64_t blocks_of_directory(const Children& children, const DirectoryShape& shape) {
     std::uint64_t bytes = 24;
-    for (const auto& [name, child] : children) bytes += entry_bytes(name.size());
+    for (const auto& [name, child] : children) bytes += ext_entry_bytes(name.size());
     // The longest entry may be what does not fit at the end of a block.
     const auto room = shape.block_size - tail_bytes;
-    const auto blocks = bytes <= room ? 1 : divide_up(bytes, room - entry_bytes(longest_name));
+    const auto blocks = bytes <= room ? 1 : divide_up(bytes, room - ext_entry_bytes(longest_name));
     if (blocks == 1 || !shape.indexed) return blocks;
     return blocks + 2 + blocks / index_entries(shape, node_header);
 }

@@ -26,10 +26,6 @@ constexpr std::uint32_t fat32_reserved = 32;  // sectors
 constexpr std::uint32_t fat32_backup = 6;     // the sector with the copy of the first one
 
 /// Refuses what a key of the specification says.
-std::unexpected<Error> refuse(const Volume& volume, std::string_view key, std::string what) {
-    return fail(Errc::invalid_argument, volume.at(key), std::move(what));
-}
-
 std::unexpected<Error> refuse_file(const Volume& volume, const std::string& path, std::string_view what) {
     return fail(Errc::invalid_argument, fmt::format("{}: {}", volume.at("source"), printable(path)), std::string(what));
 }
@@ -73,12 +69,12 @@ std::uint64_t preferred_cluster(unsigned bits, std::uint64_t size) {
 Result<Layout> layout_of(const Volume& volume, std::uint64_t size, std::uint64_t sector, std::uint64_t root_entries) {
     Layout layout{.bits = bits_of(volume.spec.type, size), .sector = sector, .sectors = size / sector};
     if (layout.bits != 32) layout.root_entries = root_entries;
-    if (layout.sectors > 0xffffffff) return refuse(volume, "size", "FAT has at most 2^32 sectors");
+    if (layout.sectors > 0xffffffff) return volume.refuse("size", "FAT has at most 2^32 sectors");
     std::vector<std::uint64_t> candidates;
     if (volume.spec.block_size) {
         if (*volume.spec.block_size < sector || *volume.spec.block_size > 64 * KiB)
-            return refuse(volume, "block_size",
-                          fmt::format("FAT wants a block_size (of a cluster) from {} to 65536", sector));
+            return volume.refuse("block_size",
+                                 fmt::format("FAT wants a block_size (of a cluster) from {} to 65536", sector));
         candidates = {*volume.spec.block_size};
     } else {
         const auto preferred = std::max(preferred_cluster(layout.bits, size), sector);
@@ -99,7 +95,7 @@ Result<Layout> layout_of(const Volume& volume, std::uint64_t size, std::uint64_t
 
 // ---- What the tree takes ----
 
-struct Needs {
+struct FatNeeds {
     std::vector<std::uint64_t> sizes;  // of files and directories, in bytes
     std::uint64_t root_entries = 1;    // with the label
     std::uint64_t files = 0;
@@ -112,7 +108,8 @@ struct Needs {
     }
 };
 
-Result<void> count(const Volume& volume, const Children& children, const std::string& path, bool root, Needs& needs) {
+Result<void> count(const Volume& volume, const Children& children, const std::string& path, bool root,
+                   FatNeeds& needs) {
     std::uint64_t entries = root ? 1 : 2;
     std::set<std::u16string> names;
     for (const auto& [name, node] : children) {
@@ -142,13 +139,13 @@ Result<void> count(const Volume& volume, const Children& children, const std::st
     return {};
 }
 
-Result<Needs> needs_of(const Volume& volume) {
-    Needs needs{.sizes = {}, .files = 1};
+Result<FatNeeds> needs_of(const Volume& volume) {
+    FatNeeds needs{.sizes = {}, .files = 1};
     TRY_VOID(count(volume, *volume.tree.root().children, "", true, needs));
     return needs;
 }
 
-std::uint64_t root_entries_for(const Needs& needs, std::uint64_t sector) {
+std::uint64_t root_entries_for(const FatNeeds& needs, std::uint64_t sector) {
     const auto in_sector = sector / entry_bytes;
     return std::max(usual_root_entries, divide_up(needs.root_entries, in_sector) * in_sector);
 }
@@ -166,12 +163,12 @@ public:
 
     Result<void> run() {
         label_ = upper(volume_.spec.label);
-        if (label_.size() > 11) return refuse(volume_, "label", "the label is longer than the 11 bytes that FAT has");
+        if (label_.size() > 11) return volume_.refuse("label", "the label is longer than the 11 bytes that FAT has");
         for (const char c : label_) {
             if (static_cast<std::uint8_t>(c) < 0x20 || static_cast<std::uint8_t>(c) > 0x7e ||
                 std::string_view("\"*+,./:;<=>?[\\]|").contains(c))
-                return refuse(volume_, "label",
-                              fmt::format("FAT has no labels with the character \"{}\"", printable({&c, 1})));
+                return volume_.refuse("label",
+                                      fmt::format("FAT has no labels with the character \"{}\"", printable({&c, 1})));
         }
         const auto& children = *volume_.tree.root().children;
         std::vector<std::byte> root;
@@ -270,8 +267,8 @@ private:
         const auto* end = found->second.data() + found->second.size();
         const auto [last, error] = std::from_chars(found->second.data(), end, value);
         if (error != std::errc() || last != end || value > most)
-            return refuse(volume_, "options." + name,
-                          fmt::format("option {} wants a whole number up to {}", name, most));
+            return volume_.refuse("options." + name,
+                                  fmt::format("option {} wants a whole number up to {}", name, most));
         return value;
     }
 
@@ -343,8 +340,8 @@ Result<void> verify_options(const Volume& volume) {
     const std::vector<std::string> known = {"sectors_per_track", "heads", "hidden_sectors"};
     for (const auto& [name, value] : volume.spec.options) {
         if (std::ranges::find(known, name) == known.end()) {
-            return refuse(volume, "options." + name,
-                          fmt::format("FAT has no option \"{}\"{}", printable(name), did_you_mean(name, known)));
+            return volume.refuse("options." + name,
+                                 fmt::format("FAT has no option \"{}\"{}", printable(name), did_you_mean(name, known)));
         }
     }
     return {};
@@ -381,7 +378,7 @@ Result<Filled> write_fat(const Volume& volume, PlannedDisk& disk, std::uint64_t 
     const auto root_entries = root_entries_for(needs, sector_size);
     const auto layout = TRY(layout_of(volume, size, sector_size, root_entries));
     if (layout.bits != 32 && root_entries > most_root_entries)
-        return refuse(volume, "source", "the root directory has too many files for FAT12 and FAT16; use fat32");
+        return volume.refuse("source", "the root directory has too many files for FAT12 and FAT16; use fat32");
     if (needs.clusters(layout) > layout.clusters) {
         return does_not_fit(volume, needs.clusters(layout) * layout.cluster_bytes(),
                             layout.clusters * layout.cluster_bytes());

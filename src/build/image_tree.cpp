@@ -82,9 +82,9 @@ mode_t type_bits(FileType type) {
     return 0;
 }
 
-class Lister {
+class ImageLister {
 public:
-    explicit Lister(std::shared_ptr<SharedFiles> shared) : shared_(std::move(shared)) {}
+    explicit ImageLister(std::shared_ptr<SharedFiles> shared) : shared_(std::move(shared)) {}
 
     Result<Tree> run() {
         auto& files = *shared_->files;
@@ -181,7 +181,7 @@ Result<Tree> tree_of_disk(std::shared_ptr<Disk> disk) {
     auto shared = std::make_shared<SharedFiles>();
     shared->disk = disk;
     shared->files = TRY(open_file_system(std::move(disk)));
-    return Lister(std::move(shared)).run();
+    return ImageLister(std::move(shared)).run();
 }
 
 }  // namespace qcow

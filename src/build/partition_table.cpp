@@ -56,9 +56,10 @@ void store_mbr_entry(std::span<std::byte> sector, std::size_t index, std::uint8_
     store_le(sector, at + 12, static_cast<std::uint32_t>(count));
 }
 
-class Table {
+class TableWriter {
 public:
-    Table(PlannedDisk& disk, unsigned sector_size, const Uuid& disk_id, const std::vector<PlacedPartition>& partitions)
+    TableWriter(PlannedDisk& disk, unsigned sector_size, const Uuid& disk_id,
+                const std::vector<PlacedPartition>& partitions)
         : disk_(disk),
           sector_(sector_size),
           sectors_(disk.size() / sector_size),
@@ -161,7 +162,7 @@ TableRoom room_of_table(BuildSpec::Table table, unsigned sector_size) {
 Result<void> write_partition_table(PlannedDisk& disk, BuildSpec::Table table, unsigned sector_size, const Uuid& disk_id,
                                    const std::vector<PlacedPartition>& partitions,
                                    std::span<const std::byte> boot_code) {
-    Table writer(disk, sector_size, disk_id, partitions);
+    TableWriter writer(disk, sector_size, disk_id, partitions);
     return table == BuildSpec::Table::mbr ? writer.write_mbr(boot_code) : writer.write_gpt(boot_code);
 }
 

@@ -38,7 +38,7 @@ Named named(const std::string& source) {
 }
 
 /// Whether it is an archive, by its first bytes: of tar, or of a compression that archives have.
-Result<bool> is_archive(const std::string& path) {
+Result<bool> holds_archive(const std::string& path) {
     const FileDescriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
     if (fd.get() < 0) return system_error("cannot open", path, errno);
     std::array<char, 512> bytes = {};
@@ -96,7 +96,7 @@ Result<Tree> tree_of(const std::string& source, const SourceContext& context) {
         TRY_VOID(verify_lies_outside(context.job.target.path, path));
         return tree_of_directory(path);
     }
-    if (S_ISREG(status.st_mode) && !partition && TRY(is_archive(path))) {
+    if (S_ISREG(status.st_mode) && !partition && TRY(holds_archive(path))) {
         TRY_VOID(context.in_use.add(FilesInUse::Use::read, path, "a source"));
         return tree_of_archive(path);
     }

@@ -24,6 +24,10 @@ struct Volume {
 
     /// The place of an error: this key in the text of the specification, or the table that lacks it; and the name.
     [[nodiscard]] std::string at(std::string_view key) const { return place_of(key, &spec, partition, name); }
+    /// The error of what this key asks for.
+    [[nodiscard]] std::unexpected<Error> refuse(std::string_view key, std::string what) const {
+        return fail(Errc::invalid_argument, at(key), std::move(what));
+    }
 };
 
 struct Filled {

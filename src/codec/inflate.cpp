@@ -13,7 +13,9 @@ struct FreeDecompressor {
     void operator()(libdeflate_decompressor* d) const { libdeflate_free_decompressor(d); }
 };
 
-std::unexpected<Error> damaged(std::string what) { return fail(Errc::corrupt, "deflate stream", std::move(what)); }
+std::unexpected<Error> damaged_deflate(std::string what) {
+    return fail(Errc::corrupt, "deflate stream", std::move(what));
+}
 
 /// zlib stops when the output is full; libdeflate takes whatever is wrong or missing behind that for an error.
 Result<void> inflate_prefix(std::span<const std::byte> in, std::span<std::byte> out) {
@@ -27,8 +29,8 @@ Result<void> inflate_prefix(std::span<const std::byte> in, std::span<std::byte> 
     const bool full = stream.avail_out == 0;
     inflateEnd(&stream);
     if (full) return {};
-    return damaged(status == Z_STREAM_END || status == Z_BUF_ERROR ? "it ends before the cluster is full"
-                                                                   : "it cannot be decoded");
+    return damaged_deflate(status == Z_STREAM_END || status == Z_BUF_ERROR ? "it ends before the cluster is full"
+                                                                           : "it cannot be decoded");
 }
 
 }  // namespace

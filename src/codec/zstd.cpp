@@ -14,7 +14,7 @@ struct FreeContext {
     void operator()(ZSTD_DCtx* context) const { ZSTD_freeDCtx(context); }
 };
 
-std::unexpected<Error> damaged(std::string what) { return fail(Errc::corrupt, "zstd stream", std::move(what)); }
+std::unexpected<Error> damaged_zstd(std::string what) { return fail(Errc::corrupt, "zstd stream", std::move(what)); }
 
 /// Decodes as far as the output reaches, through a window of bounded size.
 Result<void> decompress_prefix(ZSTD_DCtx* context, std::span<const std::byte> in, std::span<std::byte> out) {
@@ -25,8 +25,8 @@ Result<void> decompress_prefix(ZSTD_DCtx* context, std::span<const std::byte> in
     while (output.pos < output.size) {
         const auto before = input.pos + output.pos;
         const std::size_t status = ZSTD_decompressStream(context, &output, &input);
-        if (ZSTD_isError(status) != 0) return damaged(ZSTD_getErrorName(status));
-        if (input.pos + output.pos == before) return damaged("it ends before the cluster is full");
+        if (ZSTD_isError(status) != 0) return damaged_zstd(ZSTD_getErrorName(status));
+        if (input.pos + output.pos == before) return damaged_zstd("it ends before the cluster is full");
     }
     return {};
 }

@@ -20,7 +20,7 @@ namespace qcow {
 namespace {
 
 constexpr std::size_t most_nodes = 1'000'000;
-constexpr Inode root_inode = 1;
+constexpr Inode archive_root = 1;
 
 struct Close {
     void operator()(archive* open) const { archive_read_free(open); }
@@ -144,7 +144,7 @@ public:
         }
     }
 
-    [[nodiscard]] Inode root() const override { return root_inode; }
+    [[nodiscard]] Inode root() const override { return archive_root; }
 
 protected:
     Result<FileSystemInfo> do_info() override {
@@ -175,7 +175,7 @@ protected:
             return fail(Errc::invalid_argument, fmt::format("file {}", directory), "this is no directory");
         std::vector<DirectoryEntry> entries;
         entries.reserve(it.children.size());
-        if (directory == root_inode && damage_) refused.push_back(*damage_);
+        if (directory == archive_root && damage_) refused.push_back(*damage_);
         for (const auto& [name, child] : it.children)
             entries.push_back({name, child, nodes_[child - 1].info.type, false});
         return entries;
@@ -259,7 +259,7 @@ private:
             ++refused_;
             return {};
         }
-        Inode above = root_inode;
+        Inode above = archive_root;
         for (std::size_t i = 0; i + 1 < names->size(); ++i) {
             auto& children = nodes_[above - 1].children;
             auto found = children.find((*names)[i]);
@@ -288,7 +288,7 @@ private:
             nodes_[above - 1].children.insert_or_assign(names->back(), *inode);
             return {};
         }
-        Inode inode = root_inode;
+        Inode inode = archive_root;
         if (!names->empty()) {
             const auto& children = nodes_[above - 1].children;
             const auto found = children.find(names->back());
@@ -303,7 +303,7 @@ private:
     }
 
     std::optional<Inode> find(const std::vector<std::string>& names) const {
-        Inode here = root_inode;
+        Inode here = archive_root;
         for (const auto& name : names) {
             const auto& children = nodes_[here - 1].children;
             const auto found = children.find(name);

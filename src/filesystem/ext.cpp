@@ -19,8 +19,6 @@
 namespace qcow {
 namespace {
 
-std::string inode_place(Inode inode) { return fmt::format("inode {}", inode); }
-
 std::string text_of(const std::uint8_t* bytes, std::size_t most) {
     const auto* const text = reinterpret_cast<const char*>(bytes);
     return {text, strnlen(text, most)};

@@ -23,11 +23,9 @@
 namespace qcow {
 namespace {
 
-constexpr Inode root_inode = 2;
+constexpr Inode fat_root = 2;
 constexpr Inode first_inode = 3;  // of the entry at the first byte of the root of FAT12 and FAT16, as The Sleuth Kit
 constexpr std::uint64_t most_kept_bytes = 64 * MiB;  // of directories in memory
-
-std::string inode_place(Inode inode) { return fmt::format("inode {}", inode); }
 
 // What an entry says of a file.
 std::uint32_t cluster_of(std::span<const std::byte> entry) {
@@ -52,7 +50,7 @@ public:
 
     Result<void> open() { return table_.begin(); }
 
-    [[nodiscard]] Inode root() const override { return root_inode; }
+    [[nodiscard]] Inode root() const override { return fat_root; }
 
 protected:
     Result<FileSystemInfo> do_info() override {
@@ -71,7 +69,7 @@ protected:
         info.inode = inode;
         info.type = FileType::directory;
         info.mode = 0777;
-        if (inode == root_inode) return info;
+        if (inode == fat_root) return info;
         const auto entry = TRY(entry_of(inode));
         info.type = type_of(entry);
         info.size = size_of(entry);
@@ -261,7 +259,7 @@ private:
         if (const auto found = directories_.find(inode); found != directories_.end()) return &found->second;
         Directory directory{.inode = inode};
         auto first = volume_.root;
-        if (inode != root_inode) {
+        if (inode != fat_root) {
             const auto entry = TRY(entry_of(inode));
             if (type_of(entry) != FileType::directory)
                 return fail(Errc::invalid_argument, inode_place(inode), "this is no directory");

@@ -36,6 +36,8 @@ bool is_entry_name(std::string_view name) {
            name.find('/') == std::string_view::npos && name.find('\0') == std::string_view::npos;
 }
 
+std::string inode_place(Inode inode) { return fmt::format("inode {}", inode); }
+
 FileType type_of_mode(std::uint32_t mode) {
     switch (mode & S_IFMT) {
         case S_IFREG: return FileType::regular;

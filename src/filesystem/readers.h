@@ -23,6 +23,9 @@ void load_archive_locale();
 /// and NUL.
 bool is_entry_name(std::string_view name);
 
+/// The place of an error in a file.
+std::string inode_place(Inode inode);
+
 /// The type in the bits of a Unix mode.
 FileType type_of_mode(std::uint32_t mode);
 /// The bits of a Unix mode for a type.

@@ -73,10 +73,6 @@ constexpr std::array signatures = {
               "fetch the image itself with git lfs pull"},
 };
 
-std::string_view text(std::span<const std::byte> bytes) {
-    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
 bool is_at(std::string_view bytes, std::size_t at, std::string_view wanted) {
     if (at > bytes.size() || bytes.size() - at < wanted.size()) return false;
     return std::ranges::equal(bytes.substr(at, wanted.size()), wanted,
@@ -166,8 +162,8 @@ std::string remedy_for(std::string_view remedy, std::string_view path) {
 
 std::optional<Foreign> recognise_foreign(std::span<const std::byte> head_bytes, std::span<const std::byte> tail_bytes,
                                          std::string_view path) {
-    const auto start = text(head_bytes);
-    const auto end = text(tail_bytes);
+    const auto start = as_text(head_bytes);
+    const auto end = as_text(tail_bytes);
     const bool boots = has_partition_table(start);
     for (const auto& signature : signatures) {
         if (boots && signature.place == head) continue;
@@ -179,7 +175,7 @@ std::optional<Foreign> recognise_foreign(std::span<const std::byte> head_bytes, 
 }
 
 bool looks_raw(std::span<const std::byte> head_bytes) {
-    const auto start = text(head_bytes);
+    const auto start = as_text(head_bytes);
     return is_zero(head_bytes) || has_boot_signature(start) || is_at(start, 512, "EFI PART") ||
            is_at(start, 0x438, "\x53\xef") || is_at(start, 0, "XFSB") || is_at(start, 512, "LABELONE");
 }

@@ -15,10 +15,6 @@ namespace {
 
 std::string field(std::string_view name, std::size_t at) { return fmt::format("header field {} (byte {})", name, at); }
 
-std::string text(std::span<const std::byte> bytes) {
-    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
 /// The place of a table that the header names: aligned to a cluster, addressable, clear of the header itself.
 Result<void> verify_place(std::string_view name, std::size_t at, HostOffset begin, std::uint64_t bytes,
                           unsigned cluster_bits) {
@@ -88,7 +84,7 @@ Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data
                 return fail(Errc::corrupt, place("backing file format"),
                             fmt::format("a name of {} bytes", data.size()));
             }
-            if (!data.empty()) h.backing_format = text(data);
+            if (!data.empty()) h.backing_format = as_text(data);
             break;
         case ExtensionType::data_file_name:
             if (data.size() > max_data_file_name) {
@@ -96,16 +92,15 @@ Result<void> parse_extension(std::uint32_t type, std::span<const std::byte> data
                             fmt::format("{} bytes are more than {}, the longest name of a file", data.size(),
                                         max_data_file_name));
             }
-            h.data_file_name = text(data);
+            h.data_file_name = as_text(data);
             break;
         case ExtensionType::feature_names: {
             constexpr std::size_t entry = 48;
             for (std::size_t i = 0; i + entry <= data.size() && h.feature_names.size() < max_feature_names;
                  i += entry) {
-                auto name = text(data.subspan(i + 2, entry - 2));
-                name.resize(std::min(name.find('\0'), name.size()));
-                h.feature_names.push_back(
-                    {static_cast<std::uint8_t>(data[i]), static_cast<std::uint8_t>(data[i + 1]), std::move(name)});
+                const auto name = as_text(data.subspan(i + 2, entry - 2));
+                h.feature_names.push_back({static_cast<std::uint8_t>(data[i]), static_cast<std::uint8_t>(data[i + 1]),
+                                           std::string(name.substr(0, name.find('\0')))});
             }
             break;
         }
@@ -259,7 +254,7 @@ Result<Header> parse_header(std::span<const std::byte> cluster) {
                             "cluster and have at most {} bytes",
                             name_length, name_offset, max_name_length));
         }
-        h.backing_name = text(in.subspan(static_cast<std::size_t>(name_offset), name_length));
+        h.backing_name = as_text(in.subspan(static_cast<std::size_t>(name_offset), name_length));
         limit = static_cast<std::size_t>(name_offset);
     }
     TRY_VOID(parse_extensions(in, limit, h));

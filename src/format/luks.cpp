@@ -12,7 +12,7 @@
 namespace qcow::format {
 namespace {
 
-constexpr std::string_view magic("LUKS\xba\xbe", 6);
+constexpr std::string_view luks_magic("LUKS\xba\xbe", 6);
 constexpr std::size_t first_slot = 208;
 constexpr std::size_t slot_bytes = 48;
 constexpr std::uint32_t max_key_bytes = 1024;
@@ -35,11 +35,13 @@ std::unexpected<Error> bad(std::string what) { return fail(Errc::corrupt, "LUKS 
 }  // namespace
 
 bool is_luks(std::span<const std::byte> start) {
-    return start.size() >= magic.size() && std::ranges::equal(start.first(magic.size()), as_bytes(magic));
+    return start.size() >= luks_magic.size() &&
+           std::ranges::equal(start.first(luks_magic.size()), as_bytes(luks_magic));
 }
 
 bool is_luks2(std::span<const std::byte> start) {
-    return start.size() >= magic.size() + 2 && is_luks(start) && load_be<std::uint16_t>(start, magic.size()) == 2;
+    return start.size() >= luks_magic.size() + 2 && is_luks(start) &&
+           load_be<std::uint16_t>(start, luks_magic.size()) == 2;
 }
 
 Result<Luks1Header> parse_luks1_header(std::span<const std::byte> in) {
@@ -109,7 +111,7 @@ Result<void> verify_luks1(const Luks1Header& header, std::uint64_t area_bytes) {
 std::vector<std::byte> encode_luks1_header(const Luks1Header& header) {
     std::vector<std::byte> bytes(luks1_header_bytes);
     const std::span<std::byte> out(bytes);
-    std::ranges::copy(as_bytes(magic), out.begin());
+    std::ranges::copy(as_bytes(luks_magic), out.begin());
     store_be<std::uint16_t>(out, 6, 1);
     put_text(out.subspan(8, 32), header.cipher);
     put_text(out.subspan(40, 32), header.mode);

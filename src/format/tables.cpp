@@ -11,10 +11,6 @@ namespace {
 
 constexpr std::uint8_t dirty_tracking = 1;  // the type of all bitmaps that there are
 
-std::string text(std::span<const std::byte> bytes) {
-    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
 void append(std::vector<std::byte>& bytes, std::string_view text) {
     const auto more = as_bytes(text);
     bytes.insert(bytes.end(), more.begin(), more.end());
@@ -59,8 +55,8 @@ Result<SnapshotEntry> parse_snapshot(std::span<const std::byte> in, unsigned ver
         if (const auto icount = load_be<std::uint64_t>(extra, 16); icount != ~std::uint64_t{0})
             entry.info.icount = icount;
     }
-    entry.info.id = text(in.subspan(fixed + extra_length, id_length));
-    entry.info.name = text(in.subspan(fixed + extra_length + id_length, name_length));
+    entry.info.id = as_text(in.subspan(fixed + extra_length, id_length));
+    entry.info.name = as_text(in.subspan(fixed + extra_length + id_length, name_length));
     entry.extra_bytes = static_cast<std::uint32_t>(extra_length);
     entry.encoded_bytes = std::min<std::size_t>(align_down(total + 7, 8), in.size());
     return entry;
@@ -157,7 +153,7 @@ Result<BitmapEntry> parse_bitmap(std::span<const std::byte> in) {
     entry.info.granularity = bit(entry.granularity_bits);
     entry.info.in_use = (entry.flags & BitmapEntry::in_use_flag) != 0;
     entry.info.enabled = (entry.flags & BitmapEntry::enabled_flag) != 0;
-    entry.info.name = text(in.subspan(fixed + extra_length, name_length));
+    entry.info.name = as_text(in.subspan(fixed + extra_length, name_length));
     entry.encoded_bytes = total;
     return entry;
 }

@@ -25,10 +25,11 @@ namespace fs = std::filesystem;
 using enum FilesInUse::Use;
 
 /// Writes into the base what the layers above it hold.
-class Copy {
+class CommitCopy {
 public:
     /// `top` reads the layers above the base, and nothing below them. `layers`: how many these are.
-    Copy(const CommitJob& job, const JobControl& control, Image& top, std::size_t layers, Image& base, bool compresses)
+    CommitCopy(const CommitJob& job, const JobControl& control, Image& top, std::size_t layers, Image& base,
+               bool compresses)
         : job_(job), control_(control), top_(top), layers_(layers), base_(base), compresses_(compresses) {}
 
     /// Returns the bytes that were written.
@@ -299,7 +300,7 @@ Result<std::uint64_t> commit_layers(const CommitImages& images, const CommitJob&
     }
     const auto info = TRY(base.info());
     const bool compresses = base.format() == Format::qcow2 && !info.data_file && !info.encryption;
-    const auto copied = TRY(Copy(job, control, top, layers, base, compresses).run());
+    const auto copied = TRY(CommitCopy(job, control, top, layers, base, compresses).run());
     TRY_VOID(base.flush());
     TRY_VOID(base.close());
     // The base is durable. It stays open, and so locked, until nothing but it has the contents.

@@ -21,7 +21,7 @@ namespace qcow {
 namespace {
 
 /// Small enough that both sides stay in the processor's cache.
-constexpr std::uint64_t min_piece_bytes = 256 * KiB;
+constexpr std::uint64_t min_compared_bytes = 256 * KiB;
 
 /// A piece that could not be read is read again in parts of this length.
 constexpr std::uint64_t retry_bytes = 4 * KiB;
@@ -107,7 +107,7 @@ public:
           options_(options),
           common_size_(std::min(a_.disk->size(), b_.disk->size())),
           size_(std::max(a_.disk->size(), b_.disk->size())),
-          piece_bytes_(std::max({min_piece_bytes, a.block_size(), b.block_size()})) {}
+          piece_bytes_(std::max({min_compared_bytes, a.block_size(), b.block_size()})) {}
 
     Result<Comparison> run() {
         Comparison& result = comparison_;

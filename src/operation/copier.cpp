@@ -19,7 +19,7 @@ namespace qcow {
 namespace {
 
 /// Small enough that what was read is still in the processor's cache when it is written.
-constexpr std::uint64_t min_piece_bytes = 256 * KiB;
+constexpr std::uint64_t min_copied_bytes = 256 * KiB;
 constexpr std::size_t buffers_per_worker = 4;
 
 /// A stretch that is not read is at least so long, or there would be too many of them on a vast disk.
@@ -53,7 +53,7 @@ public:
           any_order_(target.any_order()),
           all_is_written_(options.sparse_bytes == 0),
           block_size_(target.block_size()),
-          piece_bytes_(std::max({min_piece_bytes, source.block_size(), block_size_})),
+          piece_bytes_(std::max({min_copied_bytes, source.block_size(), block_size_})),
           longest_stretch_(align_down(
               std::max({min_longest_stretch, source.size() / max_longest_stretches, block_size_}), block_size_)) {
         if (options.salvage != nullptr) salvager_.emplace(source);

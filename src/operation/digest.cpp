@@ -25,7 +25,7 @@ namespace {
 constexpr std::uint64_t block_bytes = 64 * KiB;
 
 /// Small enough that what was read is still in the processor's cache when it is hashed.
-constexpr std::uint64_t min_piece_bytes = 256 * KiB;
+constexpr std::uint64_t min_digested_bytes = 256 * KiB;
 
 /// Blocks of a piece that is not read. A request to stop waits for it.
 constexpr std::uint64_t max_zero_blocks = 16384;
@@ -111,7 +111,7 @@ public:
     Digester(Disk& disk, const Algorithm& algorithm, const DigestOptions& options)
         : disk_(padded(disk, rounded_size(disk.size()))),
           size_(disk_->size()),
-          piece_bytes_(std::max(min_piece_bytes, disk.block_size())),
+          piece_bytes_(std::max(min_digested_bytes, disk.block_size())),
           runs_(*disk_),
           algorithm_(algorithm),
           options_(options),

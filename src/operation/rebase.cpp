@@ -18,10 +18,10 @@ namespace {
 using enum FilesInUse::Use;
 
 /// Copies into an image what it takes from the layers below and what its new backing file has otherwise.
-class Copy {
+class RebaseCopy {
 public:
     /// `new_backing`: null for none. `marks_zeros`: whether write_zeroes hides what a backing file has.
-    Copy(const RebaseJob& job, const JobControl& control, Image& image, Disk* new_backing, bool marks_zeros)
+    RebaseCopy(const RebaseJob& job, const JobControl& control, Image& image, Disk* new_backing, bool marks_zeros)
         : job_(job), control_(control), image_(image), new_backing_(new_backing), marks_zeros_(marks_zeros) {}
 
     /// Returns the bytes that were copied.
@@ -186,7 +186,7 @@ Result<std::uint64_t> rebase_image(Image& image, const NewBacking& backing, cons
     if (!job.unsafe) {
         // Version 2 cannot mark zeros. Where the old backing file has none either, it would leave a hole.
         const bool marks_zeros = TRY(image.info()).version >= 3;
-        copied = TRY(Copy(job, control, image, backing.disk, marks_zeros).run());
+        copied = TRY(RebaseCopy(job, control, image, backing.disk, marks_zeros).run());
     }
     TRY_VOID(image.change_backing(backing.name, backing.format));
     TRY_VOID(image.close());

@@ -16,7 +16,7 @@
 namespace qcow::qcow2 {
 namespace {
 
-constexpr std::size_t cache_bytes = 1 * MiB;
+constexpr std::size_t amend_cache_bytes = 1 * MiB;
 
 unsigned order_of(unsigned refcount_bits) { return static_cast<unsigned>(std::countr_zero(refcount_bits)); }
 
@@ -24,7 +24,7 @@ Result<format::Header> read_header(const Storage& file) { return format::parse_h
 
 /// What `header` says of the file, which need not be what the file says.
 std::unique_ptr<Metadata> metadata_of(const std::shared_ptr<Storage>& file, const format::Header& header) {
-    return std::make_unique<Metadata>(header, file, cache_bytes);
+    return std::make_unique<Metadata>(header, file, amend_cache_bytes);
 }
 
 /// Counts the references of an image, except those of its refcount table.

@@ -11,7 +11,7 @@
 namespace qcow::qcow2 {
 namespace {
 
-constexpr std::uint64_t piece_bytes = 64 * KiB;
+constexpr std::uint64_t bitmap_piece_bytes = 64 * KiB;
 
 std::string place_of(const Metadata& metadata, const format::BitmapEntry& bitmap) {
     return fmt::format("{}: bitmap \"{}\" (table at host offset {:#x})", metadata.file().name(),
@@ -68,7 +68,8 @@ Result<void> each_dirty_run(const Metadata& metadata, const format::BitmapEntry&
     std::vector<std::byte> bytes;
     for (std::uint64_t word = first_bit / 64; word * 64 < end_bit;) {
         const auto index = word / cluster_words;
-        const auto words_end = std::min({(index + 1) * cluster_words, divide_up(end_bit, 64), word + piece_bytes / 8});
+        const auto words_end =
+            std::min({(index + 1) * cluster_words, divide_up(end_bit, 64), word + bitmap_piece_bytes / 8});
         const auto entry = TRY(bitmap_table_entry(metadata, bitmap, index));
         bytes.assign((words_end - word) * 8, entry.all_ones() ? std::byte{0xff} : std::byte{0});
         if (entry.cluster().value != 0) TRY(metadata.file().read(entry.cluster() + word % cluster_words * 8, bytes));

@@ -18,7 +18,7 @@
 namespace qcow::qcow2 {
 namespace {
 
-constexpr std::uint64_t piece_bytes = 2 * MiB;
+constexpr std::uint64_t move_piece_bytes = 2 * MiB;
 
 /// The first move that ends behind `cluster`.
 auto move_behind(const Moves& moves, std::uint64_t cluster) {
@@ -227,8 +227,8 @@ private:
     [[nodiscard]] std::vector<Piece> find_pieces() const {
         std::vector<Piece> pieces;
         const auto add = [&](HostOffset from, HostOffset to, std::uint64_t length, Copying::Contents contents) {
-            for (std::uint64_t done = 0; done < length; done += piece_bytes)
-                pieces.push_back({from + done, to + done, std::min(length - done, piece_bytes), contents});
+            for (std::uint64_t done = 0; done < length; done += move_piece_bytes)
+                pieces.push_back({from + done, to + done, std::min(length - done, move_piece_bytes), contents});
         };
         for (const auto& move : moves_.clusters) {
             const auto is_metadata = [&](std::uint64_t i) {

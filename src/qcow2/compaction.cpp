@@ -27,7 +27,7 @@
 namespace qcow::qcow2 {
 namespace {
 
-constexpr std::size_t cache_bytes = 64 * KiB;
+constexpr std::size_t compaction_cache_bytes = 64 * KiB;
 constexpr std::uint64_t batch_streams = 256 * KiB;
 
 /// Adds the move of a cluster to a list.
@@ -115,8 +115,9 @@ public:
 
 private:
     Result<void> open() {
-        image_ = std::make_unique<Metadata>(
-            TRY(format::parse_header(TRY(read_first_cluster(*file_)))), file_, cache_bytes);
+        image_ =
+            std::make_unique<Metadata>(
+                TRY(format::parse_header(TRY(read_first_cluster(*file_)))), file_, compaction_cache_bytes);
         return {};
     }
 

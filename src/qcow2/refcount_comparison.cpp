@@ -17,7 +17,7 @@
 namespace qcow::qcow2 {
 namespace {
 
-using Kind = CheckFinding::Kind;
+using Finding = CheckFinding::Kind;
 using Remedy = CheckFinding::Remedy;
 using Severity = CheckFinding::Severity;
 
@@ -116,7 +116,7 @@ private:
                                 fmt::format("overlap: the block at host offset {:#x} is in use as something else, or "
                                             "for another entry, so that it was not believed; there are {} such entries",
                                             first->value, count),
-                                Kind::overlap,
+                                Finding::overlap,
                                 *first,
                                 Remedy::rebuild_refcounts};
         });
@@ -187,7 +187,7 @@ private:
 
     /// Something about a cluster and its refcount; `what` makes the text.
     template <class What>
-    void add(Severity severity, Kind kind, Remedy remedy, HostOffset at, const What& what) {
+    void add(Severity severity, Finding kind, Remedy remedy, HostOffset at, const What& what) {
         findings_.add(severity, at.value, 1, [&] {
             return CheckFinding{severity, text_of({Structure::data, at, at}), what(), kind, at, remedy};
         });
@@ -196,7 +196,7 @@ private:
     void report(std::uint64_t cluster, std::uint64_t refcount, References references) {
         const HostOffset at{cluster << geometry_.cluster_bits};
         if (overlap(references)) {
-            add(Severity::corruption, Kind::overlap, Remedy::copy_contents, at, [&] {
+            add(Severity::corruption, Finding::overlap, Remedy::copy_contents, at, [&] {
                 return fmt::format("overlap: it is used as {}, {} times in all",
                                    use_names(references.word & References::uses), references.count());
             });
@@ -211,14 +211,14 @@ private:
         const std::uint64_t counted = references.count();
         const std::uint64_t comparable = std::min<std::uint64_t>(refcount, References::max_count);
         if (comparable > counted && uncounted_) {
-            add(Severity::error, Kind::uncounted, Remedy::nothing, at, [&] {
+            add(Severity::error, Finding::uncounted, Remedy::nothing, at, [&] {
                 return fmt::format(
                     "could not be counted: refcount {}, and {} references that are known; it may "
                     "belong to what is damaged",
                     refcount, counted);
             });
         } else if (comparable != counted && dirty_ && counted <= format::max_refcount(refcount_order_)) {
-            add(Severity::postponed, Kind::refcount_old, Remedy::rebuild_refcounts, at,
+            add(Severity::postponed, Finding::refcount_old, Remedy::rebuild_refcounts, at,
                 [&] { return fmt::format("refcount {}, but {} references", refcount, counted); });
             return true;
         } else if (comparable < counted) {
@@ -226,10 +226,10 @@ private:
                 return fmt::format("refcount {} is less than its {} references ({})", refcount, counted,
                                    use_names(references.word & References::uses));
             };
-            add(Severity::corruption, Kind::refcount_too_low, Remedy::rebuild_refcounts, at, what);
+            add(Severity::corruption, Finding::refcount_too_low, Remedy::rebuild_refcounts, at, what);
             note_undercounted(at, what);
         } else if (comparable > counted) {
-            add(Severity::leak, Kind::leak, Remedy::rebuild_refcounts, at,
+            add(Severity::leak, Finding::leak, Remedy::rebuild_refcounts, at,
                 [&] { return fmt::format("leaked: refcount {}, but {} references", refcount, counted); });
         }
         return false;
@@ -243,11 +243,11 @@ private:
             const auto what = [&] {
                 return fmt::format("its {} entry is marked COPIED, but its refcount is {}", table, refcount);
             };
-            add(severity, Kind::copied_flag, Remedy::correct_entry, at, what);
+            add(severity, Finding::copied_flag, Remedy::correct_entry, at, what);
             if (references.count() > 1) note_undercounted(at, what);
         }
         if (refcount == 1 && (references.word & References::not_copied) != 0) {
-            add(severity, Kind::copied_flag, Remedy::correct_entry, at,
+            add(severity, Finding::copied_flag, Remedy::correct_entry, at,
                 [&] { return fmt::format("its {} entry is not marked COPIED, but its refcount is 1", table); });
         }
     }

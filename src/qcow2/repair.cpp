@@ -25,7 +25,7 @@ namespace {
 
 /// What one round repairs, the next one sees. Damage that hides other damage needs several.
 constexpr unsigned max_rounds = 64;
-constexpr std::size_t cache_bytes = 1 * MiB;
+constexpr std::size_t repair_cache_bytes = 1 * MiB;
 
 /// Repairs the image in rounds: a check, a plan, and changes, which go to a PlannedFile. Each round leaves the image no
 /// worse at any instant:
@@ -67,8 +67,9 @@ public:
 
 private:
     Result<void> open() {
-        image_ = std::make_unique<Metadata>(
-            TRY(format::parse_header(TRY(read_first_cluster(*file_)))), file_, cache_bytes);
+        image_ =
+            std::make_unique<Metadata>(
+                TRY(format::parse_header(TRY(read_first_cluster(*file_)))), file_, repair_cache_bytes);
         return {};
     }
 

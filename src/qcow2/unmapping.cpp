@@ -18,7 +18,7 @@ namespace {
 
 using format::L2Entry;
 
-constexpr std::uint64_t piece_bytes = 64 * KiB;
+constexpr std::uint64_t unmapped_piece_bytes = 64 * KiB;
 
 /// Whether all of these bytes of the file are zeros.
 Result<bool> holds_zeros(const Storage& file, HostOffset at, std::uint64_t length) {
@@ -26,7 +26,7 @@ Result<bool> holds_zeros(const Storage& file, HostOffset at, std::uint64_t lengt
     while (length > 0) {
         const auto run = TRY(file.run(at, length));
         for (std::uint64_t done = 0; run.data && done < run.length;) {
-            buffer.resize(std::min(run.length - done, piece_bytes));
+            buffer.resize(std::min(run.length - done, unmapped_piece_bytes));
             TRY(file.read(at + done, buffer));
             if (!is_zero(buffer)) return false;
             done += buffer.size();
@@ -41,7 +41,7 @@ Result<bool> holds_zeros(const Storage& file, HostOffset at, std::uint64_t lengt
 Result<bool> decrypts_to_zeros(const DataFile& data, HostOffset host, GuestOffset at, std::uint64_t length) {
     thread_local std::vector<std::byte> buffer;
     for (std::uint64_t done = 0; done < length; done += buffer.size()) {
-        buffer.resize(std::min(length - done, piece_bytes));
+        buffer.resize(std::min(length - done, unmapped_piece_bytes));
         TRY_VOID(data.read(host + done, at + done, std::span(buffer)));
         if (!is_zero(buffer)) return false;
     }

@@ -18,7 +18,7 @@ namespace {
 
 using format::L1Entry;
 
-constexpr std::uint64_t piece_bytes = 64 * KiB;
+constexpr std::uint64_t table_piece_bytes = 64 * KiB;
 
 /// Whether something is wrong with the image, and not with looking at it.
 bool is_flaw(const Error& error) { return error.code != Errc::io && error.code != Errc::no_memory; }
@@ -100,7 +100,7 @@ private:
     /// Calls `visit(index, word)` for each word of a table that lies in the file and is not zero. Holes are not read.
     template <class Visit>
     Result<void> each_word(HostOffset table, std::uint64_t entries, Visit visit) {
-        std::vector<std::byte> buffer(std::min(entries * 8, piece_bytes));
+        std::vector<std::byte> buffer(std::min(entries * 8, table_piece_bytes));
         for (std::uint64_t first = 0; first < entries;) {
             TRY_VOID(verify_goes_on(options_.control));
             const auto run = TRY(metadata_.file().run(table + first * 8, (entries - first) * 8));

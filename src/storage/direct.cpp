@@ -14,7 +14,7 @@
 namespace qcow {
 namespace {
 
-constexpr auto max_offset = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+constexpr auto max_file_offset = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
 constexpr std::uint64_t everything = std::numeric_limits<std::uint64_t>::max();
 
 /// Aligned memory that requests go through where the caller's does not do.
@@ -49,14 +49,14 @@ public:
     Result<std::size_t> read(HostOffset at, Buffers to) const override {
         if (is_aligned(at, to)) return file_->read(at, to);
         std::size_t done = 0;
-        if (lies_within(at.value, to.size(), max_offset - alignment_.block)) done = TRY(read_blocks(at, to));
+        if (lies_within(at.value, to.size(), max_file_offset - alignment_.block)) done = TRY(read_blocks(at, to));
         fill_zeros(to.subspan(done));
         return done;
     }
 
     Result<void> write(HostOffset at, ConstBuffers from) override {
         // Past what files can be, the file says so.
-        if (from.empty() || !lies_within(at.value, from.size(), max_offset - alignment_.block))
+        if (from.empty() || !lies_within(at.value, from.size(), max_file_offset - alignment_.block))
             return file_->write(at, from);
         const std::uint64_t end = at.value + from.size();
         if (qcow::is_aligned(end, alignment_.block)) {

@@ -72,7 +72,7 @@ TEST_P(FaultTest, NothingIsLostOrCorrupt) {
         Random same(run_seed());
         run.perform(work, same);
     };
-    const auto count = fail_each(setting, operation, perform_on, (sanitized ? 3 : 12) * effort(), random);
+    const auto count = fail_each(setting, operation, perform_on, (sanitized ? 2 : 6) * effort(), random);
     EXPECT_GT(count, 0U);
     std::cout << "covered " << count << " faults\n";
 }
@@ -92,7 +92,7 @@ TEST_P(FullTest, OnlyWhatNeedsRoomFails) {
         run.perform(work, same);
     };
     std::uint64_t count = 0;
-    ASSERT_NO_THROW(count = fill_at_each(setting, perform_on, (sanitized ? 3 : 12) * effort(), random));
+    ASSERT_NO_THROW(count = fill_at_each(setting, perform_on, (sanitized ? 2 : 6) * effort(), random));
     std::cout << "covered " << count << " full file systems in memory\n";
 }
 

@@ -11,8 +11,8 @@ namespace qcow::qcow2 {
 namespace {
 
 constexpr std::size_t max_windows = 64;
-constexpr std::uint64_t growth = 4;       // from one window to the next
-constexpr std::uint64_t min_reach = 256;  // clusters: requests in flight arrive out of order
+constexpr std::uint64_t window_growth = 4;  // from one window to the next
+constexpr std::uint64_t min_reach = 256;    // clusters: requests in flight arrive out of order
 
 }  // namespace
 
@@ -75,16 +75,16 @@ std::optional<GuestRun> Reservations::next_window(std::uint64_t guest, std::uint
         const auto& [first, window] = *std::prev(after);
         lower = first + window.count;
         if (lower > guest) return std::nullopt;  // another one has taken its place in the window
-        if (guest - lower <= std::max(window.count, min_reach)) size = window.count * growth;
+        if (guest - lower <= std::max(window.count, min_reach)) size = window.count * window_growth;
     }
     if (after != windows_.end()) {
         upper = after->first;
         if (upper - guest <= std::max(after->second.count, min_reach))
-            size = std::max(size, after->second.count * growth);
+            size = std::max(size, after->second.count * window_growth);
     }
     if (size == 0) return std::nullopt;
     // A crash leaks what is reserved: not much more than has been of use.
-    const std::uint64_t budget = growth * taken_ - std::min(growth * taken_, free_);
+    const std::uint64_t budget = window_growth * taken_ - std::min(window_growth * taken_, free_);
     if (budget < wanted) return std::nullopt;
     size = std::max(wanted, std::min({size, budget, most_}));
     const std::uint64_t first = std::max(lower, align_down(guest, std::bit_floor(size)));

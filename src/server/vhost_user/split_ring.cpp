@@ -59,7 +59,7 @@ Result<SplitRing> SplitRing::find(const GuestMemory& memory, const Setup& setup)
 }
 
 std::uint16_t SplitRing::available_index() const {
-    return from_ring(word<std::uint16_t>(available_, index_at).load(std::memory_order_acquire));
+    return from_ring(word<std::uint16_t>(available_, index_at).load(std::memory_order_seq_cst));
 }
 
 bool SplitRing::is_empty() const { return available_index() == next_available_; }
@@ -120,20 +120,20 @@ bool SplitRing::add_buffer(const vring_desc& descriptor, Chain& chain) const {
 }
 
 void SplitRing::ask_for_kicks(bool wanted) {
+    // The driver reads what is stored here after it has written the index that is_empty() reads next: both of these are
+    // sequentially consistent, so that one of the two sees the other.
     if (setup_.event_index) {
         // The driver kicks when it passes this index. One that it has passed already spares it.
         if (wanted) {
             const auto at = ring_at + std::size_t{setup_.size} * used_entry;
-            word<std::uint16_t>(used_, at).store(from_ring(next_available_), std::memory_order_relaxed);
+            word<std::uint16_t>(used_, at).store(from_ring(next_available_), std::memory_order_seq_cst);
             if (setup_.addresses.logged) memory_->note_changed(setup_.addresses.log + at, 2);
         }
     } else {
         const std::uint16_t flags = wanted ? 0 : VRING_USED_F_NO_NOTIFY;
-        word<std::uint16_t>(used_, flags_at).store(from_ring(flags), std::memory_order_relaxed);
+        word<std::uint16_t>(used_, flags_at).store(from_ring(flags), std::memory_order_seq_cst);
         if (setup_.addresses.logged) memory_->note_changed(setup_.addresses.log + flags_at, 2);
     }
-    // The driver reads this after it has written the index that is_empty() reads next.
-    std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 
 void SplitRing::complete(std::uint16_t head, std::uint32_t written) {
@@ -149,14 +149,15 @@ void SplitRing::complete(std::uint16_t head, std::uint32_t written) {
 }
 
 bool SplitRing::wants_interrupt() {
-    // The driver asks for interrupts, and then looks at the index that complete() has written.
-    std::atomic_thread_fence(std::memory_order_seq_cst);
+    // The driver asks for interrupts, and then looks at the index that complete() has written. To write it once more
+    // keeps what is read below behind it.
+    word<std::uint16_t>(used_, index_at).store(from_ring(used_index_), std::memory_order_seq_cst);
     if (!setup_.event_index) {
-        const auto flags = from_ring(word<std::uint16_t>(available_, flags_at).load(std::memory_order_relaxed));
+        const auto flags = from_ring(word<std::uint16_t>(available_, flags_at).load(std::memory_order_seq_cst));
         return (flags & VRING_AVAIL_F_NO_INTERRUPT) == 0;
     }
     const auto at = ring_at + std::size_t{setup_.size} * available_entry;
-    const auto event = from_ring(word<std::uint16_t>(available_, at).load(std::memory_order_relaxed));
+    const auto event = from_ring(word<std::uint16_t>(available_, at).load(std::memory_order_seq_cst));
     const auto before = std::exchange(interrupted_at_, used_index_);
     const auto behind = static_cast<std::uint16_t>(used_index_ - event - 1);
     const bool passed = behind < static_cast<std::uint16_t>(used_index_ - before);

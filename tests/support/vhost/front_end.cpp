@@ -50,11 +50,11 @@ Fd event() { return Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)); }
 // Rings are shared with the server: each of their numbers is read and written at once.
 template <class T>
 T load(const T& from) {
-    return std::atomic_ref(const_cast<T&>(from)).load(std::memory_order_acquire);
+    return std::atomic_ref(const_cast<T&>(from)).load();
 }
 template <class T>
 void store(T& to, std::type_identity_t<T> value) {
-    std::atomic_ref(to).store(value, std::memory_order_release);
+    std::atomic_ref(to).store(value);
 }
 
 }  // namespace
@@ -322,7 +322,6 @@ void Queue::publish() {
     if (published_ == next_available_) return;
     const auto from = std::exchange(published_, next_available_);
     store(available_->idx, next_available_);
-    std::atomic_thread_fence(std::memory_order_seq_cst);
     if (wants_kick(from, next_available_)) kick();
 }
 
@@ -371,7 +370,6 @@ void Queue::ask_for_calls(bool wanted) {
     } else {
         store(available_->flags, wanted ? 0 : VRING_AVAIL_F_NO_INTERRUPT);
     }
-    std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 
 Completion Queue::wait(milliseconds timeout) {
