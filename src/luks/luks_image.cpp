@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 
 #include "base/bits.h"
 #include "base/try.h"
 #include "disk/encrypted.h"
+#include "disk/flat_layer.h"
 #include "disk/range.h"
 #include "format/luks.h"
 #include "luks/luks2.h"
@@ -29,33 +29,24 @@ struct Volume {
     std::uint64_t first_sector = 0;  // the number of the first sector
 };
 
-class LuksImage final : public Layer {
+class LuksImage final : public FlatLayer {
 public:
     LuksImage(std::shared_ptr<Storage> storage, Volume volume, std::uint64_t size,
               std::shared_ptr<const crypto::SectorCipher> cipher, std::optional<WriteOptions> write)
-        : storage_(std::move(storage)),
+        : FlatLayer(std::move(storage), volume.payload, size, write),
           volume_(std::move(volume)),
-          size_(size),
-          encryption_(cipher ? std::make_unique<EncryptedBytes>(std::move(cipher)) : nullptr) {
-        write_with(write);
-    }
+          encryption_(cipher ? std::make_unique<EncryptedBytes>(std::move(cipher)) : nullptr) {}
 
-    [[nodiscard]] std::uint64_t size() const override { return size_; }
     [[nodiscard]] Format format() const override { return Format::luks; }
-    [[nodiscard]] std::uint64_t block_size() const override { return 4 * KiB; }
-    [[nodiscard]] std::vector<std::string> files() const override { return {storage_->name()}; }
     [[nodiscard]] Result<void> verify_readable() const override {
-        return encryption_ ? Result<void>() : no_key(storage_->name());
+        return encryption_ ? Result<void>() : no_key(storage().name());
     }
 
     Result<Part> read_part(GuestOffset at, Buffers to) const override {
         TRY_VOID(verify_readable());
-        const std::size_t there = TRY(encryption_->read(*storage_, host(at), position(at), to));
-        if (there == to.size()) return Part{to.size()};
-        return unreadable({Errc::io, storage_->name(),
-                           fmt::format("it ends before offset {:#x}, although it was longer when it was opened",
-                                       host(at + there).value)},
-                          at + there, to.size() - there);
+        const std::size_t there = TRY(encryption_->read(storage(), host(at), position(at), to));
+        if (there != to.size()) return was_cut(at + there, to.size() - there);
+        return Part{to.size()};
     }
 
     /// Holes of the file do not decrypt to zeros.
@@ -64,15 +55,8 @@ public:
     }
 
 protected:
-    Result<void> do_read(GuestOffset at, Buffers to) override {
-        TRY_VOID(verify_readable());
-        if (!to.empty()) TRY(read_part(at, to));
-        return {};
-    }
-    Result<Extent> do_extent(GuestOffset at, std::uint64_t limit) override { return own_extent(at, limit); }
-
     Result<void> write_data(GuestOffset at, ConstBuffers from) override {
-        return encryption_->write(*storage_, host(at), position(at), from);
+        return encryption_->write(storage(), host(at), position(at), from);
     }
 
     Result<void> zero(GuestOffset at, std::uint64_t length, Zeroes) override {
@@ -91,47 +75,28 @@ protected:
 
     Result<void> do_resize(std::uint64_t size) override {
         if (volume_.bytes || !is_aligned(size, volume_.sector_bytes)) {
-            return fail(Errc::unsupported, storage_->name(),
+            return fail(Errc::unsupported, storage().name(),
                         volume_.bytes ? std::string("its LUKS2 header gives its length, which stays")
                                       : fmt::format("its length is a multiple of {} bytes", volume_.sector_bytes));
         }
-        const std::uint64_t old = size_;
-        TRY_VOID(storage_->resize(host({size}).value));
-        size_ = size;
+        const auto old = this->size();
+        TRY_VOID(FlatLayer::do_resize(size));
         return size > old ? zero({old}, size - old, Zeroes::keep) : Result<void>();
     }
 
-    Result<void> do_flush() override {
-        return write_options() && write_options()->cache != CacheMode::unsafe ? storage_->flush() : Result<void>();
-    }
-
-    Result<void> do_close() override {
-        TRY_VOID(do_flush());
-        write_with({});
-        return {};
-    }
-
     [[nodiscard]] Result<ImageInfo> do_info() const override {
-        ImageInfo info;
-        info.filename = storage_->name();
-        info.format = Format::luks;
-        info.virtual_size = size_;
-        info.file_size = TRY(storage_->size());
-        info.disk_size = TRY(storage_->allocated());
+        auto info = TRY(FlatLayer::do_info());
         info.encryption = volume_.info;
         return info;
     }
 
 private:
-    [[nodiscard]] HostOffset host(GuestOffset at) const { return volume_.payload + at.value; }
     /// See EncryptedBytes. It wraps as the numbers of sectors do.
     [[nodiscard]] std::uint64_t position(GuestOffset at) const {
         return volume_.first_sector * crypto::sector_unit + at.value;
     }
 
-    std::shared_ptr<Storage> storage_;
     Volume volume_;
-    std::atomic<std::uint64_t> size_;
     std::unique_ptr<EncryptedBytes> encryption_;  // null: the key is not known
 };
 

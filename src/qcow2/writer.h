@@ -1,7 +1,6 @@
 #pragma once
 // An image that is open for writing: its requests, from the first change to the close.
 
-#include <chrono>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -49,11 +48,6 @@ public:
     Result<void> complete_snapshots();
     Result<void> expand_zeroes();
     Result<void> flush() { return metadata_.flush(); }
-
-    /// Brings all requests that change the image to a stop, at a point between them. Returns whether that took no
-    /// longer than `timeout`; then they wait until thaw(). Reads go on.
-    [[nodiscard]] bool freeze(std::chrono::nanoseconds timeout) { return gate_.close(timeout); }
-    void thaw() { gate_.open(); }
 
     /// Flushes, saves the bitmaps, and gives back everything that is only reserved. No other request may be in flight.
     Result<void> settle();
