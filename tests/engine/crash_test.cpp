@@ -129,7 +129,7 @@ TEST_P(CrashTest, LosesNothing) {
     unsigned qemu_checks = 0;
     for (unsigned round = 0; round < effort(); ++round) {
         auto random = Random::named(fmt::format("{}/{}", c.name, round));
-        const auto options = sanitized ? CrashOptions{.samples = 30, .most = 30}
+        const auto options = sanitized ? CrashOptions{.samples = 15, .most = 15}
                                        : CrashOptions{.samples = 60, .most = 240, .qemu_checks = 4};
         const auto recorded = record(c, random);
         const auto report = CrashExplorer(recorded->history(recorded->log), opener(c.kind), random).explore(options);
