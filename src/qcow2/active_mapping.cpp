@@ -139,14 +139,10 @@ Result<void> ActiveMapping::drop_table(std::uint64_t cluster) {
 Result<std::vector<std::uint64_t>> ActiveMapping::share_tables() {
     auto& metadata = metadata_.metadata();
     const auto state = metadata.state();
-    auto words = TRY(load_words(metadata, state.l1_table, state.l1_entries));
+    const auto old = TRY(load_words(metadata, state.l1_table, state.l1_entries));
+    auto words = old;
     for (auto& word : words) word &= ~format::copied_bit;
-    const std::size_t page = metadata.words().page_bytes() / 8;
-    for (std::size_t i = 0; i < words.size(); i += page) {
-        Change change(metadata_);
-        TRY_VOID(change.commit(state.l1_table + i * 8, std::span(words).subspan(i, std::min(page, words.size() - i)),
-                               Barrier::none));
-    }
+    TRY_VOID(store_table(metadata_, state.l1_table, old, words));
     return words;
 }
 
@@ -175,31 +171,22 @@ Result<void> ActiveMapping::correct_copied_flags(std::uint64_t l1_index) {
         const L2Entry entry{word};
         return entry.compressed() ? 0 : entry.cluster().value >> cluster_bits;
     };
-    auto words = TRY(load_words(metadata, l1.l2_table(), metadata.cluster_size() / 8));
-    const std::size_t page = metadata.words().page_bytes() / 8;
+    const auto old = TRY(load_words(metadata, l1.l2_table(), metadata.cluster_size() / 8));
+    auto words = old;
     std::array<std::uint64_t, page_words> counts;
-    for (std::size_t begin = 0; begin < words.size(); begin += page) {
-        const auto entries = std::span(words).subspan(begin, std::min(page, words.size() - begin));
-        bool changed = false;
-        for (std::size_t i = 0; i < entries.size();) {
-            ClusterRun run{host_of(entries[i]), 1};
-            if (run.first == 0 || rules_.external_data) {
-                i += step;
-                continue;
-            }
-            while (i + run.count * step < entries.size() && host_of(entries[i + run.count * step]) == run.end())
-                ++run.count;
-            TRY_VOID(metadata_.load_refcounts(run, counts));
-            for (std::size_t k = 0; k < run.count; ++k, i += step) {
-                const std::uint64_t word = corrected(entries[i], counts[k]);
-                changed |= word != entries[i];
-                entries[i] = word;
-            }
+    for (std::size_t i = 0; i < words.size();) {
+        ClusterRun run{host_of(words[i]), 1};
+        if (run.first == 0 || rules_.external_data) {
+            i += step;
+            continue;
         }
-        if (!changed) continue;
-        Change change(metadata_);
-        TRY_VOID(change.commit(l1.l2_table() + begin * 8, entries, Barrier::none));
+        while (run.count < counts.size() && i + run.count * step < words.size() &&
+               host_of(words[i + run.count * step]) == run.end())
+            ++run.count;
+        TRY_VOID(metadata_.load_refcounts(run, counts));
+        for (std::size_t k = 0; k < run.count; ++k, i += step) words[i] = corrected(words[i], counts[k]);
     }
+    TRY_VOID(store_table(metadata_, l1.l2_table(), old, words));
     TRY_VOID(metadata_.load_refcounts({l1.l2_table().value >> cluster_bits, 1}, counts));
     const std::uint64_t word = corrected(l1.word, counts[0]);
     if (word == l1.word) return {};

@@ -40,18 +40,10 @@ Result<std::vector<std::uint64_t>> load_table(WritableMetadata& metadata, HostOf
 
 /// Takes the COPIED flags off the entries of an L2 table.
 Result<void> clear_flags(WritableMetadata& metadata, HostOffset table, std::span<const std::uint64_t> words) {
-    const std::size_t page = metadata.metadata().words().page_bytes() / 8;
     const unsigned step = metadata.metadata().geometry().entry_words();
-    std::vector<std::uint64_t> cleared(page);
-    for (std::size_t begin = 0; begin < words.size(); begin += page) {
-        const auto entries = words.subspan(begin, std::min(page, words.size() - begin));
-        cleared.assign(entries.begin(), entries.end());
-        for (std::size_t i = 0; i < cleared.size(); i += step) cleared[i] &= ~format::copied_bit;
-        if (std::ranges::equal(cleared, entries)) continue;
-        Change change(metadata);
-        TRY_VOID(change.commit(table + begin * 8, cleared, Barrier::none));
-    }
-    return {};
+    std::vector<std::uint64_t> cleared(words.begin(), words.end());
+    for (std::size_t i = 0; i < cleared.size(); i += step) cleared[i] &= ~format::copied_bit;
+    return store_table(metadata, table, words, cleared);
 }
 
 HostOffset table_of(std::uint64_t l1_word) { return format::L1Entry{l1_word}.l2_table(); }

@@ -18,6 +18,7 @@ namespace {
 constexpr std::size_t max_page_bytes = 4096;
 constexpr std::size_t sector_bytes = 512;  // what a disk may be unable to read
 constexpr std::size_t max_page_words = max_page_bytes / 8;
+constexpr std::size_t max_run_pages = 16;  // 64 KiB, the usual size of a table
 constexpr std::uint64_t max_offset = bit(56);
 constexpr std::size_t max_sets = std::size_t{1} << 20;
 
@@ -25,12 +26,30 @@ constexpr std::uint8_t bit_of(std::size_t way) { return static_cast<std::uint8_t
 
 }  // namespace
 
+/// The locks of the sets that the pages of a run go into. All who take several take them in the order of the sets.
+class WordCache::SetLocks {
+public:
+    SetLocks(const WordCache& cache, PageRun run) {
+        std::array<std::size_t, max_run_pages> sets;
+        for (std::size_t i = 0; i < run.count; ++i) sets[i] = cache.set_of(run.first + i);
+        const auto used = std::span(sets).first(run.count);
+        std::ranges::sort(used);
+        for (std::size_t i = 0; i < used.size(); ++i) {
+            if (i == 0 || used[i] != used[i - 1]) locks_[i] = std::unique_lock(cache.states_[used[i]].mutex);
+        }
+    }
+
+private:
+    std::array<std::unique_lock<std::mutex>, max_run_pages> locks_;
+};
+
 void WordCache::Free::operator()(void* memory) const { std::free(memory); }
 
 WordCache::WordCache(std::shared_ptr<Storage> storage, std::size_t page_bytes, std::size_t budget_bytes)
     : storage_(std::move(storage)),
       page_words_(page_bytes / 8),
       set_count_(std::bit_floor(std::clamp<std::size_t>(budget_bytes / (page_bytes * ways), 1, max_sets))),
+      run_pages_(std::min(set_count_, max_run_pages)),
       sets_(std::make_unique<Set[]>(set_count_)),
       states_(std::make_unique<SetState[]>(set_count_)) {
     assert(std::has_single_bit(page_bytes) && page_bytes >= 512 && page_bytes <= max_page_bytes);
@@ -82,47 +101,72 @@ void WordCache::change(std::size_t set, std::size_t way, std::uint64_t tag, std:
     version.store(before + 2, std::memory_order_release);
 }
 
-Result<void> WordCache::read_page(std::uint64_t page, std::span<std::uint64_t> to) const {
-    std::array<std::byte, max_page_bytes> buffer;
-    const auto bytes = std::span(buffer).first(page_bytes());
-    TRY(storage_->read({page * bytes.size()}, bytes));
-    for (std::size_t i = 0; i < to.size(); ++i) to[i] = load_be<std::uint64_t>(bytes, i * 8);
+Result<void> WordCache::read_pages(std::uint64_t first, std::span<std::uint64_t> to) const {
+    TRY(storage_->read({first * page_bytes()}, std::as_writable_bytes(to)));
+    for (auto& word : to) word = big_endian(word);
     return {};
 }
 
-/// Under the set's lock: the way that holds the page, read from the file if need be; `ways` where none can be replaced.
-Result<std::size_t> WordCache::fill(std::size_t set, std::uint64_t page) {
-    if (const std::size_t way = find(set, page); way < ways) return way;
+/// Under the set's lock: the way whose page goes next, or `ways` where none can be replaced.
+std::size_t WordCache::replaceable_way(std::size_t set) {
     auto& state = states_[set];
     for (std::size_t tried = 0; tried < ways; ++tried) {
         const std::size_t way = state.next_victim++ % ways;
-        if (!state.slots[way].replaceable()) continue;
-        std::array<std::uint64_t, max_page_words> words;
-        const auto page_words = std::span(words).first(page_words_);
-        TRY_VOID(read_page(page, page_words));
-        change(set, way, page + 1, 0, page_words);
-        state.has_space &= static_cast<std::uint8_t>(~bit_of(way));
-        return way;
+        if (state.slots[way].replaceable()) return way;
     }
     return ways;
 }
 
-/// Under the set's lock.
-Result<void> WordCache::reserve_space(std::uint64_t page, std::size_t set, std::size_t way) {
-    auto& has_space = states_[set].has_space;
-    if ((has_space & bit_of(way)) != 0) return {};
-    TRY_VOID(storage_->allocate({page * page_bytes()}, page_bytes()));
-    has_space |= bit_of(way);
+/// Under the locks of their sets: reads the pages that are missing, with one call. Where none can be replaced, a page
+/// stays missing.
+Result<void> WordCache::fill(PageRun run) {
+    const auto missing = [&](std::uint64_t page) { return find(set_of(page), page) == ways; };
+    while (run.count > 0 && !missing(run.end() - 1)) --run.count;
+    for (; run.count > 0 && !missing(run.first); --run.count) ++run.first;
+    if (run.count == 0) return {};
+    std::array<std::uint64_t, max_run_pages * max_page_words> buffer;
+    const auto words = std::span(buffer).first(run.count * page_words_);
+    TRY_VOID(read_pages(run.first, words));
+    // Backwards, so that no other page takes the place of the first.
+    for (std::size_t i = run.count; i-- > 0;) {
+        const std::uint64_t page = run.first + i;
+        const std::size_t set = set_of(page);
+        if (!missing(page)) continue;
+        const std::size_t way = replaceable_way(set);
+        if (way == ways) continue;
+        change(set, way, page + 1, 0, words.subspan(i * page_words_, page_words_));
+        states_[set].has_space &= static_cast<std::uint8_t>(~bit_of(way));
+    }
     return {};
 }
 
-Result<void> WordCache::reserve_space(HostOffset at) {
-    const std::uint64_t page = at.value / page_bytes();
-    const std::size_t set = set_of(page);
-    const std::lock_guard guard(states_[set].mutex);
-    const std::size_t way = TRY(fill(set, page));
-    if (way < ways) return reserve_space(page, set, way);
-    return storage_->allocate({page * page_bytes()}, page_bytes());
+/// Under the locks of their sets.
+Result<void> WordCache::reserve_space(PageRun run) {
+    const auto has_space = [&](std::uint64_t page) {
+        const std::size_t set = set_of(page);
+        const std::size_t way = find(set, page);
+        return way < ways && (states_[set].has_space & bit_of(way)) != 0;
+    };
+    while (run.count > 0 && has_space(run.end() - 1)) --run.count;
+    for (; run.count > 0 && has_space(run.first); --run.count) ++run.first;
+    if (run.count == 0) return {};
+    TRY_VOID(storage_->allocate({run.first * page_bytes()}, run.count * page_bytes()));
+    for (std::uint64_t page = run.first; page < run.end(); ++page) {
+        const std::size_t set = set_of(page);
+        if (const std::size_t way = find(set, page); way < ways) states_[set].has_space |= bit_of(way);
+    }
+    return {};
+}
+
+Result<void> WordCache::reserve_space(HostOffset at, std::uint64_t length) {
+    const std::uint64_t end = divide_up(at.value + length, page_bytes());
+    for (std::uint64_t page = at.value / page_bytes(); page < end; page += run_pages_) {
+        const PageRun run{page, static_cast<std::size_t>(std::min<std::uint64_t>(run_pages_, end - page))};
+        const SetLocks locks(*this, run);
+        TRY_VOID(fill(run));
+        TRY_VOID(reserve_space(run));
+    }
+    return {};
 }
 
 /// Past the cache, of a page that cannot be read as a whole.
@@ -139,20 +183,24 @@ Result<std::size_t> WordCache::load(HostOffset at, std::span<std::uint64_t> to) 
     assert(at.value % 8 == 0 && at.value < max_offset && !to.empty());
     const std::uint64_t page = at.value / 8 / page_words_;
     const std::size_t first = at.value / 8 % page_words_;
+    const std::size_t wanted_end = first + to.size();
     to = to.first(std::min(to.size(), page_words_ - first));
     while (!load_cached(page, first, to)) {
-        const std::size_t set = set_of(page);
-        const std::lock_guard guard(states_[set].mutex);
-        const auto filled = fill(set, page);
+        const PageRun wanted{page, std::min<std::size_t>(divide_up(wanted_end, page_words_), run_pages_)};
+        const SetLocks locks(*this, wanted);
+        auto filled = fill(wanted);
+        // It may be another page that cannot be read.
+        if (!filled && wanted.count > 1) filled = fill({page});
         if (!filled) {
             // The first time that is an error. If it is met again, as little as can be is unreadable.
-            if (filled.error().code != Errc::io || !pages_failed_.exchange(true)) return filled;
+            if (filled.error().code != Errc::io || !pages_failed_.exchange(true))
+                return std::unexpected(std::move(filled).error());
             return load_sector(at, to);
         }
-        if (*filled < ways) continue;
+        if (find(set_of(page), page) < ways) continue;
         // No room, but then it is not here either: the file has what was last stored.
         std::array<std::uint64_t, max_page_words> words;
-        TRY_VOID(read_page(page, std::span(words).first(page_words_)));
+        TRY_VOID(read_pages(page, std::span(words).first(page_words_)));
         std::ranges::copy(std::span(words).subspan(first, to.size()), to.begin());
         break;
     }
@@ -165,9 +213,10 @@ Result<bool> WordCache::store(HostOffset at, std::span<const std::uint64_t> word
     assert(at.value % 8 == 0 && at.value < max_offset && first + words.size() <= page_words_);
     const std::size_t set = set_of(page);
     const std::lock_guard guard(states_[set].mutex);
-    const std::size_t way = TRY(fill(set, page));
+    TRY_VOID(fill({page}));
+    const std::size_t way = find(set, page);
     if (way == ways) return false;
-    TRY_VOID(reserve_space(page, set, way));
+    TRY_VOID(reserve_space(PageRun{page}));
     change(set, way, page + 1, first, words);
     auto& slot = states_[set].slots[way];
     slot.barrier |= barrier;

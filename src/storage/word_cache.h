@@ -30,8 +30,9 @@ public:
 
     /// Copies the words from host offset `at` on (a multiple of 8 below 2^56) into `to`, in host byte order, as many as
     /// the page of `at` has from there on but no more than `to` takes. Gives how many: at least one. Words past the end
-    /// of the file are zeros: callers hold tables against its length. Errc::io: the page cannot be read. Once that has
-    /// happened, such pages are read by sectors of 512 bytes, so that another try may succeed.
+    /// of the file are zeros: callers hold tables against its length. The pages that the rest of `to` covers are read
+    /// with this one, for the calls that follow. Errc::io: the page cannot be read. Once that has happened, such pages
+    /// are read by sectors of 512 bytes, so that another try may succeed.
     Result<std::size_t> load(HostOffset at, std::span<std::uint64_t> to);
 
     /// One word.
@@ -52,9 +53,9 @@ public:
     /// same word run at once. Errc::io, no_space.
     Result<bool> store(HostOffset at, std::span<const std::uint64_t> words, PageClass page_class, bool barrier = false);
 
-    /// Gives the page of `at` space in the file ahead of a store, which then cannot fail for want of it.
-    /// Errc::no_space.
-    Result<void> reserve_space(HostOffset at);
+    /// Gives the pages of [at, at + length) space in the file ahead of stores, which then cannot fail for want of it. A
+    /// range takes fewer calls to the system than its pages do one by one. Errc::io, no_space.
+    Result<void> reserve_space(HostOffset at, std::uint64_t length);
 
     /// A changed page as it was when it was taken.
     struct Changed {
@@ -104,15 +105,24 @@ private:
         std::deque<std::size_t> slots;
     };
 
+    /// Pages one behind the other, at most run_pages_. They are read, or given space, with one call.
+    struct PageRun {
+        std::uint64_t first = 0;
+        std::size_t count = 1;
+        [[nodiscard]] std::uint64_t end() const { return first + count; }
+    };
+    class SetLocks;
+
     [[nodiscard]] std::size_t set_of(std::uint64_t page) const;
     [[nodiscard]] std::atomic<std::uint64_t>* words_of(std::size_t set, std::size_t way) const {
         return words_.get() + (set * ways + way) * page_words_;
     }
     [[nodiscard]] std::size_t find(std::size_t set, std::uint64_t page) const;
     bool load_cached(std::uint64_t page, std::size_t first, std::span<std::uint64_t> to) const;
-    Result<std::size_t> fill(std::size_t set, std::uint64_t page);
-    Result<void> reserve_space(std::uint64_t page, std::size_t set, std::size_t way);
-    Result<void> read_page(std::uint64_t page, std::span<std::uint64_t> to) const;
+    [[nodiscard]] std::size_t replaceable_way(std::size_t set);
+    Result<void> fill(PageRun run);
+    Result<void> reserve_space(PageRun run);
+    Result<void> read_pages(std::uint64_t first, std::span<std::uint64_t> to) const;
     Result<std::size_t> load_sector(HostOffset at, std::span<std::uint64_t> to) const;
     void change(std::size_t set, std::size_t way, std::uint64_t tag, std::size_t first,
                 std::span<const std::uint64_t> words);
@@ -125,6 +135,7 @@ private:
     std::shared_ptr<Storage> storage_;
     std::size_t page_words_;
     std::size_t set_count_;  // a power of two
+    std::size_t run_pages_;  // the longest PageRun: pages of one run must not replace each other where sets are few
     std::unique_ptr<Set[]> sets_;
     std::unique_ptr<SetState[]> states_;
     std::atomic<bool> pages_failed_ = false;  // to be read as a whole

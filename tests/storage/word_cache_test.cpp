@@ -29,7 +29,7 @@ public:
     [[nodiscard]] Result<std::uint64_t> allocated() const override { return size_; }
     Result<std::size_t> read(HostOffset at, Buffers to) const override {
         ++reads;
-        if (broken) return fail(Errc::io, name_, "broken");
+        if (broken || at.value + to.size() > broken_from) return fail(Errc::io, name_, "broken");
         std::size_t there = 0;
         std::uint64_t word = 0;
         Bytes bytes(to.size());
@@ -56,6 +56,7 @@ public:
 
     mutable std::atomic<int> reads = 0;
     std::atomic<bool> broken = false;
+    std::uint64_t broken_from = ~std::uint64_t{0};
     bool full = false;
     std::vector<std::pair<std::uint64_t, std::uint64_t>> spaces;  // offset and length of what was allocated
 
@@ -177,6 +178,56 @@ TEST(WordCache, PassesErrorsOnAndTriesAgain) {
     EXPECT_EQ(must(cache.load({0})), scrambled(0)) << "what is cached needs no reading";
 }
 
+std::vector<std::uint64_t> load_all(WordCache& cache, HostOffset at, std::size_t count) {
+    std::vector<std::uint64_t> words(count);
+    for (std::size_t i = 0; i < count;) i += must(cache.load(at + i * 8, std::span(words).subspan(i)));
+    return words;
+}
+
+std::vector<std::uint64_t> scrambled_words(HostOffset at, std::size_t count) {
+    std::vector<std::uint64_t> words(count);
+    for (std::size_t i = 0; i < count; ++i) words[i] = scrambled(at.value / 8 + i);
+    return words;
+}
+
+TEST(WordCache, ReadsThePagesOfATableTogether) {
+    const auto storage = words();
+    WordCache cache(storage, 4096, 1 << 20);
+    EXPECT_EQ(load_all(cache, {65536}, 8192), scrambled_words({65536}, 8192));
+    EXPECT_EQ(storage->reads, 1);
+    EXPECT_EQ(load_all(cache, {65536}, 8192), scrambled_words({65536}, 8192));
+    EXPECT_EQ(storage->reads, 1);
+    // Pages that are here are not read again at the ends of the run: this is about the 16 pages between two others.
+    must(cache.load({4 * 65536}));
+    must(cache.load({4 * 65536 + 17 * 4096}));
+    EXPECT_EQ(load_all(cache, {4 * 65536}, 18 * 512), scrambled_words({4 * 65536}, 18 * 512));
+    EXPECT_EQ(storage->reads, 4);
+}
+
+TEST(WordCache, ReadingPagesTogetherKeepsWhatWasStored) {
+    const auto storage = words();
+    // With so little room that pages of a table replace each other.
+    for (const std::size_t sets : {1, 2, 4, 64}) {
+        WordCache cache(storage, 4096, sets * 8 * 4096);
+        const std::uint64_t stored = 7;
+        ASSERT_TRUE(must(cache.store({65536 + 3 * 4096}, {&stored, 1}, 1)));
+        auto expected = scrambled_words({65536}, 8192);
+        expected[std::size_t{3} * 512] = stored;
+        for (int round = 0; round < 3; ++round) EXPECT_EQ(load_all(cache, {65536}, 8192), expected) << sets;
+    }
+}
+
+TEST(WordCache, APageCanBeReadThoughTheNextOneCannot) {
+    const auto storage = words();
+    storage->broken_from = 2 * 4096;
+    WordCache cache(storage, 4096, 1 << 20);
+    std::vector<std::uint64_t> to(8192);
+    EXPECT_EQ(must(cache.load({0}, to)), 512U);
+    EXPECT_EQ(to[511], scrambled(511));
+    EXPECT_EQ(must(cache.load({4096}, to)), 512U);
+    EXPECT_TRUE(fails(cache.load({8192}, to), Errc::io));
+}
+
 TEST(WordCache, ThreadsThatMissTheSamePageReadItOnce) {
     const auto storage = words();
     WordCache cache(storage, 4096, 65536);
@@ -235,14 +286,28 @@ TEST(WordCacheTest, APageHasSpaceInTheFileBeforeItChanges) {
     EXPECT_EQ(refused.error().code, Errc::no_space);
     EXPECT_EQ(must(cache.load({8192 + 16})), scrambled((8192 + 16) / 8));
     EXPECT_EQ(cache.changed_count(1), 0U);
-    EXPECT_FALSE(cache.reserve_space({8192}));
+    EXPECT_FALSE(cache.reserve_space({8192}, 8));
 
     storage->full = false;
-    must(cache.reserve_space({8192 + 64}));
+    must(cache.reserve_space({8192 + 64}, 8));
     storage->full = true;
     EXPECT_TRUE(must(cache.store({8192 + 16}, {&word, 1}, 1)));
     EXPECT_TRUE(must(cache.store({8192 + 24}, {&word, 1}, 1)));
     EXPECT_EQ(storage->spaces, (std::vector<std::pair<std::uint64_t, std::uint64_t>>{{8192, 4096}}));
+}
+
+TEST(WordCacheTest, ARangeGetsSpaceInOneCall) {
+    const auto storage = words();
+    WordCache cache(storage, 4096, 1 << 20);
+    must(cache.reserve_space({65536}, 65536));
+    EXPECT_EQ(storage->reads, 1);
+    storage->full = true;
+    const std::uint64_t word = 7;
+    for (std::uint64_t page = 0; page < 16; ++page)
+        EXPECT_TRUE(must(cache.store({65536 + page * 4096}, {&word, 1}, 1)));
+    must(cache.reserve_space({65536 + 8}, 65536 - 16));
+    EXPECT_FALSE(cache.reserve_space({65536}, 65536 + 8)) << "the page behind them has none";
+    EXPECT_EQ(storage->spaces, (std::vector<std::pair<std::uint64_t, std::uint64_t>>{{65536, 65536}}));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "qcow2/metadata/change.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "base/invariant.h"
@@ -91,6 +92,29 @@ void Change::commit() {
     taken_.clear();
     give_up(dropped_);
     dropped_.clear();
+}
+
+Result<void> store_table(WritableMetadata& metadata, HostOffset at, std::span<const std::uint64_t> old,
+                         std::span<const std::uint64_t> words) {
+    auto& cache = metadata.metadata().words();
+    const std::size_t page_words = cache.page_bytes() / 8;
+    const auto page_of = [&](std::span<const std::uint64_t> table, std::size_t begin) {
+        return table.subspan(begin, std::min(page_words, table.size() - begin));
+    };
+    const auto changed = [&](std::size_t begin) {
+        return begin < words.size() && !std::ranges::equal(page_of(old, begin), page_of(words, begin));
+    };
+    for (std::size_t begin = 0; begin < words.size();) {
+        std::size_t end = begin;
+        while (changed(end)) end += page_words;
+        if (end != begin) TRY_VOID(cache.reserve_space(at + begin * 8, (end - begin) * 8));
+        for (; begin < end; begin += page_words) {
+            Change change(metadata);
+            TRY_VOID(change.commit(at + begin * 8, page_of(words, begin), Barrier::none));
+        }
+        begin = end + page_words;  // the page behind them is as it was
+    }
+    return {};
 }
 
 }  // namespace qcow::qcow2

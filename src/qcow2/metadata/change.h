@@ -67,4 +67,9 @@ private:
     std::vector<Part> dropped_;
 };
 
+/// Stores the pages of a table at `at`, where a page begins, whose words are not what they were: each at once, none
+/// behind a flush. They take and drop no clusters. Errors: Errc::no_space, io; some pages are stored then.
+Result<void> store_table(WritableMetadata& metadata, HostOffset at, std::span<const std::uint64_t> old,
+                         std::span<const std::uint64_t> words);
+
 }  // namespace qcow::qcow2

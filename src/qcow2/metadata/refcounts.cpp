@@ -132,12 +132,26 @@ std::unexpected<Error> Refcounts::too_large(std::uint64_t cluster) const {
                     1U << order_, format::max_refcount(order_), std::max(16U, 2U << order_)));
 }
 
+/// Gives the words that count the clusters of the run, all of which have blocks, space in the file.
+Result<void> Refcounts::reserve_space(ClusterRun run) {
+    const unsigned per_word_bits = 6 - order_;
+    while (run.count > 0) {
+        const std::uint64_t index = run.first % per_block_;
+        const std::uint64_t count = std::min(run.count, per_block_ - index);
+        const std::uint64_t begin = index >> per_word_bits;
+        const std::uint64_t end = ((index + count - 1) >> per_word_bits) + 1;
+        TRY_VOID(metadata_.words().reserve_space({table_[run.first / per_block_] + begin * 8}, (end - begin) * 8));
+        run.first += count;
+        run.count -= count;
+    }
+    return {};
+}
+
 Result<void> Refcounts::add(ClusterRun run, std::int64_t delta) {
     const std::uint64_t amount = delta < 0 ? static_cast<std::uint64_t>(-delta) : static_cast<std::uint64_t>(delta);
     const auto changed = [&](std::uint64_t value) { return delta < 0 ? value - amount : value + amount; };
-    const auto verify = [&](std::span<std::uint64_t> words, HostOffset at, std::uint64_t inner,
+    const auto verify = [&](std::span<std::uint64_t> words, HostOffset, std::uint64_t inner,
                             ClusterRun part) -> Result<void> {
-        TRY_VOID(metadata_.words().reserve_space(at));
         for (std::uint64_t i = 0; i < part.count; ++i) {
             const auto value = format::refcount_in(words[(inner + i) >> (6 - order_)], inner + i, order_);
             if (delta < 0 && value < amount)
@@ -150,6 +164,7 @@ Result<void> Refcounts::add(ClusterRun run, std::int64_t delta) {
         if (!has_block(cluster / per_block_))
             return fail(Errc::corrupt, place_of(cluster), "there is no refcount block for it");
     }
+    TRY_VOID(reserve_space(run));
     TRY_VOID(each_span(run, verify));
     return each_span(run, [&](std::span<std::uint64_t> words, HostOffset at, std::uint64_t inner, ClusterRun part) {
         for (std::uint64_t i = 0; i < part.count; ++i) {
@@ -320,9 +335,7 @@ Result<void> Refcounts::grow(const Growth& growth) {
     } else {
         // The old table is going to be counted down.
         const ClusterRun table{old_table.value >> cluster_bits_, metadata_.state().refcount_table_clusters};
-        TRY_VOID(each_span(
-            table, [&](std::span<std::uint64_t>, HostOffset page, std::uint64_t,
-                       ClusterRun) { return metadata_.words().reserve_space(page); }));
+        TRY_VOID(reserve_space(table));
     }
     if (growth.table_clusters != 0) table_.resize((growth.table_clusters << cluster_bits_) / 8);
     for (std::size_t i = 0; i < growth.blocks.size(); ++i) table_[growth.blocks[i]] = at.value + (i << cluster_bits_);

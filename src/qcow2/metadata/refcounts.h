@@ -85,6 +85,7 @@ private:
     Result<void> grow(const Growth& growth);
     [[nodiscard]] std::vector<std::byte> encode_table(std::uint64_t first, std::uint64_t count) const;
     Result<void> replace_table(HostOffset at, std::uint64_t clusters);
+    Result<void> reserve_space(ClusterRun run);
     [[nodiscard]] Result<bool> is_hole(std::uint64_t index) const;
     [[nodiscard]] bool has_block(std::uint64_t index) const { return index < table_.size() && table_[index] != 0; }
     template <class Visit>
