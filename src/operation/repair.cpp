@@ -35,7 +35,7 @@ Result<RepairResult> repair(const ImageSpec& spec, const RepairOptions& options)
         }
         auto files = TRY(open_metadata_files(spec, !options.dry_run, "repaired"));
         qcow2::FindCipher cipher;
-        if (spec.keys) cipher = [&] { return find_cipher(spec, *files.image); };
+        if (spec.keys) cipher = [&](const Storage& image) { return find_cipher(spec, image); };
         auto result = TRY(qcow2::repair_image(files.image, files.data.get(), options, cipher, is_device(spec)));
         files = {};  // its lock
         auto reading = spec;

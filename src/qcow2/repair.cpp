@@ -208,7 +208,7 @@ private:
             return fail(Errc::encrypted, file_->name(),
                         "it is encrypted, and data that get a place of their own are encrypted again, with its key");
         }
-        if (!encryption_) encryption_ = std::make_shared<EncryptedBytes>(TRY(find_cipher_()));
+        if (!encryption_) encryption_ = std::make_shared<EncryptedBytes>(TRY(find_cipher_(*file_)));
         return [encryption = encryption_](Storage& file, HostOffset from, HostOffset to, std::uint64_t bytes) {
             return encryption->copy(file, from, to, bytes);
         };

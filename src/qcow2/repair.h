@@ -10,8 +10,9 @@
 
 namespace qcow::qcow2 {
 
-/// Returns the cipher of data that depend on their place in the file. Null: nobody knows the key.
-using FindCipher = std::function<Result<std::shared_ptr<const crypto::SectorCipher>>()>;
+/// Returns the cipher of data that depend on their place in the file. Null: nobody knows the key. `image` is the file
+/// with the corrections of its header that are planned.
+using FindCipher = std::function<Result<std::shared_ptr<const crypto::SectorCipher>>(const Storage& image)>;
 
 /// See qcow::repair(). `data_file`: the external data file; null: there is none. `find_cipher` is called when the first
 /// such data move; Errc::encrypted if it is null. `fixed_size`: the file is a block device, which cannot grow.

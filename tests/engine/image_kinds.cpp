@@ -89,12 +89,14 @@ Prepared prepare(const ImageKind& kind, Random& random) {
     return result;
 }
 
+Result<Secret> key_of_tests(const KeyRequest& /*request*/) { return Secret(as_bytes(secret_of_tests)); }
+
 Result<std::shared_ptr<Image>> open_kind(const ImageKind& kind, const Files& files, bool writable) {
     auto options = kind.open;
     options.writable = writable;
     options.gate = gate_to(files);
     options.format = Format::qcow2;
-    options.keys = [](const KeyRequest&) { return Secret(as_bytes(secret_of_tests)); };
+    options.keys = key_of_tests;
     return open_image(files.at(image_name), options);
 }
 

@@ -70,6 +70,9 @@ void make_dirty(Storage& file, Random& random);
 
 Prepared prepare(const ImageKind& kind, Random& random);
 
+/// Gives secret_of_tests.
+Result<Secret> key_of_tests(const KeyRequest& request);
+
 Result<std::shared_ptr<Image>> open_kind(const ImageKind& kind, const Files& files, bool writable);
 
 /// Commits the image, which is closed, to the layer below.

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "engine/crash_states.h"
+#include "engine/image_kinds.h"
 #include "interop/damaged_image.h"
 #include "qcow/repair.h"
 #include "qcow2/repair.h"
@@ -58,6 +59,7 @@ struct Subject {
     };
 
     std::string name;
+    bool encrypted = false;
     SoundImage image{""};
     Views views;
     char below = 0;  // what holes read as, repeated
@@ -69,36 +71,43 @@ class RepairTest : public testing::Test {
 protected:
     Subject make(const std::string& name, const std::string& options, std::vector<std::string> commands, bool snapshots,
                  bool bitmap, const Arguments& create = {}) {
-        Arguments arguments = {"create", "-q", "-f", "qcow2", "-o", options};
-        arguments.insert(arguments.end(), create.begin(), create.end());
-        arguments.insert(arguments.end(), {"sound.qcow2", "6M"});
-        must_qemu_img(arguments, directory_.path());
+        Subject subject;
+        subject.name = name;
+        subject.encrypted = name.starts_with("encrypted");
+        if (subject.encrypted) {
+            make_encrypted_image("sound.qcow2", "6M", directory_.path(), options);
+        } else {
+            Arguments arguments = {"create", "-q", "-f", "qcow2", "-o", options};
+            arguments.insert(arguments.end(), create.begin(), create.end());
+            arguments.insert(arguments.end(), {"sound.qcow2", "6M"});
+            must_qemu_img(arguments, directory_.path());
+        }
         if (bitmap) must_qemu_img({"bitmap", "--add", "-g", "65536", "sound.qcow2", "dirty"}, directory_.path());
         std::vector<std::string> names = {""};
         for (const auto& command : commands) {
             if (command.starts_with("snapshot ")) {
                 if (!snapshots) continue;
                 names.push_back(command.substr(9));
-                must_qemu_img({"snapshot", "-c", names.back(), "sound.qcow2"}, directory_.path());
+                // It takes no format.
+                const auto image = subject.encrypted ? qemu_image("sound.qcow2", true) : Arguments{"sound.qcow2"};
+                must_qemu_img(joined_arguments({"snapshot", "-c", names.back()}, image), directory_.path());
             } else {
-                must_qemu_io("sound.qcow2", "qcow2", {command}, directory_.path());
+                must_qemu_io_on_qcow2("sound.qcow2", subject.encrypted, {command}, directory_.path());
             }
         }
-        Subject subject;
-        subject.name = name;
         subject.image = SoundImage(file_bytes(directory_.file("sound.qcow2")));
-        for (const auto& view : names) subject.views[view] = peer_view("sound.qcow2", view);
+        for (const auto& view : names) subject.views[view] = peer_view(subject, "sound.qcow2", view);
         find_fields(subject, random_);
         return subject;
     }
 
     /// What QEMU reads.
-    Contents peer_view(const std::string& image, const std::string& snapshot) {
+    Contents peer_view(const Subject& subject, const std::string& image, const std::string& snapshot) {
         std::filesystem::remove(directory_.file("raw"));
         // Some damage makes it run on and on.
-        Arguments arguments = {"timeout", "3", "qemu-img", "convert", "--salvage", "-f", "qcow2", "-O", "raw"};
+        Arguments arguments = {"timeout", "3", "qemu-img", "convert", "--salvage", "-O", "raw"};
         if (!snapshot.empty()) arguments.insert(arguments.end(), {"-l", "snapshot.name=" + snapshot});
-        arguments.insert(arguments.end(), {image, "raw"});
+        arguments = joined_arguments(joined_arguments(arguments, qemu_image(image, subject.encrypted)), {"raw"});
         const auto converted = run(arguments, directory_.path());
         if (converted.status != 0) return {};
         auto contents = contents_of(file_bytes(directory_.file("raw")));
@@ -252,7 +261,7 @@ protected:
         put_file(directory_.file("ours.qcow2"), damaged);
         const auto peer = qemu_img({"check", "-r", "all", "-f", "qcow2", "theirs.qcow2"}, directory_.path());
         Views theirs;
-        for (const auto& [name, contents] : subject.views) theirs[name] = peer_view("theirs.qcow2", name);
+        for (const auto& [name, contents] : subject.views) theirs[name] = peer_view(subject, "theirs.qcow2", name);
 
         const auto path = directory_.file("ours.qcow2");
         RepairOptions options;
@@ -389,6 +398,22 @@ TEST_F(RepairTest, PowerLossLosesNothingMore) {
         expect_repair_survives(subject, bytes);
     }
 }
+
+#ifdef QCOW_HAS_DIGEST  // and so, OpenSSL
+/// The key lies where the header says. So the header is corrected first.
+TEST_F(RepairTest, ADamagedHeaderDoesNotHideTheKey) {
+    const auto subject = make("encrypted", "cluster_size=4096", {"write -q -P 1 0 64k"}, false, false);
+    const auto& sound = subject.image;
+    const SoundImage overlapping(sound.with({"l2", sound.l2_entry(1), 8, sound.number(sound.l2_entry(0))}));
+    const auto path = directory_.file("ours.qcow2");
+    put_file(path, overlapping.with({"l1_size", 36, 4, 0}));
+    const auto repaired = value_of(repair({.location = {.path = path}, .keys = key_of_tests}));
+    EXPECT_EQ(repaired.copied_clusters, 1);
+    EXPECT_TRUE(repaired.after.clean());
+    must_qemu_io_on_qcow2("ours.qcow2", true, {"read -q -P 1 0 64k"}, directory_.path());
+    EXPECT_EQ(qemu_check("ours.qcow2", true, directory_.path()).status, 0);
+}
+#endif
 
 TEST_F(RepairTest, GivesBackLeaksOnly) {
     for (const auto& subject : subjects()) {

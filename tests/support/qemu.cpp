@@ -39,12 +39,13 @@ Finished qemu_compare_with_raw(const std::string& name, bool encrypted, const st
     return qemu_img(arguments, directory);
 }
 
-void make_encrypted_image(const std::string& name, const std::string& size, const std::filesystem::path& directory) {
+void make_encrypted_image(const std::string& name, const std::string& size, const std::filesystem::path& directory,
+                          const std::string& more_options) {
     constexpr int most = 50;
-    const Arguments create = {
-        "create", "-q",    "--object", "secret,id=s,data=x",
-        "-f",     "qcow2", "-o",       "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
-        name,     size};
+    auto options = std::string("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10");
+    if (!more_options.empty()) options += "," + more_options;
+    const Arguments create = {"create", "-q", "--object", "secret,id=s,data=x", "-f", "qcow2", "-o",
+                              options,  name, size};
     for (int i = 0; i < most; ++i) {
         if (qemu_img(create, directory).status == 0) return;
     }

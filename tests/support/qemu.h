@@ -33,9 +33,9 @@ Finished qemu_compare_with_raw(const std::string& name, bool encrypted, const st
                                const std::filesystem::path& directory);
 
 /// Makes an image that is encrypted with LUKS, with the secret "x". Tries again where QEMU cannot measure how long its
-/// key derivation takes, which on a busy machine is often.
-void make_encrypted_image(const std::string& name, const std::string& size,
-                          const std::filesystem::path& directory = {});
+/// key derivation takes, which on a busy machine is often. `more_options` are those of -o.
+void make_encrypted_image(const std::string& name, const std::string& size, const std::filesystem::path& directory = {},
+                          const std::string& more_options = {});
 
 nlohmann::json qemu_img_json(const Arguments& arguments, const std::filesystem::path& directory = {});
 
