@@ -96,9 +96,10 @@ Result<std::uint64_t> number_option(const Volume& volume, const std::string& nam
                                     std::uint64_t least, std::uint64_t most) {
     std::uint64_t value = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-    if (error != std::errc() || end != text.data() + text.size() || value < least || value > most)
+    if (error != std::errc() || end != text.data() + text.size() || value < least || value > most) {
         return volume.refuse("options." + name,
                              fmt::format("option {} wants a whole number from {} to {}", name, least, most));
+    }
     return value;
 }
 
@@ -136,9 +137,10 @@ Result<Plan> plan_of(const Volume& volume) {
         };
         const auto feature = std::ranges::find(features, std::string_view(name), &Feature::name);
         if (feature != features.end()) {
-            if (text != "on" && text != "off")
+            if (text != "on" && text != "off") {
                 return volume.refuse("options." + name,
                                      fmt::format("option {} is \"{}\", and must be on or off", name, printable(text)));
+            }
             (plan.super.*feature->word &= ~feature->bit) |= text == "on" ? feature->bit : 0;
         } else if (name == "journal_blocks") {
             plan.journal_blocks = TRY(number(1024, 10240000));

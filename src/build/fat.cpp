@@ -72,9 +72,10 @@ Result<Layout> layout_of(const Volume& volume, std::uint64_t size, std::uint64_t
     if (layout.sectors > 0xffffffff) return volume.refuse("size", "FAT has at most 2^32 sectors");
     std::vector<std::uint64_t> candidates;
     if (volume.spec.block_size) {
-        if (*volume.spec.block_size < sector || *volume.spec.block_size > 64 * KiB)
+        if (*volume.spec.block_size < sector || *volume.spec.block_size > 64 * KiB) {
             return volume.refuse("block_size",
                                  fmt::format("FAT wants a block_size (of a cluster) from {} to 65536", sector));
+        }
         candidates = {*volume.spec.block_size};
     } else {
         const auto preferred = std::max(preferred_cluster(layout.bits, size), sector);
@@ -166,9 +167,10 @@ public:
         if (label_.size() > 11) return volume_.refuse("label", "the label is longer than the 11 bytes that FAT has");
         for (const char c : label_) {
             if (static_cast<std::uint8_t>(c) < 0x20 || static_cast<std::uint8_t>(c) > 0x7e ||
-                std::string_view("\"*+,./:;<=>?[\\]|").contains(c))
+                std::string_view("\"*+,./:;<=>?[\\]|").contains(c)) {
                 return volume_.refuse("label",
                                       fmt::format("FAT has no labels with the character \"{}\"", printable({&c, 1})));
+            }
         }
         const auto& children = *volume_.tree.root().children;
         std::vector<std::byte> root;
@@ -266,9 +268,10 @@ private:
         std::uint32_t value = 0;
         const auto* end = found->second.data() + found->second.size();
         const auto [last, error] = std::from_chars(found->second.data(), end, value);
-        if (error != std::errc() || last != end || value > most)
+        if (error != std::errc() || last != end || value > most) {
             return volume_.refuse("options." + name,
                                   fmt::format("option {} wants a whole number up to {}", name, most));
+        }
         return value;
     }
 
