@@ -1,5 +1,5 @@
-# Compiles the files of each folder of a target together, in groups of at most GROUP_SIZE (12) files that stand next to
-# each other. So names in files of one folder have to differ, and files of different folders do not know each other.
+# Compiles the files of each folder of a target together, in groups of at most 12 files that stand next to each
+# other. So names in files of one folder have to differ, and files of different folders do not know each other.
 # A file that a test replaces by a mistaken one (tests/engine/mistakes) stays alone.
 file(GLOB QCOW_MISTAKES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/tests/engine/mistakes/*.patch)
 set(QCOW_REPLACED)
@@ -13,10 +13,6 @@ function(qcow_unity target)
   if(NOT QCOW_UNITY)
     return()
   endif()
-  set(size 12)
-  if(ARGC GREATER 1)
-    set(size ${ARGV1})
-  endif()
   set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
   get_target_property(sources ${target} SOURCES)
   list(FILTER sources INCLUDE REGEX "[.]cpp$")
@@ -28,7 +24,7 @@ function(qcow_unity target)
     cmake_path(GET folder PARENT_PATH folder)
     string(MAKE_C_IDENTIFIER "${folder}" folder)
     math(EXPR count_${folder} "0${count_${folder}} + 1")
-    math(EXPR group "(${count_${folder}} - 1) / ${size}")
+    math(EXPR group "(${count_${folder}} - 1) / 12")
     set_source_files_properties(${source} PROPERTIES UNITY_GROUP ${folder}_${group})
   endforeach()
 endfunction()

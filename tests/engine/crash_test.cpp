@@ -120,6 +120,13 @@ Opener opener(const ImageKind& kind) {
     return [kind](const Files& files, bool writable) { return open_kind(kind, files, writable); };
 }
 
+/// The short form takes some of the nasty states, the long form all.
+CrashOptions options_of_a_round() {
+    if (sanitized) return {.samples = 15, .most = 15};
+    if (effort() == 1) return {.samples = 60, .most = 240, .qemu_checks = 4};
+    return {.qemu_checks = 4};
+}
+
 class CrashTest : public testing::TestWithParam<Work> {};
 
 TEST_P(CrashTest, LosesNothing) {
@@ -129,8 +136,7 @@ TEST_P(CrashTest, LosesNothing) {
     unsigned qemu_checks = 0;
     for (unsigned round = 0; round < effort(); ++round) {
         auto random = Random::named(fmt::format("{}/{}", c.name, round));
-        const auto options = sanitized ? CrashOptions{.samples = 15, .most = 15}
-                                       : CrashOptions{.samples = 60, .most = 240, .qemu_checks = 4};
+        const auto options = options_of_a_round();
         const auto recorded = record(c, random);
         const auto report = CrashExplorer(recorded->history(recorded->log), opener(c.kind), random).explore(options);
         states += report.states;

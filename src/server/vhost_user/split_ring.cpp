@@ -149,8 +149,8 @@ void SplitRing::complete(std::uint16_t head, std::uint32_t written) {
 }
 
 bool SplitRing::wants_interrupt() {
-    // The driver asks for interrupts, and then looks at the index that complete() has written. To write it once more
-    // keeps what is read below behind it.
+    // The driver asks for interrupts, and then looks at the index that complete() has written. This store of the same
+    // index keeps the loads below behind it.
     word<std::uint16_t>(used_, index_at).store(from_ring(used_index_), std::memory_order_seq_cst);
     if (!setup_.event_index) {
         const auto flags = from_ring(word<std::uint16_t>(available_, flags_at).load(std::memory_order_seq_cst));
