@@ -5,7 +5,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <deque>
 #include <memory>
+#include <ranges>
+#include <utility>
 
 #include "base/bits.h"
 #include "build/scratch.h"
@@ -23,30 +26,45 @@ struct FreeArchive {
     void operator()(archive* reader) const { archive_read_free(reader); }
 };
 
-/// A file whose contents are in the temporary file.
+/// A part of a file, which lies in the temporary file.
+struct ArchivedPiece {
+    DataRun run;
+    std::uint64_t at = 0;  // in the temporary file
+};
+
+/// What the files of an archive hold.
+struct ArchivedData {
+    ScratchFile scratch;
+    std::deque<ArchivedPiece> pieces;  // of one file after the other
+};
+
+/// A file of an archive. There may be millions, so it is small.
 class ArchivedFile final : public Contents {
 public:
-    struct Piece {
-        DataRun run;
-        std::uint64_t at = 0;  // in the temporary file
-    };
+    /// It has the pieces from `first` on, up to those that there are.
+    ArchivedFile(const ArchivedData& data, std::size_t first)
+        : data_(data), first_(first), count_(data.pieces.size() - first) {}
 
-    ArchivedFile(std::shared_ptr<const ScratchFile> scratch, std::vector<Piece> pieces)
-        : scratch_(std::move(scratch)), pieces_(std::move(pieces)) {}
+    [[nodiscard]] auto pieces() const {
+        const auto begin = data_.pieces.begin() + static_cast<std::ptrdiff_t>(first_);
+        return std::ranges::subrange(begin, begin + static_cast<std::ptrdiff_t>(count_));
+    }
 
     Result<void> read(std::uint64_t at, std::span<std::byte> to) const override {
         std::ranges::fill(to, std::byte{0});
-        for (const auto& [run, where] : pieces_) {
+        for (const auto& [run, where] : pieces()) {
             const auto begin = std::max(run.start, at);
             const auto end = std::min(run.start + run.length, at + to.size());
-            if (begin < end) TRY_VOID(scratch_->read(where + (begin - run.start), to.subspan(begin - at, end - begin)));
+            if (begin < end)
+                TRY_VOID(data_.scratch.read(where + (begin - run.start), to.subspan(begin - at, end - begin)));
         }
         return {};
     }
 
 private:
-    std::shared_ptr<const ScratchFile> scratch_;
-    std::vector<Piece> pieces_;
+    const ArchivedData& data_;
+    std::size_t first_;
+    std::size_t count_;
 };
 
 class Reader {
@@ -55,6 +73,8 @@ public:
 
     Result<Tree> run() {
         if (!archive_) return fail(Errc::no_memory, "", "out of memory");
+        tree_.keep(data_);
+        tree_.keep(files_);
         auto* reader = archive_.get();
         archive_read_support_format_tar(reader);
         archive_read_support_filter_gzip(reader);
@@ -102,41 +122,31 @@ private:
         const bool is_root = TRY(parts_of_path(path)).empty();
         auto hardlink = hard_link_of_entry(entry);
         if (!hardlink.empty() && !is_root) return link(path, TRY(checked(std::move(hardlink))));
-        auto inode = std::make_shared<TreeInode>();
-        if (auto filled = fill(*inode, entry); !filled) {
+        auto& inode = tree_.new_inode(mode_of_entry(entry));
+        if (auto filled = fill(inode, entry); !filled) {
             return std::unexpected(
                 std::move(filled).error().in(fmt::format("{}: {}", printable(path_), printable(path))));
         }
-        const auto type = archive_entry_filetype(entry);
-        if (type == AE_IFREG && archive_entry_size(entry) > 0) TRY_VOID(read_contents(*inode));
-        if (is_root) {
-            if (type != AE_IFDIR) return {};
-            tree_.root().inode = std::move(inode);
-            tree_.root().implied = false;
-            return {};
+        if (S_ISREG(inode.mode) && archive_entry_size(entry) > 0) TRY_VOID(read_contents(inode));
+        if (is_root && !inode.is_directory()) return {};
+        auto& place = *TRY(tree_.place(path));
+        // A directory may come behind what is in it.
+        if (place != nullptr && place->is_directory() && inode.is_directory()) {
+            std::swap(inode.children, place->children);
+            inode.children->implied = false;
         }
-        auto& node = *TRY(tree_.place(path));
-        node.inode = std::move(inode);
-        node.implied = false;
-        if (type != AE_IFDIR) {
-            node.children.reset();
-        } else if (!node.children) {
-            node.children = std::make_unique<Children>();
-        }
+        place = &inode;
         return {};
     }
 
     Result<void> link(const std::string& path, const std::string& target) {
-        const auto* there = tree_.find(target);
+        auto* there = tree_.find(target);
         if (there == nullptr || there->is_directory()) {
             return fail(Errc::corrupt, printable(path_),
                         fmt::format("{} is a hard link to {}, which the archive does not have before it",
                                     printable(path, 200), printable(target, 200)));
         }
-        auto inode = there->inode;
-        auto& node = *TRY(tree_.place(path));
-        node.children.reset();
-        node.inode = std::move(inode);
+        *TRY(tree_.place(path)) = there;
         return {};
     }
 
@@ -144,7 +154,6 @@ private:
         constexpr std::int64_t most_id = 0xfffffffe;
         if (archive_entry_uid(entry) > most_id || archive_entry_gid(entry) > most_id)
             return fail(Errc::invalid_argument, "", "the number of its owner is larger than 4294967294");
-        inode.mode = mode_of_entry(entry);
         inode.uid = static_cast<std::uint32_t>(archive_entry_uid(entry));
         inode.gid = static_cast<std::uint32_t>(archive_entry_gid(entry));
         if (const auto time = mtime_of_entry(archive_.get(), entry)) {
@@ -172,7 +181,8 @@ private:
     }
 
     Result<void> read_contents(TreeInode& inode) {
-        std::vector<ArchivedFile::Piece> pieces;
+        auto& pieces = data_->pieces;
+        const auto first = pieces.size();
         std::uint64_t stored = 0;
         for (;;) {
             const void* data = nullptr;
@@ -186,26 +196,29 @@ private:
             if (status < ARCHIVE_WARN) return broken();
             if (size == 0) continue;
             const auto start = static_cast<std::uint64_t>(at);
-            const auto where = TRY(scratch_->append(std::span(static_cast<const std::byte*>(data), size)));
+            const auto where = TRY(data_->scratch.append(std::span(static_cast<const std::byte*>(data), size)));
             stored += size;
-            if (!pieces.empty() && pieces.back().run.start + pieces.back().run.length == start) {
+            if (pieces.size() > first && pieces.back().run.start + pieces.back().run.length == start) {
                 pieces.back().run.length += size;
             } else {
                 pieces.push_back({{start, size}, where});
             }
         }
-        if (!pieces.empty()) inode.size = std::max(inode.size, pieces.back().run.start + pieces.back().run.length);
+        const auto& content = files_->emplace_back(*data_, first);
+        if (pieces.size() > first)
+            inode.size = std::max(inode.size, pieces.back().run.start + pieces.back().run.length);
         if (stored < inode.size) {
             auto& runs = inode.make_rare().runs.emplace();
-            for (const auto& piece : pieces) runs.push_back(piece.run);
+            for (const auto& piece : content.pieces()) runs.push_back(piece.run);
         }
-        inode.content = std::make_unique<ArchivedFile>(scratch_, std::move(pieces));
+        inode.content = &content;
         return {};
     }
 
     const std::string& path_;
     std::unique_ptr<archive, FreeArchive> archive_;
-    std::shared_ptr<ScratchFile> scratch_ = std::make_shared<ScratchFile>();
+    std::shared_ptr<ArchivedData> data_ = std::make_shared<ArchivedData>();
+    std::shared_ptr<std::deque<ArchivedFile>> files_ = std::make_shared<std::deque<ArchivedFile>>();
     Tree tree_;
 };
 

@@ -112,6 +112,7 @@ public:
         BuildResult result;
         TRY_VOID(write_parts(disk, result));
         if (spec_.table != Table::none || !spec_.boot_code.empty()) TRY_VOID(write_table(disk));
+        for (auto& part : parts_) part.tree.forget_files();
         disk.seal();
         TRY_VOID(copy(disk, target, std::move(backing)));
         result.path = target.path;
@@ -206,7 +207,7 @@ private:
             hash.add(part.tree.root(), true);
             if (part.raw) hash.add(part.raw->disk().size());
         }
-        seed_ += hash.text();
+        seed_ += fmt::format("{:016x}", hash.value());
     }
 
     Result<void> add_part(Part part) {
@@ -265,8 +266,8 @@ private:
             });
             // The time of a single file is more than the one of all files.
             for (const auto& file : part.spec->files) {
-                auto* node = file.mtime ? part.tree.find(file.path) : nullptr;
-                if (node != nullptr) node->inode->mtime = *file.mtime;
+                auto* inode = file.mtime ? part.tree.find(file.path) : nullptr;
+                if (inode != nullptr) inode->mtime = *file.mtime;
             }
         }
         const auto range = is_ext(part.spec->type) ? TRY(times_of_ext(volume_of(part))) : times_of_fat();

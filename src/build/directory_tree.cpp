@@ -14,36 +14,18 @@
 #include <cerrno>
 #include <cstring>
 #include <deque>
+#include <map>
+#include <memory>
 
 #include "base/bits.h"
 #include "build/file_content.h"
+#include "build/identity.h"
 #include "build/tree.h"
 #include "qcow/text.h"
 #include "storage/file.h"
 
 namespace qcow {
 namespace {
-
-/// The directory that a tree is from.
-struct SourceRoot {
-    std::string path;
-    FileDescriptor fd{-1};
-    // Paths below it, with a slash behind; the first one is empty. References to them stay valid.
-    std::deque<std::string> directories;
-    // The names of files, each with a zero behind. There may be millions, and blocks of them take the least memory.
-    std::deque<std::string> names;
-
-    /// Keeps a name as long as this lives.
-    const char* keep(const std::string& name) {
-        constexpr std::size_t block_bytes = 64 * KiB;
-        if (names.empty() || names.back().capacity() - names.back().size() <= name.size())
-            names.emplace_back().reserve(block_bytes);
-        auto& block = names.back();
-        const auto at = block.size();
-        block.append(name.c_str(), name.size() + 1);
-        return block.data() + at;
-    }
-};
 
 std::unexpected<Error> changed(const std::string& path) {
     return fail(Errc::io, printable(path), "the file changed while the disk was built; build it again");
@@ -69,22 +51,17 @@ int open_beneath(int directory, const std::string& path) {
     return -1;
 }
 
-/// How a file was when it was listed.
-struct Version {
-    explicit Version(const struct stat& status)
-        : inode(status.st_ino),
-          size(status.st_size),
-          seconds(status.st_mtim.tv_sec),
-          nanoseconds(static_cast<std::uint32_t>(status.st_mtim.tv_nsec)) {}
-    ino_t inode;
-    off_t size;
-    std::int64_t seconds;
-    std::uint32_t nanoseconds;
+/// How a file was when it was listed: a hash of its inode, size and time.
+std::uint64_t version_of(const struct stat& status) {
+    FilesHash hash;
+    hash.add(std::uint64_t{status.st_ino});
+    hash.add(static_cast<std::uint64_t>(status.st_size));
+    hash.add(static_cast<std::uint64_t>(status.st_mtim.tv_sec));
+    hash.add(static_cast<std::uint64_t>(status.st_mtim.tv_nsec));
+    return hash.value();
+}
 
-    friend bool operator==(const Version&, const Version&) = default;
-};
-
-Result<void> read_version(int fd, const std::string& path, const Version& version, std::uint64_t at,
+Result<void> read_version(int fd, const std::string& path, std::uint64_t version, std::uint64_t at,
                           std::span<std::byte> to) {
     while (!to.empty()) {
         const auto got = pread(fd, to.data(), to.size(), static_cast<off_t>(at));
@@ -96,28 +73,33 @@ Result<void> read_version(int fd, const std::string& path, const Version& versio
     }
     struct stat status = {};
     if (fstat(fd, &status) != 0) return system_error("cannot read", path, errno);
-    return Version(status) == version ? Result<void>() : changed(path);
+    return version_of(status) == version ? Result<void>() : changed(path);
 }
+
+/// The directory that a tree is from. References into it stay valid.
+struct ListedDirectory {
+    std::string path;
+    FileDescriptor fd{-1};
+    std::deque<std::string> directories;  // below it, with a slash behind; the first one is empty
+};
 
 /// A file below the directory of a tree. There may be millions, so it is small.
 class ListedFile final : public Contents {
 public:
-    /// `name` lies in the root.
-    ListedFile(std::shared_ptr<const SourceRoot> root, std::uint32_t directory, const char* name,
-               const struct stat& status)
-        : root_(std::move(root)), version_(status), name_(name), directory_(directory) {}
+    ListedFile(const ListedDirectory& root, std::uint32_t directory, TreeName name, std::uint64_t version)
+        : root_(root), name_(name), version_(version), directory_(directory) {}
 
     Result<void> read(std::uint64_t at, std::span<std::byte> to) const override {
-        const auto path = root_->directories[directory_] + name_;
-        const FileDescriptor fd(open_beneath(root_->fd.get(), path));
-        if (fd.get() < 0) return vanished_or(root_->path + "/" + path, "cannot open", errno);
+        const auto path = fmt::format("{}{}", root_.directories[directory_], name_.text());
+        const FileDescriptor fd(open_beneath(root_.fd.get(), path));
+        if (fd.get() < 0) return vanished_or(root_.path + "/" + path, "cannot open", errno);
         return read_version(fd.get(), path, version_, at, to);
     }
 
 private:
-    std::shared_ptr<const SourceRoot> root_;
-    Version version_;
-    const char* name_;
+    const ListedDirectory& root_;
+    TreeName name_;
+    std::uint64_t version_;
     std::uint32_t directory_;
 };
 
@@ -125,7 +107,7 @@ private:
 class NamedFile final : public Contents {
 public:
     NamedFile(std::string path, FileDescriptor fd, const struct stat& status)
-        : path_(std::move(path)), fd_(std::move(fd)), version_(status) {}
+        : path_(std::move(path)), fd_(std::move(fd)), version_(version_of(status)) {}
 
     Result<void> read(std::uint64_t at, std::span<std::byte> to) const override {
         return read_version(fd_.get(), path_, version_, at, to);
@@ -134,7 +116,7 @@ public:
 private:
     std::string path_;
     FileDescriptor fd_;
-    Version version_;
+    std::uint64_t version_;
 };
 
 /// The runs of a file that has holes.
@@ -170,30 +152,46 @@ void fill(TreeInode& inode, const struct stat& status) {
 
 class DirectoryLister {
 public:
-    explicit DirectoryLister(std::shared_ptr<SourceRoot> root) : root_(std::move(root)) {}
+    explicit DirectoryLister(std::string path) { root_->path = std::move(path); }
 
-    Result<void> list(int fd, TreeNode& to, std::uint32_t directory, unsigned depth) {
+    Result<Tree> run() {
+        root_->fd.reset(::open(root_->path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+        const int fd = root_->fd.get();
+        struct stat status = {};
+        if (fd < 0 || fstat(fd, &status) != 0) return system_error("cannot open", root_->path, errno);
+        tree_.keep(root_);
+        tree_.keep(files_);
+        root_->directories.emplace_back();
+        fill(tree_.root(), status);
+        tree_.root().children->implied = false;
+        TRY_VOID(read_xattrs(fd, {}, tree_.root(), {}));
+        TRY_VOID(list(fd, tree_.root(), 0, 0));
+        return std::move(tree_);
+    }
+
+private:
+    Result<void> list(int fd, TreeInode& to, std::uint32_t directory, unsigned depth) {
         const auto& path = root_->directories[directory];
         if (depth > deepest_directory || path.size() > longest_path)
             return fail(Errc::limit_exceeded, printable(path.substr(0, 64)), "directories are nested too deeply");
-        for (auto& name : TRY(names_in(fd, path))) {
+        for (const auto& name : TRY(names_in(fd, path))) {
             struct stat status = {};
             if (fstatat(fd, name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0)
                 return vanished_or(full(path + name), "cannot look at", errno);
-            auto& node = (*to.children)[name];
+            auto& entry = tree_.place_in(to, name);
             if (!S_ISDIR(status.st_mode) && status.st_nlink > 1) {
                 auto& known = linked_[{status.st_dev, status.st_ino}];
-                if (!known) known = TRY(inode_of(fd, directory, name, status));
-                node.inode = known;
+                if (known == nullptr) known = TRY(inode_of(fd, directory, entry.name, status));
+                entry.inode = known;
                 continue;
             }
-            node.inode = TRY(inode_of(fd, directory, name, status));
-            if (!S_ISDIR(status.st_mode)) continue;
-            node.children = std::make_unique<Children>();
+            auto& inode = *TRY(inode_of(fd, directory, entry.name, status));
+            entry.inode = &inode;
+            if (!inode.is_directory()) continue;
             const FileDescriptor child(openat(fd, name.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC));
             if (child.get() < 0) return vanished_or(full(path + name), "cannot open", errno);
-            root_->directories.push_back(root_->directories[directory] + name + "/");
-            TRY_VOID(list(child.get(), node, static_cast<std::uint32_t>(root_->directories.size() - 1), depth + 1));
+            root_->directories.push_back(path + name + "/");
+            TRY_VOID(list(child.get(), inode, static_cast<std::uint32_t>(root_->directories.size() - 1), depth + 1));
         }
         return {};
     }
@@ -220,7 +218,6 @@ public:
         return {};
     }
 
-private:
     [[nodiscard]] std::string full(const std::string& below) const { return root_->path + "/" + below; }
 
     Result<std::vector<std::string>> names_in(int fd, const std::string& path) {
@@ -240,37 +237,39 @@ private:
         return names;
     }
 
-    Result<std::shared_ptr<TreeInode>> inode_of(int fd, std::uint32_t directory, const std::string& name,
-                                                const struct stat& status) {
-        auto inode = std::make_shared<TreeInode>();
-        fill(*inode, status);
+    Result<TreeInode*> inode_of(int fd, std::uint32_t directory, TreeName kept, const struct stat& status) {
+        auto& inode = tree_.new_inode(status.st_mode);
+        fill(inode, status);
+        const std::string name(kept.text());
         const auto path = root_->directories[directory] + name;
-        TRY_VOID(read_xattrs(fd, name, *inode, path));
+        TRY_VOID(read_xattrs(fd, name, inode, path));
         if (S_ISLNK(status.st_mode)) {
             char target[longest_path + 1];
             const auto length = readlinkat(fd, name.c_str(), target, sizeof target);
             if (length < 0) return vanished_or(full(path), "cannot read the link", errno);
-            inode->make_rare().target.assign(target, static_cast<std::size_t>(length));
+            inode.make_rare().target.assign(target, static_cast<std::size_t>(length));
         }
-        if (inode->size == 0) return inode;
-        inode->content = std::make_unique<ListedFile>(root_, directory, root_->keep(name), status);
+        if (inode.size == 0) return &inode;
+        inode.content = &files_->emplace_back(*root_, directory, kept, version_of(status));
         if (may_be_sparse(status)) {
             const FileDescriptor file(open_beneath(fd, name));
             if (file.get() < 0) return vanished_or(full(path), "cannot open", errno);
-            inode->make_rare().runs = TRY(runs_of(file.get(), full(path), inode->size));
+            inode.make_rare().runs = TRY(runs_of(file.get(), full(path), inode.size));
         }
-        return inode;
+        return &inode;
     }
 
-    std::shared_ptr<SourceRoot> root_;
-    std::map<std::pair<dev_t, ino_t>, std::shared_ptr<TreeInode>> linked_;
+    std::shared_ptr<ListedDirectory> root_ = std::make_shared<ListedDirectory>();
+    std::shared_ptr<std::deque<ListedFile>> files_ = std::make_shared<std::deque<ListedFile>>();
+    Tree tree_;
+    std::map<std::pair<dev_t, ino_t>, TreeInode*> linked_;
     std::string names_;  // memory, used again and again
     std::string value_;
 };
 
 }  // namespace
 
-Result<void> fill_from_file(TreeInode& inode, const std::string& path) {
+Result<void> fill_from_file(Tree& tree, TreeInode& inode, const std::string& path) {
     FileDescriptor fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
     struct stat status = {};
     if (fd.get() < 0 || fstat(fd.get(), &status) != 0) return system_error("cannot open", path, errno);
@@ -281,24 +280,10 @@ Result<void> fill_from_file(TreeInode& inode, const std::string& path) {
     inode.size = static_cast<std::uint64_t>(status.st_size);
     if (inode.size == 0) return {};
     if (may_be_sparse(status)) inode.make_rare().runs = TRY(runs_of(fd.get(), path, inode.size));
-    inode.content = std::make_unique<NamedFile>(path, std::move(fd), status);
+    inode.content = tree.keep(std::make_shared<NamedFile>(path, std::move(fd), status));
     return {};
 }
 
-Result<Tree> tree_of_directory(const std::string& path) {
-    auto root = std::make_shared<SourceRoot>();
-    root->path = path;
-    root->fd.reset(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    struct stat status = {};
-    if (root->fd.get() < 0 || fstat(root->fd.get(), &status) != 0) return system_error("cannot open", path, errno);
-    root->directories.emplace_back();
-    Tree tree;
-    fill(*tree.root().inode, status);
-    tree.root().implied = false;
-    DirectoryLister lister(root);
-    TRY_VOID(lister.read_xattrs(root->fd.get(), {}, *tree.root().inode, {}));
-    TRY_VOID(lister.list(root->fd.get(), tree.root(), 0, 0));
-    return tree;
-}
+Result<Tree> tree_of_directory(const std::string& path) { return DirectoryLister(path).run(); }
 
 }  // namespace qcow

@@ -82,7 +82,7 @@ struct Plan {
 /// Refuses what a key of the specification says.
 /// Refuses a file. The place of such an error is its path, as far as that is known.
 std::unexpected<Error> refuse_file(std::string what) { return fail(Errc::invalid_argument, "", std::move(what)); }
-std::unexpected<Error> failed(Error error, const std::string& name) {
+std::unexpected<Error> failed(Error error, std::string_view name) {
     if (error.code == Errc::invalid_argument) error.place = fmt::format("/{}{}", printable(name), error.place);
     return std::unexpected(std::move(error));
 }
@@ -192,22 +192,22 @@ public:
 
     Result<ExtNeeds> count() {
         needs_.inodes = EXT2_GOOD_OLD_FIRST_INO;
-        TRY_VOID(count(volume_.tree.root()));
+        TRY_VOID(count_name(volume_.tree.root()));
         needs_.blocks += 1;  // the resize inode's
         return needs_;
     }
 
 private:
-    Result<void> count(const TreeNode& node) {
+    /// Counts what one more name leads to.
+    Result<void> count_name(TreeInode& inode) {
         ++needs_.files;
-        auto& inode = *node.inode;
-        if (inode.links++ == 0 || node.is_directory()) TRY_VOID(count(inode));
-        if (!node.is_directory()) return {};
-        for (const auto& [name, child] : *node.children) {
-            if (auto counted = count(child); !counted) return failed(std::move(counted).error(), name);
+        if (inode.links++ == 0) TRY_VOID(count(inode));
+        if (!inode.is_directory()) return {};
+        for (const auto& [name, child] : inode.children->entries()) {
+            if (auto counted = count_name(*child); !counted) return failed(std::move(counted).error(), name.text());
         }
-        auto blocks = blocks_of_directory(*node.children, plan_.shape());
-        if (&node == &volume_.tree.root()) blocks += divide_up(lost_found_bytes, plan_.block_size);
+        auto blocks = blocks_of_directory(*inode.children, plan_.shape());
+        if (&inode == &volume_.tree.root()) blocks += divide_up(lost_found_bytes, plan_.block_size);
         add_blocks(blocks, blocks);
         return {};
     }
@@ -244,22 +244,21 @@ private:
     ExtNeeds needs_;
 };
 
-void forget_links(TreeNode& node) {
-    node.inode->links = 0;
-    node.inode->number = 0;
-    if (!node.is_directory()) return;
-    for (auto& [name, child] : *node.children) forget_links(child);
+void forget_links(TreeInode& inode) {
+    inode.links = 0;
+    inode.number = 0;
+    if (!inode.is_directory()) return;
+    for (const auto& entry : inode.children->entries()) forget_links(*entry.inode);
 }
 
 Result<ExtNeeds> needs_of(const Volume& volume, const Plan& plan) {
     auto& root = volume.tree.root();
-    auto& place = (*root.children)[std::string(lost_found)];
-    if (!place.inode) {
-        place = new_directory();
-        place.inode->mode = S_IFDIR | 0700;
-        place.inode->mtime = volume.time;
+    auto& place = volume.tree.place_in(root, lost_found).inode;
+    if (place == nullptr) {
+        place = &volume.tree.new_inode(S_IFDIR | 0700);
+        place->mtime = volume.time;
     }
-    if (!place.is_directory()) return volume.refuse("source", "/lost+found is no directory, as ext requires");
+    if (!place->is_directory()) return volume.refuse("source", "/lost+found is no directory, as ext requires");
     forget_links(root);
     auto needs = Counter(volume, plan).count();
     return needs ? needs : failed_tree(volume, std::move(needs).error());
@@ -398,20 +397,20 @@ private:
     // ---- Numbers ----
 
     /// Numbers the files of a directory, and of those below, so that each number follows from the tree alone.
-    void number(TreeNode& directory, ext2_ino_t own) {
-        directory.inode->number = own;
-        if (own == EXT2_ROOT_INO) take_number(directory.children->find(lost_found)->second);
-        for (auto& [name, child] : *directory.children) {
-            if (child.inode->number == 0) take_number(child);
+    void number(TreeInode& directory, ext2_ino_t own) {
+        directory.number = own;
+        if (own == EXT2_ROOT_INO) take_number(*directory.children->find(lost_found));
+        for (const auto& entry : directory.children->entries()) {
+            if (entry.inode->number == 0) take_number(*entry.inode);
         }
-        for (auto& [name, child] : *directory.children) {
-            if (child.is_directory()) number(child, child.inode->number);
+        for (const auto& entry : directory.children->entries()) {
+            if (entry.inode->is_directory()) number(*entry.inode, entry.inode->number);
         }
     }
 
-    void take_number(const TreeNode& node) {
-        ext2fs_inode_alloc_stats2(fs(), next_inode_, +1, node.is_directory() ? 1 : 0);
-        node.inode->number = next_inode_++;
+    void take_number(TreeInode& inode) {
+        ext2fs_inode_alloc_stats2(fs(), next_inode_, +1, inode.is_directory() ? 1 : 0);
+        inode.number = next_inode_++;
     }
 
     // ---- Blocks ----
@@ -501,13 +500,12 @@ private:
         return ok(ext2fs_xattrs_write(handle));
     }
 
-    Result<void> write_directory(TreeNode& node, ext2_ino_t parent) {
-        auto& from = *node.inode;
-        const auto contents = Directory(*node.children, from.number, parent).blocks(plan_.shape(), hash());
+    Result<void> write_directory(const TreeInode& from, ext2_ino_t parent) {
+        const auto contents = Directory(*from.children, from.number, parent).blocks(plan_.shape(), hash());
         if (!contents) return refuse_file("the directory has too many files");
         auto inode = inode_of(from);
         std::uint64_t subdirectories = 0;
-        for (const auto& [name, child] : *node.children) subdirectories += child.is_directory() ? 1 : 0;
+        for (const auto& entry : from.children->entries()) subdirectories += entry.inode->is_directory() ? 1 : 0;
         const bool countless = plan_.has(&ext2_super_block::s_feature_ro_compat, EXT4_FEATURE_RO_COMPAT_DIR_NLINK);
         if (subdirectories + 2 > most_links && !countless) {
             return refuse_file(
@@ -530,20 +528,20 @@ private:
                 TRY_VOID(ok(ext2fs_write_dir_block4(fs(), run.physical + i, block.data(), 0, from.number)));
             }
         }
-        for (auto& [name, child] : *node.children) {
-            if (child.is_directory()) continue;
-            if (auto written = write_file(*child.inode); !written) return failed(std::move(written).error(), name);
+        for (const auto& [name, child] : from.children->entries()) {
+            if (child->is_directory()) continue;
+            if (auto written = write_file(*child); !written) return failed(std::move(written).error(), name.text());
         }
-        for (auto& [name, child] : *node.children) {
-            if (!child.is_directory()) continue;
-            if (auto written = write_directory(child, from.number); !written)
-                return failed(std::move(written).error(), name);
+        for (const auto& [name, child] : from.children->entries()) {
+            if (!child->is_directory()) continue;
+            if (auto written = write_directory(*child, from.number); !written)
+                return failed(std::move(written).error(), name.text());
         }
         return {};
     }
 
     /// Writes an inode that is no directory, once.
-    Result<void> write_file(TreeInode& from) {
+    Result<void> write_file(const TreeInode& from) {
         if (from.links > 1 && !written_links_.insert(from.number).second) return {};
         if (from.links > most_links) return refuse_file("the file has more than 65000 hard links");
         auto inode = inode_of(from);

@@ -266,7 +266,7 @@ void store_index(Block& block, std::uint64_t header, std::uint64_t limit, std::s
 
 std::uint64_t blocks_of_directory(const Children& children, const DirectoryShape& shape) {
     std::uint64_t bytes = 24;
-    for (const auto& [name, child] : children) bytes += ext_entry_bytes(name.size());
+    for (const auto& entry : children.entries()) bytes += ext_entry_bytes(entry.name.text().size());
     // The longest entry may be what does not fit at the end of a block.
     const auto room = shape.block_size - tail_bytes;
     const auto blocks = bytes <= room ? 1 : divide_up(bytes, room - ext_entry_bytes(longest_name));
@@ -279,7 +279,7 @@ std::vector<std::byte> empty_directory_block(const DirectoryShape& shape) { retu
 struct Directory::Hashed {
     std::uint32_t major;
     std::uint32_t minor;
-    const Children::value_type* entry;
+    const TreeEntry* entry;
 };
 
 DirectoryBlocks Directory::linear(const DirectoryShape& shape) const {
@@ -287,12 +287,13 @@ DirectoryBlocks Directory::linear(const DirectoryShape& shape) const {
     EntryBlock block(shape);
     block.add(own_, ".", 2);
     block.add(parent_, "..", 2);
-    for (const auto& [name, child] : children_) {
+    for (const auto& entry : children_.entries()) {
+        const auto name = entry.name.text();
         if (!block.fits(name)) {
             result.blocks.push_back(block.take());
             block = EntryBlock(shape);
         }
-        block.add(child.inode->number, name, type_of(child.inode->mode));
+        block.add(entry.inode->number, name, type_of(entry.inode->mode));
     }
     result.blocks.push_back(block.take());
     return result;
@@ -304,27 +305,27 @@ std::optional<DirectoryBlocks> Directory::blocks(const DirectoryShape& shape, co
 
     std::vector<Hashed> sorted;
     sorted.reserve(children_.size());
-    for (const auto& entry : children_) {
-        const auto [major, minor] = hash(entry.first);
+    for (const auto& entry : children_.entries()) {
+        const auto [major, minor] = hash(entry.name.text());
         sorted.push_back({major, minor, &entry});
     }
     std::ranges::sort(sorted, [](const Hashed& a, const Hashed& b) {
-        return std::tuple(a.major, a.minor, std::string_view(a.entry->first)) <
-               std::tuple(b.major, b.minor, std::string_view(b.entry->first));
+        return std::tuple(a.major, a.minor, a.entry->name.text()) < std::tuple(b.major, b.minor, b.entry->name.text());
     });
     std::vector<Block> leaves;
     std::vector<IndexEntry> index = {{0, 0}};
     EntryBlock leaf(shape);
     std::uint32_t last_hash = 0;
     for (const auto& [major, minor, entry] : sorted) {
-        if (!leaf.fits(entry->first)) {
+        const auto name = entry->name.text();
+        if (!leaf.fits(name)) {
             leaves.push_back(leaf.take());
             leaf = EntryBlock(shape);
             // The lowest bit says that names with this hash are in the leaf before, too.
             index.push_back({major | (major == last_hash ? 1U : 0U), 0});
         }
         last_hash = major;
-        leaf.add(entry->second.inode->number, entry->first, type_of(entry->second.inode->mode));
+        leaf.add(entry->inode->number, name, type_of(entry->inode->mode));
     }
     leaves.push_back(leaf.take());
 

@@ -113,21 +113,23 @@ Result<void> count(const Volume& volume, const Children& children, const std::st
                    FatNeeds& needs) {
     std::uint64_t entries = root ? 1 : 2;
     std::set<std::u16string> names;
-    for (const auto& [name, node] : children) {
+    for (const auto& entry : children.entries()) {
+        const std::string name(entry.name.text());
+        const auto& inode = *entry.inode;
         const auto place = fmt::format("{}/{}", path, name);
         ++needs.files;
         if (const auto flaw = flaw_of(name); !flaw.empty()) return refuse_file(volume, place, flaw);
         if (!names.insert(*folded(name)).second)
             return refuse_file(volume, place, "another name in its directory differs only in case, which FAT ignores");
         entries += entries_of(name);
-        if (node.is_directory()) {
-            TRY_VOID(count(volume, *node.children, place, false, needs));
-        } else if (!S_ISREG(node.inode->mode)) {
+        if (inode.is_directory()) {
+            TRY_VOID(count(volume, *inode.children, place, false, needs));
+        } else if (!S_ISREG(inode.mode)) {
             return refuse_file(volume, place, "FAT holds only regular files and directories");
-        } else if (node.inode->size > longest_file) {
+        } else if (inode.size > longest_file) {
             return refuse_file(volume, place, "FAT holds files of less than 4 GiB");
         } else {
-            needs.sizes.push_back(node.inode->size);
+            needs.sizes.push_back(inode.size);
         }
     }
     if (entries * entry_bytes > most_directory_bytes)
@@ -205,41 +207,44 @@ private:
     }
 
     static std::uint64_t bytes_of(const Children& children, std::uint64_t before) {
-        for (const auto& [name, node] : children) before += entries_of(name) * entry_bytes;
+        for (const auto& entry : children.entries()) before += entries_of(std::string(entry.name.text())) * entry_bytes;
         return before;
     }
 
     /// Adds the entries of a directory, and writes what they lead to. `own` is its cluster, 0 for the root.
     Result<void> add_children(std::vector<std::byte>& to, const Children& children, std::uint32_t own) {
         ShortNames short_names;
-        for (const auto& [name, node] : children) {
-            if (const auto exact = exact_short_name(name)) short_names.take(*exact);
+        for (const auto& entry : children.entries()) {
+            if (const auto exact = exact_short_name(std::string(entry.name.text()))) short_names.take(*exact);
         }
         std::map<std::string_view, std::string> made;
         // Names that differ only in case come before those that are made up.
-        for (const auto& [name, node] : children) {
-            if (!exact_short_name(name) && exact_short_name(upper(name))) made[name] = short_names.made(name);
+        for (const auto& entry : children.entries()) {
+            const std::string name(entry.name.text());
+            if (!exact_short_name(name) && exact_short_name(upper(name)))
+                made[entry.name.text()] = short_names.made(name);
         }
-        for (const auto& [name, node] : children) {
+        for (const auto& entry : children.entries()) {
+            const std::string name(entry.name.text());
             auto short_name = exact_short_name(name);
             if (!short_name) {
                 const auto known = made.find(name);
                 short_name = known != made.end() ? known->second : short_names.made(name);
                 add_long_name(to, name, *short_name);
             }
-            const auto& inode = *node.inode;
-            if (!node.is_directory()) {
+            const auto& inode = *entry.inode;
+            if (!inode.is_directory()) {
                 const auto cluster = take(inode.size);
                 for (const auto& run : inode.runs()) place(inode, cluster, run);
                 add_entry(to, *short_name, is_archive, cluster, static_cast<std::uint32_t>(inode.size), inode.mtime);
                 continue;
             }
-            const auto cluster = take(bytes_of(*node.children, 2 * entry_bytes));
+            const auto cluster = take(bytes_of(*inode.children, 2 * entry_bytes));
             add_entry(to, *short_name, is_directory, cluster, 0, inode.mtime);
             std::vector<std::byte> below;
             add_entry(below, fmt::format("{:<11}", "."), is_directory, cluster, 0, inode.mtime);
             add_entry(below, fmt::format("{:<11}", ".."), is_directory, own, 0, inode.mtime);
-            TRY_VOID(add_children(below, *node.children, cluster));
+            TRY_VOID(add_children(below, *inode.children, cluster));
             TRY_VOID(write(layout_.at(cluster), below));
         }
         return {};

@@ -5,7 +5,7 @@
 
 namespace qcow {
 
-/// Gives the inode the type, size, time and contents of a regular file, which may be a symbolic link to one.
-Result<void> fill_from_file(TreeInode& inode, const std::string& path);
+/// Gives an inode of the tree the type, size, time and contents of a regular file, which may be a symbolic link to one.
+Result<void> fill_from_file(Tree& tree, TreeInode& inode, const std::string& path);
 
 }  // namespace qcow

@@ -154,8 +154,7 @@ void FilesHash::add(std::string_view text) { state_ = hash(state_, text); }
 
 void FilesHash::add(std::uint64_t number) { state_ = mixed(state_ ^ number) + 0x9e3779b97f4a7c15; }
 
-void FilesHash::add(const TreeNode& node, bool is_root) {
-    const auto& inode = *node.inode;
+void FilesHash::add(const TreeInode& inode, bool is_root) {
     add(std::uint64_t{inode.mode});
     add(std::uint64_t{inode.uid} << 32 | inode.gid);
     add(static_cast<std::uint64_t>(inode.mtime));
@@ -168,16 +167,14 @@ void FilesHash::add(const TreeNode& node, bool is_root) {
             add(value);
         }
     }
-    if (!node.is_directory()) return;
-    for (const auto& [name, child] : *node.children) {
-        if (is_root && name == "lost+found") continue;  // ext makes it
-        add(name);
-        add(child, false);
+    if (!inode.is_directory()) return;
+    for (const auto& entry : inode.children->entries()) {
+        if (is_root && entry.name.text() == "lost+found") continue;  // ext makes it
+        add(entry.name.text());
+        add(*entry.inode, false);
     }
     add(std::string_view());
 }
-
-std::string FilesHash::text() const { return fmt::format("{:016x}", state_); }
 
 std::string seed_of(const BuildSpec& spec) {
     if (!spec.seed.empty()) return spec.seed;

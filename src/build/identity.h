@@ -18,8 +18,8 @@ class FilesHash {
 public:
     void add(std::string_view text);
     void add(std::uint64_t number);
-    void add(const TreeNode& node, bool is_root);
-    [[nodiscard]] std::string text() const;
+    void add(const TreeInode& inode, bool is_root);
+    [[nodiscard]] std::uint64_t value() const { return state_; }
 
 private:
     std::uint64_t state_ = 0;

@@ -3,7 +3,9 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <deque>
 #include <map>
+#include <memory>
 #include <mutex>
 
 #include "build/tree.h"
@@ -22,11 +24,11 @@ struct SharedFiles {
 
 class FileInImage final : public Contents {
 public:
-    FileInImage(std::shared_ptr<SharedFiles> shared, Inode inode) : shared_(std::move(shared)), inode_(inode) {}
+    FileInImage(SharedFiles& shared, Inode inode) : shared_(shared), inode_(inode) {}
 
     Result<void> read(std::uint64_t at, std::span<std::byte> to) const override {
-        std::unique_lock lock(shared_->mutex);
-        auto extents = shared_->files->extents(inode_, at);
+        std::unique_lock lock(shared_.mutex);
+        auto extents = shared_.files->extents(inode_, at);
         if (!extents && extents.error().code != Errc::unsupported) return std::unexpected(std::move(extents).error());
         if (!extents) return read_by_file_system(at, to);
         lock.unlock();
@@ -38,7 +40,7 @@ public:
             if (begin >= last) continue;
             const auto piece = to.subspan(begin - at, last - begin);
             if (extent.stored) {
-                TRY_VOID(shared_->disk->read(*extent.stored + (begin - extent.at), piece));
+                TRY_VOID(shared_.disk->read(*extent.stored + (begin - extent.at), piece));
             } else {
                 std::ranges::fill(piece, std::byte{0});
             }
@@ -52,7 +54,7 @@ public:
 private:
     Result<void> read_by_file_system(std::uint64_t at, std::span<std::byte> to) const {
         while (!to.empty()) {
-            const auto got = TRY(shared_->files->read(inode_, at, to));
+            const auto got = TRY(shared_.files->read(inode_, at, to));
             if (got == 0) return ended();
             at += got;
             to = to.subspan(got);
@@ -64,7 +66,7 @@ private:
         return fail(Errc::corrupt, "source", "a file of the image is shorter than its inode says");
     }
 
-    std::shared_ptr<SharedFiles> shared_;
+    SharedFiles& shared_;
     Inode inode_;
 };
 
@@ -88,6 +90,8 @@ public:
 
     Result<Tree> run() {
         auto& files = *shared_->files;
+        tree_.keep(shared_);
+        tree_.keep(contents_);
         TRY_VOID(walk(
             files, files.root(), {},
             [this](const Visited& visited) -> Result<Descend> {
@@ -102,29 +106,22 @@ private:
     Result<void> add(const Visited& visited) {
         const auto& info = visited.info;
         if (type_bits(info.type) == 0) return fail(Errc::unsupported, "", "the type of the file is not known");
-        if (visited.path.empty()) {
-            tree_.root().inode = TRY(inode_of(info));
-            tree_.root().implied = false;
+        auto& place = *TRY(tree_.place(visited.path));
+        if (place != nullptr && !visited.path.empty())
+            return fail(Errc::corrupt, "", "its directory has two files with this name; check the source");
+        if (info.type == FileType::directory || info.links <= 1) {
+            place = TRY(inode_of(info));
             return {};
         }
-        auto& node = *TRY(tree_.place(visited.path));
-        if (node.inode) return fail(Errc::corrupt, "", "its directory has two files with this name; check the source");
-        if (info.type == FileType::directory) {
-            node.children = std::make_unique<Children>();
-        } else if (info.links > 1) {
-            auto& known = linked_[info.inode];
-            if (!known) known = TRY(inode_of(info));
-            node.inode = known;
-            return {};
-        }
-        node.inode = TRY(inode_of(info));
+        auto& known = linked_[info.inode];
+        if (known == nullptr) known = TRY(inode_of(info));
+        place = known;
         return {};
     }
 
-    Result<std::shared_ptr<TreeInode>> inode_of(const FileInfo& info) {
+    Result<TreeInode*> inode_of(const FileInfo& info) {
         auto& files = *shared_->files;
-        auto inode = std::make_shared<TreeInode>();
-        inode->mode = type_bits(info.type) | (info.mode & 07777);
+        auto* inode = &tree_.new_inode(type_bits(info.type) | (info.mode & 07777));
         inode->uid = info.user;
         inode->gid = info.group;
         if (info.modified) {
@@ -148,7 +145,7 @@ private:
         }
         if (info.type != FileType::regular || info.size == 0) return inode;
         inode->size = info.size;
-        inode->content = std::make_unique<FileInImage>(shared_, info.inode);
+        inode->content = &contents_->emplace_back(*shared_, info.inode);
         if (info.stored_bytes < info.size) TRY_VOID(find_runs(*inode, info));
         return inode;
     }
@@ -171,7 +168,8 @@ private:
     }
 
     std::shared_ptr<SharedFiles> shared_;
-    std::map<Inode, std::shared_ptr<TreeInode>> linked_;
+    std::shared_ptr<std::deque<FileInImage>> contents_ = std::make_shared<std::deque<FileInImage>>();
+    std::map<Inode, TreeInode*> linked_;
     Tree tree_;
 };
 

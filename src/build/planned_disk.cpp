@@ -14,7 +14,6 @@ void PlannedDisk::place(GuestOffset at, std::uint64_t length, const Contents& co
 
 void PlannedDisk::seal() {
     std::ranges::sort(placed_, {}, &Placed::at);
-    placed_.shrink_to_fit();
     sealed_ = true;
 }
 

@@ -3,9 +3,9 @@
 
 #include <array>
 #include <bitset>
+#include <deque>
 #include <map>
 #include <memory>
-#include <vector>
 
 #include "build/scratch.h"
 #include "build/tree.h"
@@ -70,8 +70,8 @@ private:
     std::size_t pages_in_memory_ = 0;
     std::map<std::uint64_t, Page> pages_;  // by number
     std::uint64_t scratch_end_ = 0;
-    ScratchFile scratch_;  // pages, in the order in which they were first written
-    std::vector<Placed> placed_;
+    ScratchFile scratch_;        // pages, in the order in which they were first written
+    std::deque<Placed> placed_;  // there may be millions: a vector would copy them as it grows
     bool sealed_ = false;
 };
 

@@ -10,7 +10,6 @@
 #include <cerrno>
 #include <cstring>
 #include <ranges>
-#include <set>
 
 #include "base/within_memory.h"
 #include "build/file_content.h"
@@ -18,12 +17,6 @@
 
 namespace qcow {
 namespace {
-
-std::shared_ptr<TreeInode> new_inode(mode_t mode) {
-    auto inode = std::make_shared<TreeInode>();
-    inode->mode = mode;
-    return inode;
-}
 
 std::unexpected<Error> refuse(std::string_view path, std::string what) {
     return fail(Errc::invalid_argument, printable(path), std::move(what));
@@ -61,11 +54,11 @@ Result<bool> take_overlay_attributes(TreeInode& inode, const std::string& name) 
 }
 
 /// Where a symbolic link in a tree leads to, within the tree: the parts of a path. None: to no directory of the tree.
-std::optional<std::vector<std::string>> directory_behind(TreeNode& root, std::vector<std::string> path) {
+std::optional<std::vector<std::string>> directory_behind(TreeInode& root, std::vector<std::string> path) {
     constexpr unsigned most_links = 40;
     std::vector<std::string> left(path.rbegin(), path.rend());
     std::vector<std::string> done;
-    std::vector<TreeNode*> nodes = {&root};
+    std::vector<TreeInode*> nodes = {&root};
     for (unsigned links = 0; !left.empty();) {
         const auto name = std::move(left.back());
         left.pop_back();
@@ -76,15 +69,14 @@ std::optional<std::vector<std::string>> directory_behind(TreeNode& root, std::ve
             continue;
         }
         if (!nodes.back()->is_directory()) return {};
-        const auto child = nodes.back()->children->find(name);
-        if (child == nodes.back()->children->end()) return {};
-        const auto& inode = *child->second.inode;
-        if (!S_ISLNK(inode.mode)) {
+        auto* child = nodes.back()->children->find(name);
+        if (child == nullptr) return {};
+        if (!S_ISLNK(child->mode)) {
             done.push_back(name);
-            nodes.push_back(&child->second);
+            nodes.push_back(child);
             continue;
         }
-        const std::string_view target = inode.rare ? std::string_view(inode.rare->target) : std::string_view();
+        const std::string_view target = child->rare ? std::string_view(child->rare->target) : std::string_view();
         if (++links > most_links || target.empty() || target.size() > longest_path) return {};
         if (target.starts_with('/')) {
             done.clear();
@@ -97,66 +89,75 @@ std::optional<std::vector<std::string>> directory_behind(TreeNode& root, std::ve
     return nodes.back()->is_directory() ? std::optional(std::move(done)) : std::nullopt;
 }
 
+/// Exchanges two directories, but not what is in them.
+void exchange_attributes(TreeInode*& a, TreeInode*& b) {
+    std::swap(a, b);
+    std::swap(a->children, b->children);
+}
+
 /// Puts a layer over a tree.
 class Layering {
 public:
     explicit Layering(Tree& lower) : lower_(lower) {}
 
-    Result<void> run(TreeNode& upper) {
+    Result<void> run(TreeInode& upper) {
         TRY_VOID(put_over(lower_.root(), upper, {}));
         // What lies behind links comes last: it may lie in a directory that the layer changes.
         while (!behind_links_.empty()) {
-            const auto [path, node] = std::move(behind_links_.back());
+            const auto [path, directory] = std::move(behind_links_.back());
             behind_links_.pop_back();
             const auto whole = fmt::format("{}", fmt::join(path, "/"));
             auto* there = lower_.find(whole);
             if (there == nullptr || !there->is_directory())
                 return refuse(whole, "the layer removes it, and puts files into it by a link");
-            TRY_VOID(put_over(*there, *node, path));
+            TRY_VOID(put_over(*there, *directory, path));
         }
         return {};
     }
 
 private:
     /// `path` is the one of both.
-    Result<void> put_over(TreeNode& lower, TreeNode& upper, const std::vector<std::string>& path) {
-        if (upper.children->contains(opaque)) lower.children->clear();
-        for (auto& [name, node] : *upper.children) {
+    Result<void> put_over(TreeInode& lower, TreeInode& upper, const std::vector<std::string>& path) {
+        if (upper.children->find(opaque) != nullptr) lower.children->clear();
+        for (const auto& entry : upper.children->entries()) {
+            const auto name = entry.name.text();
             if (name == opaque) continue;
             if (name.starts_with(whiteout)) {
                 lower.children->erase(name.substr(whiteout.size()));
-            } else if (is_whiteout(*node.inode)) {
+            } else if (is_whiteout(*entry.inode)) {
                 lower.children->erase(name);
             }
         }
-        for (auto& [name, node] : *upper.children) {
-            if (name.starts_with(whiteout) || is_whiteout(*node.inode)) continue;
-            const bool hides = TRY(take_overlay_attributes(*node.inode, name));
-            auto& place = (*lower.children)[name];
-            if (!node.is_directory()) {
-                place = std::move(node);
+        for (auto& entry : upper.children->entries()) {
+            const auto name = entry.name.text();
+            if (name.starts_with(whiteout) || is_whiteout(*entry.inode)) continue;
+            const bool hides = TRY(take_overlay_attributes(*entry.inode, std::string(name)));
+            auto& there = lower_.place_in(lower, name).inode;
+            if (!entry.inode->is_directory()) {
+                there = entry.inode;
                 continue;
             }
             auto below = path;
-            below.push_back(name);
-            if (node.implied && place.inode && S_ISLNK(place.inode->mode)) {
+            below.emplace_back(name);
+            const bool implied = entry.inode->children->implied;
+            if (implied && there != nullptr && S_ISLNK(there->mode)) {
                 if (auto behind = directory_behind(lower_.root(), below)) {
-                    behind_links_.emplace_back(*std::move(behind), &node);
+                    behind_links_.emplace_back(*std::move(behind), entry.inode);
                     continue;
                 }
             }
-            if (hides || !place.is_directory()) place = new_directory();
-            if (!node.implied) {
-                place.inode = node.inode;
-                place.implied = false;
+            if (hides || there == nullptr || !there->is_directory()) there = &lower_.new_inode(S_IFDIR | 0755);
+            if (!implied) {
+                exchange_attributes(there, entry.inode);
+                there->children->implied = false;
             }
-            TRY_VOID(put_over(place, node, below));
+            TRY_VOID(put_over(*there, *entry.inode, below));
         }
         return {};
     }
 
     Tree& lower_;
-    std::vector<std::pair<std::vector<std::string>, TreeNode*>> behind_links_;
+    std::vector<std::pair<std::vector<std::string>, TreeInode*>> behind_links_;
 };
 
 Result<void> set_attributes(TreeInode& inode, const FileSpec& file) {
@@ -189,71 +190,56 @@ Result<void> apply_file(Tree& tree, const FileSpec& file) {
     using enum FileSpec::Kind;
     if (TRY(parts_of_path(file.path)).empty()) {
         if (file.kind != change && file.kind != directory) return refuse(file.path, "is the root directory");
-        return set_attributes(*tree.root().inode, file);
+        return set_attributes(tree.root(), file);
     }
     if (file.kind == remove) {
         if (tree.remove(file.path)) return {};
         return refuse(file.path, "is to be removed, and no source has it");
     }
     if (file.kind == change) {
-        auto* node = tree.find(file.path);
-        if (node == nullptr)
+        auto* inode = tree.find(file.path);
+        if (inode == nullptr)
             return refuse(file.path, "no source has it; a new file needs a type, a content, a source or a target");
-        return set_attributes(*node->inode, file);
+        return set_attributes(*inode, file);
     }
-    auto& node = *TRY(tree.place(file.path));
+    auto& inode = *TRY(tree.place(file.path));
     if (file.kind == directory) {
-        if (!node.is_directory()) node = new_directory();
-        return set_attributes(*node.inode, file);
+        if (inode == nullptr || !inode->is_directory()) inode = &tree.new_inode(S_IFDIR | 0755);
+        return set_attributes(*inode, file);
     }
     if (file.kind == hardlink) {
-        const auto* target = tree.find(file.target);
-        if (target == nullptr || target->is_directory() || !target->inode)
+        auto* target = tree.find(file.target);
+        if (target == nullptr || target->is_directory())
             return refuse(file.path, fmt::format("{} is no file that a hard link can lead to", printable(file.target)));
-        node.children.reset();
-        node.inode = target->inode;
-        return set_attributes(*node.inode, file);
+        inode = target;
+        return set_attributes(*inode, file);
     }
-    node.children.reset();
-    const auto make = [&](mode_t type, mode_t permissions) { node.inode = new_inode(type | permissions); };
+    const auto make = [&](mode_t mode) { inode = &tree.new_inode(mode); };
     switch (file.kind) {
         case symlink:
-            make(S_IFLNK, 0777);
-            node.inode->make_rare().target = file.target;
+            make(S_IFLNK | 0777);
+            inode->make_rare().target = file.target;
             break;
-        case character_device: make(S_IFCHR, 0644); break;
-        case block_device: make(S_IFBLK, 0644); break;
-        case fifo: make(S_IFIFO, 0644); break;
-        case socket: make(S_IFSOCK, 0644); break;
-        default: make(S_IFREG, 0644); break;
+        case character_device: make(S_IFCHR | 0644); break;
+        case block_device: make(S_IFBLK | 0644); break;
+        case fifo: make(S_IFIFO | 0644); break;
+        case socket: make(S_IFSOCK | 0644); break;
+        default: make(S_IFREG | 0644); break;
     }
     if (file.kind == character_device || file.kind == block_device) {
-        node.inode->make_rare().major = file.major;
-        node.inode->make_rare().minor = file.minor;
+        inode->make_rare().major = file.major;
+        inode->make_rare().minor = file.minor;
     }
     if (!file.source.empty()) {
-        auto mode = node.inode->mode;
-        TRY_VOID(fill_from_file(*node.inode, file.source));
-        node.inode->mode = mode;
+        const auto mode = inode->mode;
+        TRY_VOID(fill_from_file(tree, *inode, file.source));
+        inode->mode = mode;
     } else if (!file.content.empty()) {
-        node.inode->size = file.content.size();
-        node.inode->content = std::make_unique<TextContent>(file.content);
+        inode->size = file.content.size();
+        inode->content = tree.keep(std::make_shared<TextContent>(file.content));
     }
-    return set_attributes(*node.inode, file);
+    return set_attributes(*inode, file);
 }
-
-namespace {
-
-void visit_inodes(TreeNode& node, std::set<const TreeInode*>& linked, const std::function<void(TreeInode&)>& visit) {
-    // Most inodes have a single name, and need not be remembered.
-    if (node.inode.use_count() == 1 || linked.insert(node.inode.get()).second) visit(*node.inode);
-    if (!node.is_directory()) return;
-    for (auto& [name, child] : *node.children) visit_inodes(child, linked, visit);
-}
-
-}  // namespace
-
-TreeNode new_directory() { return {new_inode(S_IFDIR | 0755), std::make_unique<Children>()}; }
 
 Result<std::vector<std::string_view>> parts_of_path(std::string_view path) {
     std::vector<std::string_view> parts;
@@ -273,56 +259,156 @@ Result<std::vector<std::string_view>> parts_of_path(std::string_view path) {
     return parts;
 }
 
-TreeNode* Tree::find(std::string_view path) {
-    const auto parts = parts_of_path(path);
-    if (!parts) return nullptr;
-    auto* node = &root_;
-    for (const auto part : *parts) {
-        if (!node->is_directory()) return nullptr;
-        const auto child = node->children->find(part);
-        if (child == node->children->end()) return nullptr;
-        node = &child->second;
+// ---- Names ----
+
+TreeName TreeNames::keep(std::string_view name) {
+    if (block_bytes - used_ <= name.size()) {
+        blocks_.push_back(std::make_unique_for_overwrite<char[]>(block_bytes));
+        used_ = 0;
     }
-    return node;
+    auto* at = blocks_.back().get() + used_;
+    *at = static_cast<char>(name.size());
+    std::ranges::copy(name, at + 1);
+    used_ += name.size() + 1;
+    return TreeName(at);
 }
 
-Result<TreeNode*> Tree::place(std::string_view path) {
-    auto* node = &root_;
-    for (const auto part : TRY(parts_of_path(path))) {
-        if (!node->inode) {
-            *node = new_directory();
-            node->implied = true;
-        }
-        if (!node->is_directory())
-            return refuse(path, "the path leads through a file that is no directory; symbolic links are not followed");
-        node = &(*node->children)[std::string(part)];
+namespace {
+
+std::string_view text_of(const TreeEntry& entry) { return entry.name.text(); }
+
+}  // namespace
+
+std::size_t Children::size() const {
+    std::size_t all = 0;
+    for (const auto& piece : pieces_) all += piece.size();
+    return all;
+}
+
+std::size_t Children::piece_of(std::string_view name) const {
+    const auto behind =
+        std::ranges::upper_bound(pieces_, name, {}, [](const Piece& piece) { return text_of(piece.front()); });
+    return behind == pieces_.begin() ? 0 : static_cast<std::size_t>(behind - pieces_.begin()) - 1;
+}
+
+TreeInode* Children::find(std::string_view name) const {
+    if (pieces_.empty()) return nullptr;
+    const auto& piece = pieces_[piece_of(name)];
+    const auto found = std::ranges::lower_bound(piece, name, {}, text_of);
+    return found != piece.end() && text_of(*found) == name ? found->inode : nullptr;
+}
+
+TreeEntry& Children::place(std::string_view name, TreeNames& names) {
+    if (pieces_.empty()) return pieces_.emplace_back().emplace_back(names.keep(name));
+    const auto number = piece_of(name);
+    auto& piece = pieces_[number];
+    const auto found = std::ranges::lower_bound(piece, name, {}, text_of);
+    if (found != piece.end() && text_of(*found) == name) return *found;
+    if (piece.size() < most_in_piece) return *piece.insert(found, TreeEntry{names.keep(name)});
+    // A full piece is divided, except where names come in their order.
+    const auto next = pieces_.begin() + static_cast<std::ptrdiff_t>(number) + 1;
+    if (found == piece.end()) return pieces_.emplace(next)->emplace_back(names.keep(name));
+    const auto middle = piece.begin() + most_in_piece / 2;
+    Piece second(middle, piece.end());
+    piece.erase(middle, piece.end());
+    pieces_.insert(next, std::move(second));
+    return place(name, names);
+}
+
+bool Children::erase(std::string_view name) {
+    if (pieces_.empty()) return false;
+    const auto number = piece_of(name);
+    auto& piece = pieces_[number];
+    const auto found = std::ranges::lower_bound(piece, name, {}, text_of);
+    if (found == piece.end() || text_of(*found) != name) return false;
+    piece.erase(found);
+    if (piece.empty()) pieces_.erase(pieces_.begin() + static_cast<std::ptrdiff_t>(number));
+    return true;
+}
+
+// ---- Trees ----
+
+namespace {
+
+void walk_inodes(TreeInode& inode, const std::function<void(TreeInode&)>& visit) {
+    visit(inode);
+    if (!inode.is_directory()) return;
+    for (const auto& entry : inode.children->entries()) walk_inodes(*entry.inode, visit);
+}
+
+}  // namespace
+
+Tree::Tree() : inodes_(1), names_(1), root_(&new_inode(S_IFDIR | 0755)) { root_->children->implied = true; }
+
+TreeInode& Tree::new_inode(mode_t mode) {
+    auto& inode = inodes_.front().emplace_back();
+    inode.mode = mode;
+    if (S_ISDIR(mode)) inode.children = std::make_unique<Children>();
+    return inode;
+}
+
+TreeInode* Tree::find(std::string_view path) {
+    const auto parts = parts_of_path(path);
+    if (!parts) return nullptr;
+    auto* inode = root_;
+    for (const auto part : *parts) {
+        if (inode == nullptr || !inode->is_directory()) return nullptr;
+        inode = inode->children->find(part);
     }
-    return node;
+    return inode;
+}
+
+Result<TreeInode**> Tree::place(std::string_view path) {
+    auto** place = &root_;
+    for (const auto part : TRY(parts_of_path(path))) {
+        if (*place == nullptr) {
+            *place = &new_inode(S_IFDIR | 0755);
+            (*place)->children->implied = true;
+        }
+        if (!(*place)->is_directory())
+            return refuse(path, "the path leads through a file that is no directory; symbolic links are not followed");
+        place = &place_in(**place, part).inode;
+    }
+    return place;
 }
 
 bool Tree::remove(std::string_view path) {
     const auto parts = parts_of_path(path);
     if (!parts || parts->empty()) return false;
-    auto* node = &root_;
+    auto* directory = root_;
     for (const auto part : std::span(*parts).first(parts->size() - 1)) {
-        if (!node->is_directory()) return false;
-        const auto child = node->children->find(part);
-        if (child == node->children->end()) return false;
-        node = &child->second;
+        if (!directory->is_directory()) return false;
+        directory = directory->children->find(part);
+        if (directory == nullptr) return false;
     }
-    return node->is_directory() && node->children->erase(std::string(parts->back())) != 0;
+    return directory->is_directory() && directory->children->erase(parts->back());
+}
+
+void Tree::adopt(Tree& other) {
+    inodes_.splice(inodes_.end(), other.inodes_);
+    names_.splice(names_.end(), other.names_);
+    std::ranges::move(other.sources_, std::back_inserter(sources_));
 }
 
 void Tree::each_inode(const std::function<void(TreeInode&)>& visit) {
-    std::set<const TreeInode*> linked;
-    visit_inodes(root_, linked, visit);
+    walk_inodes(*root_, [](TreeInode& inode) { inode.links = 0; });
+    walk_inodes(*root_, [&](TreeInode& inode) {
+        if (inode.links++ == 0) visit(inode);
+    });
+}
+
+void Tree::forget_files() {
+    inodes_.clear();
+    root_ = &inodes_.emplace_back().emplace_back();
 }
 
 Result<void> put_layer(Tree& lower, Tree upper) {
-    const bool hides = TRY(take_overlay_attributes(*upper.root().inode, "/"));
-    if (!upper.root().implied) lower.root().inode = upper.root().inode;
+    const bool hides = TRY(take_overlay_attributes(upper.root(), "/"));
+    lower.adopt(upper);
+    auto*& from = *TRY(upper.place(""));
+    if (!from->children->implied) exchange_attributes(*TRY(lower.place("")), from);
     if (hides) lower.root().children->clear();
-    return Layering(lower).run(upper.root());
+    return Layering(lower).run(*from);
 }
 
 }  // namespace qcow

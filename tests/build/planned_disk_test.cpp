@@ -3,6 +3,9 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include <map>
+#include <string>
+
 #include "base/bits.h"
 #include "support/bytes.h"
 #include "support/random.h"
@@ -75,18 +78,45 @@ TEST(Tree, AFileThatChangesWhileItIsReadIsAnError) {
     write_file(directory / "changed", "other contents");
     std::filesystem::remove(directory.path() / "gone");
     Bytes to(8);
-    EXPECT_TRUE(tree.find("kept")->inode->content->read(0, to));
-    EXPECT_TRUE(fails(tree.find("changed")->inode->content->read(0, to), Errc::io, {"changed", "build it again"}));
-    EXPECT_TRUE(fails(tree.find("gone")->inode->content->read(0, to), Errc::io, {"gone", "vanished"}));
+    EXPECT_TRUE(tree.find("kept")->content->read(0, to));
+    EXPECT_TRUE(fails(tree.find("changed")->content->read(0, to), Errc::io, {"changed", "build it again"}));
+    EXPECT_TRUE(fails(tree.find("gone")->content->read(0, to), Errc::io, {"gone", "vanished"}));
+}
+
+/// Names come in any order and go again, as in a map.
+TEST(Tree, ADirectoryIsSorted) {
+    Tree tree;
+    std::map<std::string, TreeInode*> model;
+    Random random(5);
+    for (unsigned i = 0; i < 20000; ++i) {
+        const auto name = std::string(random.below(3), '\xff') + std::to_string(random.below(4000));
+        if (random.below(3) == 0) {
+            EXPECT_EQ(tree.remove(name), model.erase(name) != 0);
+        } else {
+            auto& place = *must(tree.place(name));
+            EXPECT_EQ(place, model.contains(name) ? model.at(name) : nullptr);
+            place = model[name] = &tree.new_inode(S_IFREG | 0644);
+        }
+    }
+    const auto& children = *tree.root().children;
+    EXPECT_EQ(children.size(), model.size());
+    auto expected = model.begin();
+    for (const auto& [name, inode] : children.entries()) {
+        ASSERT_NE(expected, model.end());
+        EXPECT_EQ(name.text(), expected->first);
+        EXPECT_EQ(inode, expected->second);
+        EXPECT_EQ(children.find(name.text()), inode);
+        ++expected;
+    }
+    EXPECT_EQ(expected, model.end());
+    EXPECT_EQ(children.find("no such name"), nullptr);
 }
 
 TEST(Tree, PathsStayWithinIt) {
     Tree tree;
     EXPECT_TRUE(fails(tree.place("a/../b"), Errc::refused_by_policy));
     EXPECT_TRUE(fails(tree.place(std::string(256, 'x')), Errc::invalid_argument));
-    auto& link = *must(tree.place("link"));
-    link.inode = std::make_shared<TreeInode>();
-    link.inode->mode = S_IFLNK | 0777;
+    *must(tree.place("link")) = &tree.new_inode(S_IFLNK | 0777);
     EXPECT_TRUE(fails(tree.place("link/below"), Errc::invalid_argument, {"links are not followed"}));
 }
 
