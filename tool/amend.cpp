@@ -98,7 +98,7 @@ void declare_amend(CLI::App& root, int& status) {
         root, status, "amend", "Change the options of an image",
         "The contents of the disk stay the same, except with backing_file. If amend is interrupted, the image has\n"
         "some of the changes; run it again. Before it changes anything, it names all that stands in the way.\n"
-        "AmendOptions for -o, as name=value, separated by commas:\n"
+        "Options for -o, as name=value, separated by commas:\n"
         "  compat=1.1|0.10         1.1 makes version 3, 0.10 version 2. Version 2 has no zero clusters: they become\n"
         "                          holes, or data clusters where a backing file would show through\n"
         "  refcount_bits=BITS      a power of two from 1 to 64\n"
@@ -109,7 +109,7 @@ void declare_amend(CLI::App& root, int& status) {
         "  compression_type=TYPE   zlib or zstd, if the image has no compressed clusters\n"
         "  data_file=NAME          another name of the external data file, which was moved\n"
         "  data_file_raw=off       the external data file need not be a valid raw image\n"
-        "AmendOptions for -o that change the key slots of an image that is encrypted with LUKS:\n"
+        "Options for -o that change the key slots of an image that is encrypted with LUKS:\n"
         "  encrypt.state=active,encrypt.new-secret=ID[,encrypt.keyslot=0...7][,encrypt.iter-time=MS]\n"
         "                          adds the passphrase of this secret of --object; --key FILE is one that the image "
         "has\n"
@@ -121,7 +121,7 @@ void declare_amend(CLI::App& root, int& status) {
         "  qcow amend -o compat=0.10,refcount_bits=16 disk.qcow2",
         [options] { return run(*options); });
     add_target_options(app, options->target);
-    add_options_option(app, options->options, "AmendOptions to change: name=value,... (see below)")->required();
+    add_options_option(app, options->options, "Options to change: name=value,... (see below)")->required();
     app.add_flag("--force", options->force,
                  "Replace the passphrase of a key slot that is in use, and erase the last key slots");
 }

@@ -240,7 +240,7 @@ void declare_build(CLI::App& root, int& status) {
         ->type_name("NUMBER")
         ->check(whole_number(1, 19))
         ->needs(compress);
-    add_options_option(app, options->image.options, "BuildOptions of the image: name=value,... as for qcow create -o",
+    add_options_option(app, options->image.options, "Options of the image: name=value,... as for qcow create -o",
                        "--option");
     app.add_option("-B,--target-backing", options->image.backing,
                    "Backing file of the disk, which stores only what differs")

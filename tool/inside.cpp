@@ -103,6 +103,7 @@ std::string time_text(const std::optional<qcow::Timestamp>& time) {
 
 std::string content_text(const qcow::Content& content) {
     if (content.type.empty()) return "unknown contents";
+    if (content.type == "gpt" || content.type == "dos") return content.type + " partition table";
     auto text = content.type;
     if (!content.label.empty()) text += fmt::format(" \"{}\"", qcow::printable(content.label));
     return text;

@@ -208,7 +208,7 @@ private:
         }
         auto blocks = blocks_of_directory(*inode.children, plan_.shape());
         if (&inode == &volume_.tree.root()) blocks += divide_up(lost_found_bytes, plan_.block_size);
-        add_blocks(blocks, blocks);
+        add_blocks({{{.start = 0, .length = blocks}}});
         return {};
     }
 
@@ -220,23 +220,20 @@ private:
             if (S_ISLNK(inode.mode) && inode.rare->target.size() >= plan_.block_size)
                 return refuse_file("the target of the symbolic link is longer than a block");
         }
+        if (S_ISLNK(inode.mode) && (!inode.rare || inode.rare->target.empty()))
+            return refuse_file("the symbolic link has no target");
         if (!S_ISREG(inode.mode)) return {};
         if (inode.size / plan_.block_size >= largest_file_blocks(plan_.extents(), plan_.block_size))
             return refuse_file("the file is larger than this file system can hold");
-        for (const auto& run : block_runs(inode, plan_.block_size)) add_blocks(run.start + run.length, run.length);
+        add_blocks(block_runs(inode, plan_.block_size));
         return {};
     }
 
-    /// At least what the blocks and their extents or indirect blocks take. `end` is the block behind the last one.
-    void add_blocks(std::uint64_t end, std::uint64_t count) {
-        needs_.blocks += count;
-        if (!plan_.extents()) {
-            needs_.blocks += indirect_blocks_at_most(end, count, plan_.block_size);
-        } else if (count > 0) {
-            // Extents end at the tables of block groups: there is one for half a group at least.
-            const auto extents = 1 + count / (std::uint64_t{4} * plan_.block_size);
-            if (extents > 1) needs_.blocks += 1 + divide_up(extents, extents_in_block(plan_.block_size));
-        }
+    /// What the blocks take, and what leads to them.
+    void add_blocks(std::span<const DataRun> runs) {
+        for (const auto& run : runs) needs_.blocks += run.length;
+        needs_.blocks +=
+            plan_.extents() ? extent_blocks_at_most(runs, plan_.block_size) : indirect_blocks(runs, plan_.block_size);
     }
 
     const Volume& volume_;
@@ -368,6 +365,8 @@ private:
         std::memcpy(super->s_hash_seed, volume_.hash_seed.data(), sizeof super->s_hash_seed);
         std::memcpy(super->s_volume_name, volume_.spec.label.data(), volume_.spec.label.size());
         super->s_def_hash_version = EXT2_HASH_HALF_MD4;
+        // libext2fs sets the flag of this machine's characters.
+        super->s_flags &= ~static_cast<std::uint32_t>(EXT2_FLAGS_SIGNED_HASH);
         super->s_flags |= EXT2_FLAGS_UNSIGNED_HASH;
         super->s_default_mount_opts = EXT2_DEFM_XATTR_USER | EXT2_DEFM_ACL;
         super->s_max_mnt_count = -1;
@@ -490,12 +489,12 @@ private:
         const std::unique_ptr<ext2_xattr_handle, void (*)(ext2_xattr_handle*)> closing(
             handle, [](ext2_xattr_handle* opened) { ext2fs_xattrs_close(&opened); });
         for (const auto& [name, value] : from.rare->xattrs) {
-            if (auto set = ok(ext2fs_xattr_set(handle, name.c_str(), value.data(), value.size())); !set) {
-                set.error().what += fmt::format("; the attribute {} has {} bytes, and all of a file fit in a block",
-                                                printable(name), value.size());
-                set.error().code = Errc::invalid_argument;
-                return set;
+            const auto code = ext2fs_xattr_set(handle, name.c_str(), value.data(), value.size());
+            if (code == EXT2_ET_EA_NO_SPACE) {
+                return refuse_file(fmt::format("the attributes of a file fit in a block; {} has {} bytes",
+                                               printable(name), value.size()));
             }
+            TRY_VOID(ok(code));
         }
         return ok(ext2fs_xattrs_write(handle));
     }

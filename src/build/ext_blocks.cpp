@@ -44,6 +44,11 @@ namespace {
 
 constexpr std::uint64_t longest_extent = 32768;  // blocks
 constexpr std::size_t extent_bytes = 12;         // of a header, too
+constexpr std::uint64_t extents_in_inode = 4;
+
+constexpr std::uint64_t extents_in_block(std::uint64_t block_size) {
+    return (block_size - extent_bytes) / extent_bytes;
+}
 
 struct Link {
     std::uint64_t logical;
@@ -74,6 +79,19 @@ void store_extents(std::span<std::byte> to, std::span<const Link> links, unsigne
 
 }  // namespace
 
+std::uint64_t extent_blocks_at_most(std::span<const DataRun> runs, std::uint64_t block_size) {
+    // There is a table for half a group at least.
+    const auto half_group = block_size * 4;
+    std::uint64_t in_file = 0;
+    for (const auto& run : runs) in_file += run.length;
+    std::uint64_t blocks = 0;
+    for (auto extents = runs.size() + in_file / half_group + 1; extents > extents_in_inode;) {
+        extents = divide_up(extents, extents_in_block(block_size));
+        blocks += extents;
+    }
+    return blocks;
+}
+
 Result<std::uint64_t> write_extents(std::span<std::byte> root, const std::vector<PhysicalRun>& runs,
                                     const BlockWriter& writer,
                                     const std::function<Result<void>(std::span<std::byte>)>& seal) {
@@ -98,9 +116,8 @@ Result<std::uint64_t> write_extents(std::span<std::byte> root, const std::vector
     }
     std::uint64_t blocks = 0;
     unsigned depth = 0;
-    const auto in_root = root.size() / extent_bytes - 1;
     const auto in_block = extents_in_block(writer.block_size);
-    for (; links.size() > in_root; ++depth) {
+    for (; links.size() > extents_in_inode; ++depth) {
         std::vector<Link> above;
         for (std::size_t i = 0; i < links.size(); i += in_block) {
             Block block(writer.block_size);
@@ -158,11 +175,27 @@ private:
 
 }  // namespace
 
-std::uint64_t indirect_blocks_at_most(std::uint64_t end, std::uint64_t count, std::uint64_t block_size) {
+std::uint64_t indirect_blocks(std::span<const DataRun> runs, std::uint64_t block_size) {
     const auto numbers = block_size / 4;
-    if (end <= direct_blocks) return 0;
-    if (end <= direct_blocks + numbers) return 1;
-    return divide_up(count, numbers) + 2 + divide_up(count, numbers * numbers) + 2 + 1;
+    std::uint64_t count = 0;
+    auto first = direct_blocks;  // the blocks of the file that a tree of indirect blocks leads to
+    auto length = numbers;
+    for (unsigned depth = 1; depth <= 3; ++depth, first += length, length *= numbers) {
+        std::uint64_t covered = 1;  // by one indirect block
+        for (unsigned level = 1; level <= depth; ++level) {
+            covered *= numbers;
+            std::uint64_t behind = 0;  // the last block that was counted
+            for (const auto& run : runs) {
+                const auto begin = std::max(run.start, first);
+                const auto end = std::min(run.start + run.length, first + length);
+                if (begin >= end) continue;
+                const auto last = (end - 1 - first) / covered + 1;
+                count += last - std::min(last, std::max((begin - first) / covered, behind));
+                behind = last;
+            }
+        }
+    }
+    return count;
 }
 
 Result<std::uint64_t> write_indirect_blocks(std::span<std::byte> root, const std::vector<PhysicalRun>& runs,

@@ -34,7 +34,8 @@ struct BlockWriter {
 
 // ---- Extents ----
 
-[[nodiscard]] constexpr std::uint64_t extents_in_block(std::uint64_t block_size) { return (block_size - 12) / 12; }
+/// At most so many blocks of extents lead to the runs of a file: the tables of block groups divide runs.
+std::uint64_t extent_blocks_at_most(std::span<const DataRun> runs, std::uint64_t block_size);
 
 /// Fills the 60 bytes of an inode with extents, and writes the blocks of the tree below. `seal` sets the checksum of a
 /// block. Returns the number of these blocks.
@@ -44,8 +45,8 @@ Result<std::uint64_t> write_extents(std::span<std::byte> root, const std::vector
 
 // ---- Indirect blocks ----
 
-/// At most so many indirect blocks lead to `count` blocks of a file, of which the last one ends at `end`.
-std::uint64_t indirect_blocks_at_most(std::uint64_t end, std::uint64_t count, std::uint64_t block_size);
+/// The number of indirect blocks that lead to the runs of a file.
+std::uint64_t indirect_blocks(std::span<const DataRun> runs, std::uint64_t block_size);
 
 /// Fills the 60 bytes of an inode with block numbers, and writes the indirect blocks. Returns the number of these.
 Result<std::uint64_t> write_indirect_blocks(std::span<std::byte> root, const std::vector<PhysicalRun>& runs,

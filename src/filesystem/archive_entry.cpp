@@ -109,9 +109,11 @@ Result<std::vector<AclEntry>> acl_of_entry(archive_entry* entry, int which) {
         if (made.tag == 0) continue;
         if (made.tag == named_user || made.tag == named_group) {
             if (id < 0) {
-                return fail(Errc::unsupported, "",
-                            fmt::format("its ACL names \"{}\" without a number; archive with tar --numeric-owner",
-                                        printable(user == nullptr ? "" : user, 64)));
+                return fail(
+                    Errc::unsupported, "",
+                    fmt::format(
+                        "its ACL names \"{}\" without a number; archive without --acls, or with bsdtar --numeric-owner",
+                        printable(user == nullptr ? "" : user, 64)));
             }
             made.id = static_cast<std::uint32_t>(id);
         }

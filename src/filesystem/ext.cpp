@@ -220,6 +220,15 @@ protected:
             if (got == 0) break;
             done += got;
         }
+        // What lies in an inode ends before the file, if zeros follow.
+        const auto large = TRY(load(inode));
+        const auto& raw = *reinterpret_cast<const ext2_inode*>(&large);
+        const std::uint64_t size = EXT2_I_SIZE(&raw);
+        if ((raw.i_flags & EXT4_INLINE_DATA_FL) != 0 && at + done < size) {
+            const auto zeros = to.first(std::min<std::uint64_t>(to.size(), size - at)).subspan(done);
+            std::ranges::fill(zeros, std::byte{0});
+            done += zeros.size();
+        }
         return done;
     }
 
@@ -297,66 +306,27 @@ protected:
         ext2_ino_t taken = 0;
         if (ext2fs_lookup(fs_, number(directory), name.data(), static_cast<int>(name.size()), nullptr, &taken) == 0)
             return fail(Errc::invalid_argument, name, "something with this name exists");
+        TRY_VOID(begin_change());
         ext2_ino_t made = 0;
         const auto mode = mode_of_type(node.info.type) | (node.info.mode & 07777U);
-        const bool is_directory = node.info.type == FileType::directory;
-        if (is_directory) {
-            TRY_VOID(verify(retry_expanded(
-                                directory, [&] { return ext2fs_mkdir(fs_, number(directory), 0, name.c_str()); }),
-                            name));
-            TRY_VOID(verify(
-                ext2fs_lookup(fs_, number(directory), name.data(), static_cast<int>(name.size()), nullptr, &made),
-                name));
-        } else if (node.info.type == FileType::symbolic_link) {
-            TRY_VOID(verify(
-                retry_expanded(
-                    directory,
-                    [&] { return ext2fs_symlink(fs_, number(directory), 0, name.c_str(), node.link_target.c_str()); }),
-                name));
-            TRY_VOID(verify(
-                ext2fs_lookup(fs_, number(directory), name.data(), static_cast<int>(name.size()), nullptr, &made),
-                name));
-        } else {
-            TRY_VOID(verify(ext2fs_new_inode(fs_, number(directory), static_cast<int>(mode), nullptr, &made), name));
-            ext2fs_inode_alloc_stats2(fs_, made, 1, 0);
-            ext2_inode_large fresh = {};
-            auto& raw = *reinterpret_cast<ext2_inode*>(&fresh);
-            raw.i_mode = static_cast<std::uint16_t>(mode);
-            raw.i_links_count = 1;
-            fresh.i_extra_isize = sizeof(ext2_inode_large) - EXT2_GOOD_OLD_INODE_SIZE;
-            if (node.info.type == FileType::character_device || node.info.type == FileType::block_device) {
-                const auto major = node.info.major;
-                const auto minor = node.info.minor;
-                if (major < 256 && minor < 256) {
-                    raw.i_block[0] = major << 8 | minor;
-                } else {
-                    raw.i_block[1] = (minor & 0xff) | (major & 0xfff) << 8 | (minor & 0xfff00) << 12;
-                }
-            } else if (ext2fs_has_feature_extents(fs_->super) && node.info.type == FileType::regular) {
-                raw.i_flags |= EXT4_EXTENTS_FL;
-            }
-            TRY_VOID(verify(ext2fs_write_new_inode(fs_, made, &raw), name));
-            if ((raw.i_flags & EXT4_EXTENTS_FL) != 0) {
-                ext2_extent_handle_t handle = nullptr;
-                TRY_VOID(verify(ext2fs_extent_open2(fs_, made, &raw, &handle), name));
-                ext2fs_extent_free(handle);
-                TRY_VOID(verify(ext2fs_write_inode(fs_, made, &raw), name));
-            }
-            TRY_VOID(verify(retry_expanded(
-                                directory,
-                                [&] {
-                                    return ext2fs_link(fs_, number(directory), name.c_str(), made,
-                                                       entry_of_type(node.info.type));
-                                }),
-                            name));
+        TRY_VOID(verify(ext2fs_new_inode(fs_, number(directory), static_cast<int>(mode), nullptr, &made), name));
+        // The name comes first: it may need a block that is not there.
+        loaded_ = 0;
+        TRY_VOID(verify(link(number(directory), name, made, entry_of_type(node.info.type)), name));
+        if (auto done = make_node(directory, made, node, mode, name); !done) {
+            TRY_VOID(verify(ext2fs_unlink(fs_, number(directory), name.c_str(), made, 0), name));
+            return std::unexpected(std::move(done).error());
         }
-        TRY_VOID(set_attributes(made, node));
-        TRY_VOID(set_info(made, node.info, mode));
-        return made;
+        auto done = set_attributes(made, node);
+        if (done) done = set_info(made, node.info, mode);
+        if (done) return made;
+        TRY_VOID(do_remove(directory, name));
+        return std::unexpected(std::move(done).error());
     }
 
     Result<void> do_write(Inode inode, std::uint64_t at, std::span<const std::byte> from) override {
         TRY_VOID(expect(inode, FileType::regular));
+        TRY_VOID(begin_change());
         loaded_ = 0;  // libext2fs changes the inode, even if it fails
         auto* const file = TRY(opened_file(inode));
         TRY_VOID(verify(ext2fs_file_llseek(file, at, EXT2_SEEK_SET, nullptr), inode_place(inode)));
@@ -371,6 +341,7 @@ protected:
 
     Result<void> do_truncate(Inode inode, std::uint64_t size) override {
         TRY_VOID(expect(inode, FileType::regular));
+        TRY_VOID(begin_change());
         auto* const file = TRY(opened_file(inode));
         loaded_ = 0;
         return verify(ext2fs_file_set_size2(file, static_cast<ext2_off64_t>(size)), inode_place(inode));
@@ -388,6 +359,7 @@ protected:
             return fail(Errc::invalid_argument, name,
                         "the directory is not empty; --recursive removes what is in it, too");
         }
+        TRY_VOID(begin_change());
         loaded_ = 0;
         TRY_VOID(verify(ext2fs_unlink(fs_, number(directory), name.c_str(), inode, 0), name));
         if (is_directory) {
@@ -407,6 +379,7 @@ protected:
         const auto old = TRY(do_lookup(directory, to));
         if (made.type == FileType::directory || old.type == FileType::directory)
             return fail(Errc::invalid_argument, to, "a directory is not replaced, and replaces nothing");
+        TRY_VOID(begin_change());
         // The entry stays where it is, so there is always room for it.
         struct Change {
             const std::string& name;
@@ -434,12 +407,35 @@ protected:
     Result<void> do_close() override {
         forget_file();
         if (fs_ == nullptr) return {};
-        auto* const fs = std::exchange(fs_, nullptr);
-        ext2_filsys closed = fs;
+        ext2_filsys closed = std::exchange(fs_, nullptr);
+        // libext2fs writes the superblock after everything else is durable.
+        if (changed_ && !io_.failed()) set_clean(*closed, true);
         return io_.verify(ext2fs_close_free(&closed), type_);
     }
 
 private:
+    static void set_clean(struct_ext2_filsys& fs, bool clean) {
+        if (clean) {
+            fs.super->s_state |= EXT2_VALID_FS;
+        } else {
+            fs.super->s_state &= static_cast<std::uint16_t>(~EXT2_VALID_FS);
+        }
+        ext2fs_mark_super_dirty(&fs);
+    }
+
+    /// Marks the file system as not clean, durably, before its first change. libext2fs writes in an order of its own,
+    /// so a process that dies meanwhile leaves work for e2fsck, as one does that has it mounted.
+    Result<void> begin_change() {
+        if (changed_) return {};
+        changed_ = true;
+        set_clean(*fs_, false);
+        const int flags = fs_->flags;
+        fs_->flags |= EXT2_FLAG_SUPER_ONLY;
+        const auto code = ext2fs_flush(fs_);
+        fs_->flags = flags;
+        return verify(code, "superblock");
+    }
+
     /// A feature that changes would have to take care of, and do not.
     [[nodiscard]] std::string_view unsupported_feature() const {
         if (ext2fs_has_feature_quota(fs_->super)) return "quota";
@@ -594,13 +590,46 @@ private:
         file_ = nullptr;
     }
 
-    template <class Work>
-    errcode_t retry_expanded(Inode directory, Work&& work) {
-        loaded_ = 0;
-        auto code = work();
+    errcode_t link(ext2_ino_t directory, const std::string& name, ext2_ino_t inode, int type) {
+        auto code = ext2fs_link(fs_, directory, name.c_str(), inode, type);
         if (code != EXT2_ET_DIR_NO_SPACE) return code;
-        code = ext2fs_expand_dir(fs_, number(directory));
-        return code != 0 ? code : work();
+        code = ext2fs_expand_dir(fs_, directory);
+        return code != 0 ? code : ext2fs_link(fs_, directory, name.c_str(), inode, type);
+    }
+
+    /// Makes the inode that the name leads to.
+    Result<void> make_node(Inode directory, ext2_ino_t made, const NewNode& node, std::uint32_t mode,
+                           const std::string& name) {
+        // Without a name, these do not link.
+        if (node.info.type == FileType::directory)
+            return verify(ext2fs_mkdir(fs_, number(directory), made, nullptr), name);
+        if (node.info.type == FileType::symbolic_link)
+            return verify(ext2fs_symlink(fs_, number(directory), made, nullptr, node.link_target.c_str()), name);
+        ext2_inode_large fresh = {};
+        auto& raw = *reinterpret_cast<ext2_inode*>(&fresh);
+        raw.i_mode = static_cast<std::uint16_t>(mode);
+        raw.i_links_count = 1;
+        fresh.i_extra_isize = sizeof(ext2_inode_large) - EXT2_GOOD_OLD_INODE_SIZE;
+        if (node.info.type == FileType::character_device || node.info.type == FileType::block_device) {
+            const auto major = node.info.major;
+            const auto minor = node.info.minor;
+            if (major < 256 && minor < 256) {
+                raw.i_block[0] = major << 8 | minor;
+            } else {
+                raw.i_block[1] = (minor & 0xff) | (major & 0xfff) << 8 | (minor & 0xfff00) << 12;
+            }
+        } else if (ext2fs_has_feature_extents(fs_->super) && node.info.type == FileType::regular) {
+            raw.i_flags |= EXT4_EXTENTS_FL;
+        }
+        TRY_VOID(verify(ext2fs_write_new_inode(fs_, made, &raw), name));
+        if ((raw.i_flags & EXT4_EXTENTS_FL) != 0) {
+            ext2_extent_handle_t handle = nullptr;
+            TRY_VOID(verify(ext2fs_extent_open2(fs_, made, &raw, &handle), name));
+            ext2fs_extent_free(handle);
+            TRY_VOID(verify(ext2fs_write_inode(fs_, made, &raw), name));
+        }
+        ext2fs_inode_alloc_stats2(fs_, made, 1, 0);
+        return {};
     }
 
     Result<void> set_info(Inode inode, const FileInfo& info, std::uint32_t mode) {
@@ -635,6 +664,7 @@ private:
     Access access_;
     ext2_filsys fs_ = nullptr;
     std::string type_;
+    bool changed_ = false;
     ext2_file_t file_ = nullptr;
     Inode file_inode_ = 0;
     ext2_inode_large inode_ = {};

@@ -199,6 +199,7 @@ Result<void> ExtIo::verify(errcode_t code, std::string_view place) {
 }
 
 errcode_t ExtIo::remember(Error error, errcode_t code) {
+    failed_ = true;
     if (!error_) error_ = std::move(error);
     return code;
 }

@@ -54,6 +54,9 @@ public:
     /// Forgets what is in memory and not yet written.
     void abandon() { chunks_.clear(); }
 
+    /// Whether the disk ever failed: what was to be written may not be there.
+    [[nodiscard]] bool failed() const { return failed_; }
+
     /// Keeps the first error of the disk for verify, and returns its errcode_t.
     errcode_t remember(Error error, errcode_t code);
 
@@ -81,6 +84,7 @@ private:
     std::map<std::uint64_t, Chunk> chunks_;  // by the offset of their first byte
     std::uint64_t clock_ = 0;
     std::optional<Error> error_;
+    bool failed_ = false;
     bool written_ = false;  // since the last flush
 };
 

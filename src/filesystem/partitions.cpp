@@ -216,6 +216,15 @@ Result<bool> find_gpt(Disk& disk, PartitionTable& table) {
     return false;
 }
 
+/// The name that blkid has for the table of partitions that a partition holds; empty: it holds none.
+Result<std::string> nested_table(Disk& part) {
+    const auto sector = TRY(read_at(part, 0, mbr_sector));
+    const auto entries = entries_of(sector);
+    if (!is_signed(sector) || !is_plausible(entries)) return std::string();
+    return std::string(std::ranges::any_of(entries, [](const auto& e) { return e.type == protective; }) ? "gpt"
+                                                                                                        : "dos");
+}
+
 Result<void> identify_parts(Disk& disk, PartitionTable& table) {
     const std::shared_ptr<Disk> borrowed(std::shared_ptr<void>(), &disk);
     for (auto& partition : table.partitions) {
@@ -225,6 +234,7 @@ Result<void> identify_parts(Disk& disk, PartitionTable& table) {
         const auto part =
             TRY(window(borrowed, {partition.start, std::min(partition.bytes, disk.size() - partition.start.value)}));
         partition.content = TRY(identify(*part));
+        if (partition.content.type.empty()) partition.content.type = TRY(nested_table(*part));
     }
     return {};
 }

@@ -107,7 +107,9 @@ public:
         raw_ = kit_.img_open_external(&image_, static_cast<TSK_OFF_T>(disk_->size()), 512, read_image, close_image,
                                       describe_image);
         if (raw_ == nullptr) return failed(content.type);
-        fs_ = kit_.fs_open_img(raw_, 0, type_of_content(content.type));
+        auto type = type_of_content(content.type);
+        if (content.type == "vfat" && TRY(is_fat32())) type = TSK_FS_TYPE_FAT32;
+        fs_ = kit_.fs_open_img(raw_, 0, type);
         if (fs_ == nullptr) return failed(content.type);
         return {};
     }
@@ -265,6 +267,14 @@ protected:
     }
 
 private:
+    /// FAT32 has no length of its tables with 16 bits. The number of clusters, by which The Sleuth Kit goes, may be
+    /// that of FAT16.
+    [[nodiscard]] Result<bool> is_fat32() const {
+        std::array<std::byte, 512> sector = {};
+        TRY_VOID(disk_->read({0}, std::span(sector).first(std::min<std::uint64_t>(sector.size(), disk_->size()))));
+        return load_le<std::uint16_t>(sector, 22) == 0;
+    }
+
     static std::string place(Inode inode) { return fmt::format("inode {}", inode); }
 
     /// The names of a directory of FAT that The Sleuth Kit cuts, by inode. It numbers the entries of 32 bytes from 3,

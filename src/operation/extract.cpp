@@ -96,6 +96,7 @@ Result<void> read_in_order(FileSystem& files, Inode inode, Disk* disk, unsigned 
     if (lies_in_disk(files, inode, disk)) {
         // As many pieces at a time as take little memory.
         constexpr std::size_t batch = 64;
+        const std::vector<std::byte> zeros(content_piece);
         std::vector<FileExtent> pieces;
         const auto flush = [&]() -> Result<void> {
             ContentsJob job{std::move(pieces), *disk, take};
@@ -106,6 +107,13 @@ Result<void> read_in_order(FileSystem& files, Inode inode, Disk* disk, unsigned 
         TRY_VOID(each_piece(
             files, inode,
             [&](const FileExtent& extent) -> Result<void> {
+                // A long hole is not read.
+                if (!extent.stored && extent.length > content_piece) {
+                    TRY_VOID(flush());
+                    for (auto left = extent.length; left > 0; left -= std::min(left, content_piece))
+                        TRY_VOID(take(std::span(zeros).first(std::min(left, content_piece))));
+                    return {};
+                }
                 for (std::uint64_t done = 0; done < extent.length; done += content_piece) {
                     pieces.push_back({extent.at + done, std::min(content_piece, extent.length - done), extent.stored});
                     if (pieces.size() == batch) TRY_VOID(flush());

@@ -2,7 +2,9 @@
 
 #include "base/bits.h"
 #include "disk/layer.h"
+#include "luks/volume.h"
 #include "operation/commit.h"
+#include "qcow2/metadata/directories.h"
 
 namespace qcow::test {
 
@@ -90,6 +92,15 @@ Prepared prepare(const ImageKind& kind, Random& random) {
 }
 
 Result<Secret> key_of_tests(const KeyRequest& /*request*/) { return Secret(as_bytes(secret_of_tests)); }
+
+Result<std::shared_ptr<const crypto::SectorCipher>> unlock(const Storage& file) {
+    const auto start = qcow2::read_first_cluster(file);
+    if (!start) return std::unexpected(start.error());
+    const auto header = format::parse_header(*start);
+    if (!header) return std::unexpected(header.error());
+    const auto [at, length] = header->encryption.value();
+    return luks::unlock({file, at, length}, Secret(as_bytes(secret_of_tests)), default_kdf_seconds);
+}
 
 Result<std::shared_ptr<Image>> open_kind(const ImageKind& kind, const Files& files, bool writable) {
     auto options = kind.open;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/endian.h"
+#include "crypto/cipher.h"
 #include "engine/kept.h"
 #include "format/header.h"
 #include "qcow/create.h"
@@ -72,6 +73,9 @@ Prepared prepare(const ImageKind& kind, Random& random);
 
 /// Gives secret_of_tests.
 Result<Secret> key_of_tests(const KeyRequest& request);
+
+/// Returns the cipher of an image that is encrypted with LUKS and secret_of_tests.
+Result<std::shared_ptr<const crypto::SectorCipher>> unlock(const Storage& file);
 
 Result<std::shared_ptr<Image>> open_kind(const ImageKind& kind, const Files& files, bool writable);
 

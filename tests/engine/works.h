@@ -10,10 +10,8 @@
 
 #include "engine/image_kinds.h"
 #include "engine/workload.h"
-#include "luks/volume.h"
 #include "qcow/copy.h"
 #include "qcow2/compaction.h"
-#include "qcow2/metadata/directories.h"
 
 namespace qcow::test {
 
@@ -167,16 +165,6 @@ inline Result<void> convert_into(Guest& guest, const Work& work, Random& random)
         return work.job == Work::Job::convert ? copy_disk(*source, image, options)
                                               : copy_compressed(*source, image, options);
     });
-}
-
-/// Returns the cipher of an image with the secret of tests.
-inline Result<std::shared_ptr<const crypto::SectorCipher>> unlock(const Storage& file) {
-    const auto start = qcow2::read_first_cluster(file);
-    if (!start) return std::unexpected(start.error());
-    const auto header = format::parse_header(*start);
-    if (!header) return std::unexpected(header.error());
-    const auto [at, length] = header->encryption.value();
-    return luks::unlock({file, at, length}, Secret(as_bytes(secret_of_tests)), default_kdf_seconds);
 }
 
 /// Compacts an image that is closed, in small pieces.

@@ -432,6 +432,13 @@ PROGRAM
     shell("printf X | dd of=gpt.raw bs=1 seek=$((64*1024*1024-512+20)) conv=notrunc status=none");
     expect_refusal({"partitions", "-f", "raw", "gpt.raw"}, HasSubstr("neither it nor its backup is valid"));
 
+    // A table in a partition is named.
+    shell(
+        "truncate -s 70M outer.raw; echo 'label: gpt\nstart=2048, type=linux' | sfdisk -q outer.raw; "
+        "dd if=mbr.raw of=outer.raw bs=1M seek=1 conv=notrunc status=none");
+    EXPECT_EQ(listed("outer.raw")["partitions"][0]["contents"]["type"], "dos");
+    EXPECT_THAT(must_tool({"partitions", "-f", "raw", "outer.raw"}).out, HasSubstr("dos partition table"));
+
     // A chain that leads back to its beginning.
     auto bytes = read_file(directory_ / "mbr.raw");
     const auto start = listed("mbr.raw")["partitions"][1]["start"].get<std::size_t>();
@@ -463,6 +470,31 @@ TEST_F(InsideTest, FindsThePartition) {
     EXPECT_THAT(must_tool({"partitions", "disk:2"}).out, HasSubstr("EFI System"));
     EXPECT_EQ(must_tool({"cat", "disk:2:2", "/a/f"}).out, "hello\n");
     EXPECT_EQ(must_tool({"cat", "-f", "raw", "3:4", "/a/f"}).out, "hello\n");
+}
+
+/// What is not stored is not read.
+TEST_F(InsideTest, LongHolesTakeNoTime) {
+    shell(
+        "mkdir tree; truncate -s 1T tree/hole; printf x | dd of=tree/hole bs=1 seek=$((1 << 39)) conv=notrunc "
+        "status=none; "
+        "mke2fs -q -t ext4 -d tree disk.raw 64M");
+    shell(std::string("timeout 60 '") + QCOW_TOOL + "' get --tar -f raw disk.raw /hole > hole.tar; tar -xf hole.tar");
+    EXPECT_EQ(std::filesystem::file_size(directory_ / "hole"), 1ULL << 40);
+    EXPECT_EQ(shell("dd if=hole bs=1 skip=$((1 << 39)) count=2 status=none | od -An -tx1"), " 78 00\n");
+}
+
+/// An inode may hold the first bytes of a file that ends with zeros.
+TEST_F(InsideTest, ZerosFollowWhatLiesInAnInode) {
+    shell("mkdir tree; truncate -s 2M tree/hole; mke2fs -q -t ext4 -O inline_data -b 2048 -d tree disk.raw 64M");
+    must_tool({"get", "-f", "raw", "disk.raw", "/hole", "hole"});
+    EXPECT_EQ(shell("cmp hole tree/hole && echo same"), "same\n");
+}
+
+/// mkfs.fat makes such a file system if it is told to, and warns.
+TEST_F(InsideTest, Fat32MayHaveFewClusters) {
+    shell("mkdir tree; printf hello > tree/file; mkfs.fat -F 32 -s 2 -C disk.raw 60000 > /dev/null");
+    must_tool({"put", "-f", "raw", "disk.raw", "tree/file", "/"});
+    EXPECT_EQ(must_tool({"cat", "-f", "raw", "disk.raw", "/file"}).out, "hello");
 }
 
 // ---- Hostile file systems ----

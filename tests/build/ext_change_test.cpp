@@ -1,0 +1,139 @@
+// ext file systems that are changed in place. e2fsck judges them.
+
+#include <fmt/format.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "base/bits.h"
+#include "build/changed_disk.h"
+#include "engine/crash_states.h"
+#include "support/effort.h"
+#include "support/random.h"
+#include "support/recording.h"
+#include "support/subprocess.h"
+#include "support/temporary_directory.h"
+
+namespace qcow::test {
+namespace {
+
+constexpr const char* ext_disk = "disk.raw";
+
+class ExtChangeTest : public testing::Test {
+protected:
+    std::string shell(const std::string& script) const {
+        return must_run({"bash", "-euc", script}, directory_.path()).out;
+    }
+
+    /// A file system with old files, in memory.
+    [[nodiscard]] Files made(const std::string& options, const std::string& size) const {
+        shell(fmt::format(R"SH(rm -rf disk.raw tree; mkdir -p tree/dir
+            head -c 5000 /dev/zero | tr '\0' k > tree/keep; head -c 9000 /dev/zero | tr '\0' o > tree/value
+            cp tree/keep tree/dir/old; cp tree/keep "tree/dir/a long name"
+            mke2fs -q -d tree {} disk.raw {})SH",
+                          options, size));
+        return {{ext_disk, load(directory_.file(ext_disk), ext_disk)}};
+    }
+
+    static void change(Disk& disk) {
+        auto files = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
+        const auto root = files->root();
+        const auto directory = must(find_path(*files, "/dir"));
+        put(*files, root, ".qcow-put-0", std::string(12'000, 'n'));
+        must(files->replace(root, ".qcow-put-0", "value"));
+        must(files->remove(directory, "old"));
+        const auto deeper = must(files->create(directory, "deeper", node(FileType::directory)));
+        for (int i = 0; i < 80; ++i) {
+            put(*files, deeper, fmt::format("file number {:0100}", i), std::string(700, 'x'));
+            must(files->create(deeper, fmt::format("directory number {:0100}", i), node(FileType::directory)));
+        }
+        must(files->close());
+    }
+
+    /// What e2fsck finds.
+    [[nodiscard]] std::string faults() const {
+        const auto checked = run({"e2fsck", "-fn", ext_disk}, directory_.path());
+        return checked.status == 0 ? "" : checked.text();
+    }
+
+    TemporaryDirectory directory_;
+};
+
+const std::vector<std::string> ext_kinds = {"-t ext2 -b 1024", "-t ext4", "-t ext4 -O ^metadata_csum,^64bit -b 1024"};
+
+TEST_F(ExtChangeTest, EveryKindIsSoundAfterwards) {
+    for (const auto& options : ext_kinds) {
+        SCOPED_TRACE(options);
+        const auto files = made(options, "8M");
+        StorageDisk disk(files.at(ext_disk));
+        change(disk);
+        save(files, directory_.path());
+        EXPECT_EQ(faults(), "");
+        EXPECT_EQ(shell("debugfs -R 'cat /value' disk.raw 2>/dev/null"), std::string(12'000, 'n'));
+    }
+}
+
+/// Before the first change, the disk says that it is not clean. So nobody takes half of a change for a whole one, and
+/// e2fsck mends it. Files that did not change are as they were.
+TEST_F(ExtChangeTest, APowerLossIsKnown) {
+    for (const auto& options : ext_kinds) {
+        const auto before = made(options, "8M");
+        StorageLog log;
+        const auto files = copy_of(before);
+        StorageDisk disk(std::make_shared<RecordingStorage>(files.at(ext_disk), ext_disk, log));
+        change(disk);
+        CrashStates states(log, before);
+        auto random = Random::named("ext " + options);
+        const auto step = std::max<std::size_t>(log.events().size() / (8 * effort()), 1);
+        unsigned refused = 0;
+        for (std::size_t moment = 1; moment <= log.events().size(); moment += random.between(1, 2 * step)) {
+            states.advance(moment);
+            const auto seed = random.below(1U << 30);
+            const bool all = random.chance(25);
+            SCOPED_TRACE(fmt::format("{}: power loss before event {} of {}, seed {}, all {}", options, moment,
+                                     log.events().size(), seed, all));
+            // A block arrives as a whole.
+            const auto crashed = states.build([&](std::size_t event, std::uint64_t sector) {
+                return all || Random(seed ^ event << 32 ^ sector / 8).chance(50);
+            });
+            save(crashed, directory_.path());
+            if (!open_file_system(std::make_shared<StorageDisk>(crashed.at(ext_disk)), Access::write)) {
+                ++refused;
+                EXPECT_LE(run({"e2fsck", "-fy", ext_disk}, directory_.path()).status, 1);
+            }
+            ASSERT_EQ(faults(), "");
+            EXPECT_EQ(shell("debugfs -R 'cat \"/dir/a long name\"' disk.raw 2>/dev/null"), std::string(5000, 'k'));
+        }
+        EXPECT_GT(refused, 0U);
+    }
+}
+
+/// What does not fit leaves nothing behind.
+TEST_F(ExtChangeTest, FullOnesStaySound) {
+    for (const auto& options : ext_kinds) {
+        SCOPED_TRACE(options);
+        const auto files = made(options + " -m 0 -N 512", "2M");
+        StorageDisk disk(files.at(ext_disk));
+        auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
+        const auto root = opened->root();
+        const auto large = must(opened->create(root, "large", node(FileType::regular)));
+        const std::string piece(16 * KiB, 'l');
+        std::uint64_t at = 0;
+        while (opened->write(large, at, std::as_bytes(std::span(piece)))) at += piece.size();
+        auto link = node(FileType::symbolic_link);
+        link.link_target = std::string(500, 't');
+        for (int i = 0; i < 600; ++i) {
+            const auto name = fmt::format("{:0200}", i);
+            for (const auto& made : {node(FileType::directory), link, node(FileType::regular)}) {
+                const auto created = opened->create(root, name, made);
+                if (created) break;
+                EXPECT_TRUE(fails(created, Errc::no_space));
+            }
+        }
+        must(opened->close());
+        save(files, directory_.path());
+        EXPECT_EQ(faults(), "");
+    }
+}
+
+}  // namespace
+}  // namespace qcow::test
