@@ -203,7 +203,7 @@ void print_report(const qcow::CheckReport& report, const std::string& path) {
                percent(report.fragmented_clusters, report.allocated_clusters));
     fmt::print("the last cluster in use ends at host offset {:#x} ({})\n", report.image_end, human(report.image_end));
     if (report.compact_bytes > 0)
-        fmt::print("qcow compact would make the file {} shorter\n", human(report.compact_bytes));
+        fmt::print("qcow compact would make the file at least {} shorter\n", human(report.compact_bytes));
     if (report.clean()) {
         fmt::print("{}: {}\n", qcow::printable(path), paint("clean", Colour::green));
     } else {
@@ -348,7 +348,7 @@ void declare_check(CLI::App& root, int& status) {
         [options] { return run(*options); });
     add_source_options(app, options->source);
     options->source.examines = true;
-    app.add_flag("--json", options->json, "Print JSON");
+    add_output_options(app, options->json, "Print JSON");
     app.add_flag("-p,--progress", options->progress, "Show progress even if standard error is not a terminal");
     auto* repair =
         app.add_option("-r,--repair", options->repair,

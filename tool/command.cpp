@@ -326,6 +326,15 @@ CLI::Option* add_cache_option(CLI::App& app, std::string& cache, const std::stri
         ->capture_default_str();
 }
 
+void add_output_options(CLI::App& app, bool& json, const std::string& description) {
+    app.add_flag("--json", json, description);
+    one_of(app.add_option_function<std::string>(
+               "--output", [&json](const std::string& kind) { json |= kind == "json"; },
+               "Print text for people (human), or JSON"),
+           {"human", "json"})
+        ->default_str("human");
+}
+
 qcow::ImageSpec spec_of(const Target& target) {
     qcow::ImageSpec spec{.location = target.location};
     if (!target.format.empty()) spec.location.format = qcow::format_from_name(target.format);

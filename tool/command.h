@@ -176,6 +176,9 @@ qcow::Result<void> verify_range(const qcow::Disk& disk, const std::string& path,
 /// Prints "qcow: MESSAGE" to standard error.
 void complain(const std::string& message);
 
+/// Adds --json, which `description` describes, and --output=human|json, which is the same as qemu-img has it.
+void add_output_options(CLI::App& app, bool& json, const std::string& description);
+
 /// Prints JSON to standard output, in printable ASCII. Invalid UTF-8 in names is replaced.
 void print_json(const Json& json);
 

@@ -99,6 +99,26 @@ Json snapshots_json(const qcow::ImageInfo& info) {
     return result;
 }
 
+namespace {
+
+/// What qemu-img has under "format-specific".
+Json qcow2_json(const qcow::ImageInfo& info) {
+    Json json = {{"compat", info.version < 3 ? "0.10" : "1.1"},
+                 {"compression-type", info.compression},
+                 {"refcount-bits", info.refcount_bits}};
+    if (info.version < 3) return json;
+    json["lazy-refcounts"] = info.lazy_refcounts;
+    json["corrupt"] = info.corrupt;
+    json["extended-l2"] = info.extended_l2;
+    if (info.data_file) {
+        json["data-file"] = info.data_file->name;
+        json["data-file-raw"] = info.data_file_raw;
+    }
+    return json;
+}
+
+}  // namespace
+
 Json info_json(const qcow::ImageInfo& info) {
     // Keys are QEMU's where qemu-img prints the same thing.
     Json json = {{"filename", info.filename},
@@ -117,6 +137,7 @@ Json info_json(const qcow::ImageInfo& info) {
         }
     }
     if (info.version == 0) return json;
+    if (info.format == qcow::Format::qcow2) json["format-specific"] = {{"type", "qcow2"}, {"data", qcow2_json(info)}};
     json["version"] = info.version;
     json["cluster-size"] = info.cluster_size;
     json["compression-type"] = info.compression;

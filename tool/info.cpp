@@ -72,7 +72,7 @@ qcow::Result<int> run(const InfoOptions& options) {
             fmt::print("\n");
             print_usage(*usage, cluster_size);
             if (report && report->compact_bytes > 0)
-                fmt::print("qcow compact would make the file {} shorter\n", human(report->compact_bytes));
+                fmt::print("qcow compact would make the file at least {} shorter\n", human(report->compact_bytes));
         }
     }
     if (options.json) print_json(options.chain ? json : json[0]);
@@ -97,7 +97,7 @@ void declare_info(CLI::App& root, int& status) {
     options->source.examines = true;
     app.add_flag("--backing-chain", options->chain, "Show all images of the backing chain, the topmost first");
     app.add_flag("--usage", options->usage, "Show the data, compressed and zero bytes and the fragments of each layer");
-    app.add_flag("--json", options->json, "Print a JSON object, or with --backing-chain an array");
+    add_output_options(app, options->json, "Print a JSON object, or with --backing-chain an array");
 }
 
 }  // namespace tool

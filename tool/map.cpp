@@ -96,7 +96,8 @@ void declare_map(CLI::App& root, int& status) {
     add_source_options(app, options->source);
     options->source.examines = true;
     add_snapshot_option(app, options->source, "Map this internal snapshot (id or name)");
-    app.add_flag("--json", options->json, "Print a JSON array with one line per extent, in the format of qemu-img map");
+    add_output_options(app, options->json,
+                       "Print a JSON array with one line per extent, in the format of qemu-img map");
 }
 
 }  // namespace tool

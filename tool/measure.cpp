@@ -17,7 +17,6 @@ struct MeasureOptions {
     std::string size;
     std::string target_format = "raw";
     NewImageArguments image;
-    std::string output = "human";
     bool json = false;
 };
 
@@ -44,7 +43,7 @@ qcow::Result<qcow::MeasureJob> measure_job(const MeasureOptions& options) {
 qcow::Result<int> run(const MeasureOptions& options) {
     const auto job = QCOW_TRY(measure_job(options));
     const auto measured = QCOW_TRY(qcow::measure(job, {.warn = warn_on_stderr()}));
-    if (options.json || options.output == "json") {
+    if (options.json) {
         Json json = {{"required", measured.required}, {"fully-allocated", measured.fully_allocated}};
         if (measured.bitmaps) json["bitmaps"] = *measured.bitmaps;
         if (measured.data_file) json["data-file"] = *measured.data_file;
@@ -90,9 +89,7 @@ void declare_measure(CLI::App& root, int& status) {
            {"raw", "qcow2", "luks"})
         ->capture_default_str();
     add_new_image_options(app, options->image);
-    one_of(app.add_option("--output", options->output, "Print text for people (human), or JSON"), {"human", "json"})
-        ->capture_default_str();
-    app.add_flag("--json", options->json, "Print JSON");
+    add_output_options(app, options->json, "Print JSON");
 }
 
 }  // namespace tool

@@ -25,7 +25,6 @@ constexpr auto options = std::to_array<QemuWord>({
      "name the file, give its format with -f, or -O for a target, and its key with --object or --key"},
     {"", "-T --trace", "leave it out"},
     {"", "-q --quiet", "leave it out, or add > /dev/null: errors still show"},
-    {"", "--output", "use --json instead of --output=json; without it, the output is text"},
     {"check", "-T --cache", "leave it out: images are read through the page cache"},
     {"compare", "-T --cache", "leave it out: images are read through the page cache"},
     {"compare", "--a-format", "use -f"},

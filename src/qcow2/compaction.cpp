@@ -85,9 +85,10 @@ public:
             diagnosis = TRY(check());
         }
         result_.leaked_clusters = diagnosis.report.leaks;
+        const bool shortened = TRY(shorten_l1());
         const bool unmapped = TRY(unmap_zeros(*image_, DataFile(*image_, nullptr, cipher_),
                                               {.zeroes = job_.zeroes, .workers = job_.workers, .control = control_}));
-        if (unmapped || diagnosis.report.leaks + diagnosis.report.counted_past_end > 0) {
+        if (shortened || unmapped || diagnosis.report.leaks + diagnosis.report.counted_past_end > 0) {
             diagnosis.references.reset();
             result_.unmapped_clusters = TRY(give_back_leaks()) - result_.leaked_clusters;
             result_.changed = true;
@@ -167,6 +168,18 @@ private:
         if (countable) return {};
         return fail(Errc::limit_exceeded, file_->name(),
                     fmt::format("a cluster has {} references or more", References::max_count));
+    }
+
+    /// Forgets tables behind the end of the disk: it was longer, or a snapshot with a VM state was applied. What they
+    /// lead to leaks then. Returns whether there were any.
+    Result<bool> shorten_l1() {
+        auto state = image_->state();
+        const auto tables = divide_up(state.size, image_->geometry().l2_coverage());
+        if (state.l1_entries <= std::max<std::uint64_t>(tables, 1)) return false;
+        state.l1_entries = static_cast<std::uint32_t>(std::max<std::uint64_t>(tables, 1));
+        TRY_VOID(write_header(*file_, TRY(header_steps(*file_, state))));
+        TRY_VOID(open());
+        return true;
     }
 
     /// Returns the number of leaked clusters.

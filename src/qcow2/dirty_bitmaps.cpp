@@ -12,7 +12,7 @@ using format::BitmapEntry;
 
 Result<void> DirtyBitmaps::load() {
     enabled_.clear();
-    marked_ = false;
+    marked_ = all_marked_ = false;
     ever_marked_ = false;
     const auto bitmaps = TRY(read_bitmaps(metadata_));
     if (bitmaps.empty()) return {};
@@ -43,16 +43,19 @@ Result<void> DirtyBitmaps::write_flags(HostOffset flags_at, std::uint32_t flags)
 }
 
 Result<void> DirtyBitmaps::mark_in_use() {
-    ever_marked_ = true;
-    if (enabled_.empty()) return {};
-    marked_ = true;
+    const std::lock_guard lock(mark_mutex_);
+    if (all_marked_) return {};
+    ever_marked_ = marked_ = true;
     for (const auto& bitmap : enabled_)
         TRY_VOID(write_flags(bitmap.flags_at, bitmap.entry.flags | BitmapEntry::in_use_flag));
-    return writable_.sync();
+    TRY_VOID(writable_.sync());
+    all_marked_.store(true, std::memory_order_release);
+    return {};
 }
 
 Result<void> DirtyBitmaps::record(GuestOffset at, std::uint64_t length) {
-    if (length == 0) return {};
+    if (length == 0 || enabled_.empty()) return {};
+    if (!all_marked_.load(std::memory_order_acquire)) TRY_VOID(mark_in_use());
     const std::uint64_t cluster_words = metadata_.header().cluster_size() / 8;
     for (auto& bitmap : enabled_) {
         if (!bitmap.kept.load(std::memory_order_acquire)) continue;
@@ -141,7 +144,7 @@ Result<void> DirtyBitmaps::clear_in_use() {
     for (auto& bitmap : enabled_) {
         for (std::uint64_t word = 0; word < bitmap.recorded.words(); ++word) bitmap.recorded[word] = 0;
     }
-    marked_ = false;
+    marked_ = all_marked_ = false;
     return {};
 }
 

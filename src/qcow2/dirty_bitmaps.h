@@ -14,8 +14,9 @@ namespace qcow::qcow2 {
 
 /// Keeps every enabled bitmap true, or marked as not to be trusted.
 ///
-/// Before the first change each one is marked in_use on disk. From then on what changes is recorded in memory; save()
-/// adds it to the bits in the file, and once that is durable clear_in_use() says so. Whenever power is lost, a bitmap
+/// Before the first guest byte changes, each one is marked in_use on disk. From then on what changes is recorded in
+/// memory; save() adds it to the bits in the file, and once that is durable clear_in_use() says so. Changes that keep
+/// what the guest reads mark nothing. Whenever power is lost, a bitmap
 /// is marked or covers all changes. The bits get their place in the file when the first of them is recorded, so that
 /// save() needs no space.
 ///
@@ -34,11 +35,9 @@ public:
     /// io.
     Result<void> load();
 
-    /// To be called before the first change, and before the first one after clear_in_use(). Durable.
-    Result<void> mark_in_use();
-
-    /// These guest bytes are going to change. Thread-safe; takes a lock only where bits get their place in the file.
-    /// Errc::no_space, io: they must not change.
+    /// These guest bytes are going to change. The bitmaps are marked, durably, when it returns. Thread-safe; takes a
+    /// lock only to mark them, and where bits get their place in the file. Errc::no_space, io: the bytes must not
+    /// change.
     Result<void> record(GuestOffset at, std::uint64_t length);
 
     /// Adds what was recorded to the bits in the file. Not durable before the next flush. No request may be in flight.
@@ -87,6 +86,7 @@ private:
     };
 
     [[nodiscard]] const Bitmap* find(std::size_t index) const;
+    Result<void> mark_in_use();
     Result<void> write_flags(HostOffset flags_at, std::uint32_t flags);
     Result<void> save_cluster(const Bitmap& bitmap, std::uint64_t index, std::span<const std::uint64_t> recorded);
     Result<void> make_place(Bitmap& bitmap, std::uint64_t index);
@@ -108,7 +108,9 @@ private:
     std::uint64_t memory_ = 0;    // that is left for bits
     std::vector<Resize> resizing_;
     std::unique_lock<std::mutex> no_places_;  // of place_mutex_, while tables move
-    bool marked_ = false;
+    bool marked_ = false;                     // some may be
+    std::atomic<bool> all_marked_ = false;    // durably
+    std::mutex mark_mutex_;
     std::mutex place_mutex_;
     std::atomic<bool> ever_marked_ = false;
 };

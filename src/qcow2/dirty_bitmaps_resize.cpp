@@ -55,6 +55,7 @@ Result<void> DirtyBitmaps::begin_resize(std::uint64_t size) {
     no_places_ = std::unique_lock(place_mutex_);
     auto begun = [&]() -> Result<void> {
         TRY_VOID(find_true_bitmaps(size));
+        if (!enabled_.empty()) TRY_VOID(mark_in_use());
         for (const auto& bitmap : resizing_) {
             if (bitmap.enabled == nullptr)
                 TRY_VOID(write_flags(bitmap.flags_at(), bitmap.entry.flags | BitmapEntry::in_use_flag));

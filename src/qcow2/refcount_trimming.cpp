@@ -2,6 +2,11 @@
 
 #include <algorithm>
 #include <array>
+#include <iterator>
+#include <map>
+#include <ranges>
+#include <set>
+#include <vector>
 
 #include "base/endian.h"
 #include "base/try.h"
@@ -25,32 +30,59 @@ Result<void> release(const Metadata& metadata, ClusterUse& use, const std::vecto
 
 }  // namespace
 
+namespace {
+
+/// The first index from which on the blocks count nothing but each other.
+std::uint64_t end_of_needed_blocks(const ClusterUse& use) {
+    std::set<std::uint64_t> blocks;  // their clusters
+    for (const auto& block : use.blocks()) {
+        if (block.value != 0) blocks.insert(block.value >> use.cluster_bits());
+    }
+    std::uint64_t end = 0;
+    each_used_backwards(use.references(), 0, use.clusters(), [&](std::uint64_t cluster, References) {
+        if (blocks.contains(cluster)) return true;
+        end = cluster / use.per_block() + 1;
+        return false;
+    });
+    // The blocks that stay are counted, too.
+    for (std::uint64_t index = 0; index < std::min<std::uint64_t>(end, use.blocks().size()); ++index) {
+        const std::uint64_t cluster = use.blocks()[index].value >> use.cluster_bits();
+        end = std::max(end, cluster / use.per_block() + 1);
+    }
+    return end;
+}
+
+}  // namespace
+
 Result<bool> drop_refcount_blocks(const Metadata& metadata, ClusterUse& use) {
-    std::set<std::uint64_t> dropped;  // clusters
-    std::vector<std::uint64_t> indices;
-    for (std::uint64_t index = use.blocks().size(); index-- > 0;) {
-        if (use.blocks()[index].value == 0) continue;
-        dropped.insert(use.blocks()[index].value >> use.cluster_bits());
-        const std::uint64_t end = std::min((index + 1) * use.per_block(), use.clusters());
-        bool counts_others = false;
-        for (std::uint64_t at = index * use.per_block(); at < end && !counts_others; ++at) {
-            at = use.references().next_used(at, end);
-            counts_others = at < end && !dropped.contains(at);
-        }
-        if (counts_others) {
-            dropped.erase(use.blocks()[index].value >> use.cluster_bits());
-            break;
-        }
-        indices.push_back(index);
+    std::map<std::uint64_t, std::uint64_t> left;  // indices, by the cluster of the block
+    for (std::uint64_t index = end_of_needed_blocks(use); index < use.blocks().size(); ++index) {
+        if (use.blocks()[index].value != 0) left.emplace(use.blocks()[index].value >> use.cluster_bits(), index);
     }
-    if (indices.empty()) return false;
-    for (const auto index : indices) {
-        constexpr std::array<std::byte, 8> none = {};
-        TRY_VOID(metadata.file().write(metadata.state().refcount_table + index * 8, none));
-        use.blocks()[index] = {0};
+    if (left.empty()) return false;
+    std::vector<std::uint64_t> dropped;  // clusters
+    // A block goes after those that it counts.
+    while (!left.empty()) {
+        std::map<std::uint64_t, std::uint64_t> counted;  // others that are left, by the index of the block that counts
+        for (const auto& [cluster, index] : left) {
+            if (cluster / use.per_block() != index) ++counted[cluster / use.per_block()];
+        }
+        std::vector<std::uint64_t> clusters;
+        for (const auto& [cluster, index] : left) {
+            if (!counted.contains(index)) clusters.push_back(cluster);
+        }
+        // Those that count each other go together.
+        if (clusters.empty()) std::ranges::copy(std::views::keys(left), std::back_inserter(clusters));
+        for (const auto cluster : clusters) {
+            constexpr std::array<std::byte, 8> none = {};
+            const auto index = left.extract(cluster).mapped();
+            TRY_VOID(metadata.file().write(metadata.state().refcount_table + index * 8, none));
+            use.blocks()[index] = {0};
+            dropped.push_back(cluster);
+        }
+        TRY_VOID(metadata.file().flush());
     }
-    TRY_VOID(metadata.file().flush());
-    TRY_VOID(release(metadata, use, std::vector(dropped.begin(), dropped.end())));
+    TRY_VOID(release(metadata, use, dropped));
     return true;
 }
 

@@ -268,6 +268,9 @@ Result<void> SnapshotChanges::switch_to(const format::SnapshotEntry& snapshot) {
     const auto old = metadata.state();
     const auto old_l1 = TRY(load_words(metadata, old.l1_table, old.l1_entries));
     auto l1 = TRY(load_words(metadata, snapshot.l1_table, snapshot.l1_entries));
+    // A VM state lies behind the end of the disk. Who resumes it applies the snapshot, too.
+    const auto tables = divide_up(snapshot.info.virtual_size, metadata.geometry().l2_coverage());
+    l1.resize(std::min<std::uint64_t>(l1.size(), tables));
     for (auto& word : l1) word &= ~format::copied_bit;
     TRY_VOID(set_dirty(true));
     const auto attempt = [&]() -> Result<void> {

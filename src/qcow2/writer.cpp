@@ -79,7 +79,6 @@ Result<void> Writer::begin_first() {
     const std::lock_guard lock(begin_mutex_);
     if (begun_) return {};
     TRY_VOID(clear_unknown_features());
-    TRY_VOID(bitmaps_.mark_in_use());
     begun_.store(true, std::memory_order_release);
     return {};
 }

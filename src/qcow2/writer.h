@@ -88,7 +88,7 @@ private:
     bool verifies_refcounts_;
     bool discards_;
     bool dropped_tables_ = false;
-    std::atomic<bool> begun_ = false;  // the image is marked as being changed
+    std::atomic<bool> begun_ = false;  // features that are not known are off
 };
 
 }  // namespace qcow::qcow2

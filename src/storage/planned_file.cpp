@@ -34,7 +34,13 @@ Result<std::shared_ptr<PlannedFile>> PlannedFile::create(std::shared_ptr<Storage
 PlannedFile::PlannedFile(std::shared_ptr<Storage> file, std::uint64_t size, std::size_t budget_bytes)
     : PassThrough(std::move(file)), budget_bytes_(budget_bytes), old_size_(size), size_(size), longest_(size) {}
 
+Result<std::uint64_t> PlannedFile::size() const {
+    const std::shared_lock lock(mutex_);
+    return size_;
+}
+
 Result<std::size_t> PlannedFile::read(HostOffset at, Buffers to) const {
+    const std::shared_lock lock(mutex_);
     const std::uint64_t there = at.value >= size_ ? 0 : std::min<std::uint64_t>(to.size(), size_ - at.value);
     TRY(inner().read(at, to));
     if (now_.empty()) return there;
@@ -72,6 +78,7 @@ Result<PlannedFile::Page*> PlannedFile::page_to_change(std::uint64_t number) {
 }
 
 Result<void> PlannedFile::write(HostOffset at, ConstBuffers from) {
+    const std::unique_lock lock(mutex_);
     for (std::size_t done = 0; done < from.size();) {
         const std::uint64_t begin = (at.value + done) % page_bytes;
         const auto length = std::min<std::size_t>(from.size() - done, page_bytes - begin);
@@ -79,12 +86,14 @@ Result<void> PlannedFile::write(HostOffset at, ConstBuffers from) {
         gather(from.subspan(done, length), std::span(*page).subspan(begin));
         done += length;
     }
-    return grow(at.value + from.size());
+    grow(at.value + from.size());
+    return {};
 }
 
 Result<void> PlannedFile::write_zeroes(HostOffset at, std::uint64_t length) {
     const std::vector<std::byte> zeros(std::min<std::uint64_t>(length, 64 * KiB));
-    const std::uint64_t end = at.value >= size_ ? at.value : at.value + std::min(length, size_ - at.value);
+    const auto size = TRY(this->size());
+    const std::uint64_t end = at.value >= size ? at.value : at.value + std::min(length, size - at.value);
     while (at.value < end) {
         const auto piece = std::min<std::uint64_t>(zeros.size(), end - at.value);
         TRY_VOID(write(at, std::span(zeros).first(piece)));
@@ -93,22 +102,31 @@ Result<void> PlannedFile::write_zeroes(HostOffset at, std::uint64_t length) {
     return {};
 }
 
-Result<void> PlannedFile::allocate(HostOffset at, std::uint64_t length) { return grow(at.value + length); }
-
-Result<void> PlannedFile::resize(std::uint64_t size) {
-    size_ = size;
-    longest_ = std::max(longest_, size);
+Result<void> PlannedFile::allocate(HostOffset at, std::uint64_t length) {
+    const std::unique_lock lock(mutex_);
+    grow(at.value + length);
     return {};
 }
 
-Result<void> PlannedFile::grow(std::uint64_t end) { return resize(std::max(size_, end)); }
+Result<void> PlannedFile::resize(std::uint64_t size) {
+    const std::unique_lock lock(mutex_);
+    set_size(size);
+    return {};
+}
+
+void PlannedFile::set_size(std::uint64_t size) {
+    size_ = size;
+    longest_ = std::max(longest_, size);
+}
 
 Result<void> PlannedFile::flush() {
+    const std::unique_lock lock(mutex_);
     if (!steps_.back().empty()) steps_.emplace_back();
     return {};
 }
 
 Result<Storage::Run> PlannedFile::run(HostOffset at, std::uint64_t limit) const {
+    const std::shared_lock lock(mutex_);
     if (now_.empty()) return inner().run(at, limit);
     const auto changed = [&](std::uint64_t offset) { return now_.contains(offset / page_bytes); };
     const auto next_page = [&](std::uint64_t offset) { return (offset / page_bytes + 1) * page_bytes; };
@@ -132,11 +150,14 @@ Result<Storage::Run> PlannedFile::run(HostOffset at, std::uint64_t limit) const 
 }
 
 Result<void> PlannedFile::copy(HostOffset from, HostOffset to, std::uint64_t bytes, CopyBytes how) {
+    const std::unique_lock lock(mutex_);
     steps_.back().copies.push_back({from, to, bytes, std::move(how)});
-    return grow(to.value + bytes);
+    grow(to.value + bytes);
+    return {};
 }
 
 void PlannedFile::punch(HostOffset at, std::uint64_t bytes) {
+    const std::unique_lock lock(mutex_);
     if (!holes_.empty() && holes_.back().first + holes_.back().second == at) {
         holes_.back().second += bytes;
     } else {

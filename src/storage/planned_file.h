@@ -1,10 +1,12 @@
 #pragma once
 // A file with changes that are planned, and not made yet.
 
+#include <algorithm>
 #include <array>
 #include <functional>
 #include <map>
 #include <memory>
+#include <shared_mutex>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -25,13 +27,13 @@ Result<void> copy_unchanged(Storage& file, HostOffset from, HostOffset to, std::
 /// flush() ends a step. carry_out() makes a step durable before it writes anything of the next one. The writes of one
 /// step may reach the disk in any order.
 ///
-/// Thread safety: any number of threads may read while nobody changes anything.
+/// Thread safety: as every Storage; but nobody may use it while carry_out() runs.
 class PlannedFile final : public PassThrough {
 public:
     /// `budget_bytes` bounds the memory for the changes.
     static Result<std::shared_ptr<PlannedFile>> create(std::shared_ptr<Storage> file, std::size_t budget_bytes);
 
-    [[nodiscard]] Result<std::uint64_t> size() const override { return size_; }
+    [[nodiscard]] Result<std::uint64_t> size() const override;
     Result<std::size_t> read(HostOffset at, Buffers to) const override;
     /// Errc::limit_exceeded if the changes need more memory than the budget.
     Result<void> write(HostOffset at, ConstBuffers from) override;
@@ -74,13 +76,15 @@ private:
     };
 
     PlannedFile(std::shared_ptr<Storage> file, std::uint64_t size, std::size_t budget_bytes);
-    Result<void> grow(std::uint64_t end);
+    void set_size(std::uint64_t size);
+    void grow(std::uint64_t end) { set_size(std::max(size_, end)); }
     Result<Page*> page_to_change(std::uint64_t number);
     template <class Visit>
     static Result<void> each_run(const Step& step, const Visit& visit);
     [[nodiscard]] Result<void> reserve() const;
     Result<void> carry_out_pages(const Step& step, std::uint64_t& done) const;
 
+    mutable std::shared_mutex mutex_;  // of all below
     const std::size_t budget_bytes_;
     const std::uint64_t old_size_;
     std::uint64_t size_;

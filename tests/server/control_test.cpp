@@ -60,6 +60,7 @@ TEST_F(ControlTest, Snapshots) {
     const auto made = execute("blockdev-snapshot-internal-sync", {{"device", "disk"}, {"name", "one"}});
     EXPECT_EQ(made["id"], "1");
     EXPECT_EQ(made["virtual-size"], MiB);
+    EXPECT_THAT(refusal("blockdev-snapshot-internal-sync", {{"device", "disk"}, {"name", "one"}}), HasSubstr("exists"));
     execute("blockdev-snapshot-internal-sync", {{"device", "disk"}, {"name", "two"}});
     value_of(image_->write({0}, Bytes(512, std::byte{2})));
     execute("blockdev-snapshot-apply-internal-sync", {{"device", "disk"}, {"name", "one"}});
@@ -140,6 +141,9 @@ TEST_F(ControlTest, Errors) {
     EXPECT_THAT(refusal("flush", {{"device", "disk"}, {"speed", 1}}), HasSubstr("no argument \"speed\""));
     EXPECT_THAT(refusal("block_resize", {{"device", "disk"}}), HasSubstr("\"size\" is missing"));
     EXPECT_THAT(refusal("block_resize", {{"device", "disk"}, {"size", -1}}), HasSubstr("whole number"));
+    EXPECT_THAT(control_.execute(R"({"execute": "flush", "execute": "quit"})"),
+                HasSubstr("\\\"execute\\\" is there twice"));
+    EXPECT_THAT(execute("query-commands"), testing::Not(testing::IsEmpty()));
     for (const auto& text : {std::string("["), std::string(), std::string("\xff"), std::string(10000, '['),
                              "{\"execute\":" + std::string(50000, '[')}) {
         EXPECT_TRUE(json::parse(control_.execute(text)).contains("error"));

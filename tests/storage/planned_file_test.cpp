@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <thread>
+
 #include "base/bits.h"
 #include "support/bytes.h"
 #include "support/memory_files.h"
@@ -26,6 +28,27 @@ TEST(PlannedFile, WritesNothingUntilItIsCarriedOut) {
     EXPECT_EQ(contents_of(*planned), expected);
     ASSERT_TRUE(planned->carry_out({}));
     EXPECT_EQ(contents_of(*file), expected);
+}
+
+TEST(PlannedFile, ThreadsMayChangeIt) {
+    const auto planned = value_of(PlannedFile::create(memory_storage(repeated(4096, 1)), 16 * MiB));
+    constexpr unsigned count = 4;
+    constexpr std::uint64_t pages = 2000;
+    const auto place = [](unsigned thread, std::uint64_t page) { return HostOffset{(page * count + thread) * 512}; };
+    std::vector<std::jthread> threads;
+    for (unsigned thread = 0; thread < count; ++thread) {
+        threads.emplace_back([&, thread] {
+            const auto bytes = repeated(512, static_cast<std::uint8_t>(thread + 2));
+            for (std::uint64_t page = 0; page < pages; ++page) {
+                EXPECT_TRUE(planned->write(place(thread, page), bytes));
+                Bytes read(512);
+                EXPECT_EQ(value_of(planned->read(place(thread, page / 2), read)), 512U);
+                EXPECT_EQ(read, bytes);
+            }
+        });
+    }
+    threads.clear();
+    EXPECT_EQ(value_of(planned->size()), pages * count * 512);
 }
 
 TEST(PlannedFile, AStepIsDurableBeforeTheNextOne) {

@@ -133,11 +133,33 @@ TEST_F(WordsTest, WhatOnlyQemuHas) {
         });
     }
     // However they are spelled.
-    expect_refusal({"info", "--output=json", "a.qcow2"}, AllOf(HasSubstr("--output"), HasSubstr("--json")));
+    expect_refusal({"info", "--trace=x", "a.qcow2"}, AllOf(HasSubstr("--trace"), HasSubstr("leave it out")));
     expect_refusal({"convert", "-cW", "a.qcow2", "new"}, HasSubstr("-W"));
     expect_refusal({"convert", "-r1", "a.qcow2", "new"}, HasSubstr("-r is an option of QEMU"));
     expect_refusal({"--object", "secret,id=s", "info", "a.qcow2"}, HasSubstr("--object"));
     EXPECT_EQ(files(), (std::set<std::string>{"a.qcow2", "b.qcow2", "disk.raw"}));
+}
+
+/// Whether `ours` has all that `theirs` has: objects may have more members.
+bool has_all(const json& ours, const json& theirs) {
+    if (theirs.is_object()) {
+        return std::ranges::all_of(theirs.items(), [&](const auto& member) {
+            return ours.contains(member.key()) && has_all(ours[member.key()], member.value());
+        });
+    }
+    return theirs.is_array() ? std::ranges::equal(ours, theirs, has_all) : ours == theirs;
+}
+
+/// Whoever reads the JSON of qemu-img finds the same in ours.
+TEST_F(WordsTest, OutputsAreThoseOfQemu) {
+    for (const auto* const verb : {"info", "check", "map"}) {
+        SCOPED_TRACE(verb);
+        const auto theirs = json::parse(must_qemu_img({verb, "--output=json", "a.qcow2"}, directory_.path()).out);
+        const auto ours = json::parse(must_tool({verb, "--output=json", "a.qcow2"}).out);
+        EXPECT_EQ(json::parse(must_tool({verb, "--json", "a.qcow2"}).out), ours);
+        EXPECT_TRUE(has_all(ours, theirs)) << ours << "\n" << theirs;
+        EXPECT_THAT(must_tool({verb, "--output", "human", "a.qcow2"}).out, testing::Not(HasSubstr("{")));
+    }
 }
 
 TEST_F(WordsTest, NearMisses) {

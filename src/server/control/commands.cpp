@@ -7,7 +7,10 @@
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "base/within_memory.h"
 #include "qcow/bitmaps.h"
@@ -33,14 +36,22 @@ Result<Json> parse(std::string_view text) {
     if (text.size() > Control::max_command)
         return refuse(fmt::format("a command has at most {} bytes", Control::max_command));
     bool too_deep = false;
+    std::vector<std::set<std::string>> keys;  // of each object that is being read
+    std::optional<std::string> twice;
     auto json = Json::parse(
         text,
-        [&](int depth, Json::parse_event_t, Json&) {
+        [&](int depth, Json::parse_event_t event, Json& value) {
             too_deep |= depth > max_depth;
+            if (event == Json::parse_event_t::object_start) keys.emplace_back();
+            if (event == Json::parse_event_t::object_end && !keys.empty()) keys.pop_back();
+            if (event == Json::parse_event_t::key && !keys.empty() &&
+                !keys.back().insert(value.get<std::string>()).second)
+                twice = value.get<std::string>();
             return depth <= max_depth;
         },
         false);
     if (too_deep) return refuse(fmt::format("values have at most {} levels", max_depth));
+    if (twice) return refuse(fmt::format("the key \"{}\" is there twice", printable(*twice, 64)));
     if (!json.is_object())
         return refuse("a command is a JSON object on one line, such as {\"execute\": \"query-commands\"}");
     return json;
@@ -302,6 +313,11 @@ private:
         const auto image = TRY(this->image(arguments));
         const auto name = TRY(arguments.text("name"));
         TRY_VOID(arguments.end());
+        // A client that got no answer asks again: one snapshot is enough.
+        for (const auto& snapshot : TRY(image->snapshots().list())) {
+            if (snapshot.name == name)
+                return refuse(fmt::format("a snapshot with the name \"{}\" exists", printable(name, 256)));
+        }
         return snapshot_json(TRY(image->snapshots().create(name)));
     }
 
