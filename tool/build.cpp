@@ -74,7 +74,11 @@ qcow::Result<qcow::BuildSpec> spec_of_filesystem(const BuildOptions& options) {
     filesystem.label = options.label;
     filesystem.root_owns_all = options.owner == "root";
     if (!options.size.empty()) filesystem.size = parse_size(options.size);
-    if (!options.free.empty()) filesystem.free_bytes = parse_size(options.free);
+    if (options.free.ends_with('%')) {
+        filesystem.free_percent = static_cast<unsigned>(parse_size(options.free.substr(0, options.free.size() - 1)));
+    } else if (!options.free.empty()) {
+        filesystem.free_bytes = parse_size(options.free);
+    }
     qcow::BuildSpec spec;
     spec.seed = options.seed;
     spec.filesystem = std::move(filesystem);
@@ -218,9 +222,16 @@ void declare_build(CLI::App& root, int& status) {
         ->type_name("SIZE")
         ->check(size_text)
         ->needs(filesystem);
-    app.add_option("--free", options->free, "Space to leave free when the size is fitted")
+    app.add_option("--free", options->free, "Space to leave free when the size is fitted: a size, or a percentage")
         ->type_name("SIZE")
-        ->check(size_text)
+        ->check([](const std::string& text) {
+            constexpr std::uint64_t most = 10000;
+            if (!text.ends_with('%')) return size_text(text);
+            const auto number = text.substr(0, text.size() - 1);
+            const bool digits = number.find_first_not_of("0123456789") == std::string::npos;
+            if (!number.empty() && number.size() < 6 && digits && parse_size(number) <= most) return std::string();
+            return "\"" + text + "\" is no percentage; write a whole number, such as 10%";
+        })
         ->needs(filesystem);
     app.add_option("--label", options->label, "Label of the file system")->type_name("TEXT")->needs(filesystem);
     one_of(app.add_option("--owner", options->owner, "Owner of all files (default: as in the sources)"), {"root"})

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <cstdio>
 #include <cstring>
 #include <ctime>
@@ -251,20 +252,28 @@ const CLI::Validator compared_size(
     },
     "");
 
-/// "2026-01-31" or "2026-01-31 12:00:00", in local time.
+/// "2026-01-31" or "2026-01-31 12:00:00", in local time, or with a "Z" behind in UTC; "@" and the seconds since 1970.
 std::optional<std::int64_t> parse_time(const std::string& text) {
-    std::tm local = {};
-    local.tm_isdst = -1;
-    const auto* rest = strptime(text.c_str(), "%Y-%m-%d", &local);
-    if (rest != nullptr && (*rest == ' ' || *rest == 'T')) rest = strptime(rest + 1, "%H:%M:%S", &local);
-    if (rest == nullptr || *rest != '\0') return {};
-    return std::mktime(&local);
+    if (text.starts_with('@')) {
+        std::int64_t seconds = 0;
+        const auto [end, error] = std::from_chars(text.data() + 1, text.data() + text.size(), seconds);
+        return error == std::errc() && end == text.data() + text.size() ? std::optional(seconds) : std::nullopt;
+    }
+    std::tm time = {};
+    time.tm_isdst = -1;
+    const auto* rest = strptime(text.c_str(), "%Y-%m-%d", &time);
+    if (rest != nullptr && (*rest == ' ' || *rest == 'T')) rest = strptime(rest + 1, "%H:%M:%S", &time);
+    if (rest == nullptr) return {};
+    if (std::string_view(rest) == "Z") return timegm(&time);
+    return *rest == '\0' ? std::optional<std::int64_t>(std::mktime(&time)) : std::nullopt;
 }
 
 const CLI::Validator time_value(
     [](std::string& text) {
         return parse_time(text) ? std::string()
-                                : "\"" + text + "\" is no time; write 2026-01-31 or \"2026-01-31 12:00:00\"";
+                                : "\"" + text +
+                                      "\" is no time; write 2026-01-31, \"2026-01-31 12:00:00\", 2026-01-31T12:00:00Z "
+                                      "or @1769860800";
     },
     "");
 

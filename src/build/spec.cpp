@@ -41,12 +41,21 @@ struct Context {
     }
 };
 
-/// "16MiB", "2 GB", "512", "1G": KB, MB, ... are powers of 1000, the others of 1024.
+/// "16MiB", "1.5 GB", "512", "1G": KB, MB, ... are powers of 1000, the others of 1024.
 std::optional<std::uint64_t> parse_size(std::string_view text) {
     const std::string digits(text.substr(0, text.find_first_not_of("0123456789")));
     std::uint64_t value = 0;
     if (std::from_chars(digits.data(), digits.data() + digits.size(), value).ec != std::errc()) return {};
-    auto unit = std::string(text.substr(digits.size()));
+    text.remove_prefix(digits.size());
+    long double fraction = 0;
+    if (text.starts_with('.')) {
+        text.remove_prefix(1);
+        for (long double weight = 0.1L; !text.empty() && text.front() >= '0' && text.front() <= '9'; weight /= 10) {
+            fraction += static_cast<long double>(text.front() - '0') * weight;
+            text.remove_prefix(1);
+        }
+    }
+    auto unit = std::string(text);
     unit.erase(0, std::min(unit.find_first_not_of(' '), unit.size()));
     for (auto& c : unit) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     std::uint64_t factor = 1;
@@ -57,8 +66,8 @@ std::optional<std::uint64_t> parse_size(std::string_view text) {
         if (!rest.empty() && rest != "b" && rest != "ib") return {};
         for (std::size_t i = 0; i <= power; ++i) factor *= rest == "b" ? 1000 : 1024;
     }
-    if (value > largest_size / factor) return {};
-    return value * factor;
+    if (value >= largest_size / factor) return {};
+    return value * factor + static_cast<std::uint64_t>(fraction * static_cast<long double>(factor) + 0.5L);
 }
 
 /// A table of the specification. The keys that were asked for are those that there are: `finish` refuses others.

@@ -82,7 +82,7 @@ public:
     Result<void> open(const Content& content) {
         const bool writing = access_ == Access::write;
         int flags = EXT2_FLAG_64BITS;
-        flags |= writing ? EXT2_FLAG_RW : EXT2_FLAG_SKIP_MMP;
+        flags |= EXT2_FLAG_SKIP_MMP | (writing ? EXT2_FLAG_RW : 0);
         fs_ = TRY(io_.open(flags));
         type_ = content.type;
         if (!writing) return {};
@@ -441,6 +441,7 @@ private:
         if (ext2fs_has_feature_quota(fs_->super)) return "quota";
         if (ext2fs_has_feature_ea_inode(fs_->super)) return "ea_inode";
         if (ext2fs_has_feature_shared_blocks(fs_->super)) return "shared_blocks";
+        if (ext2fs_has_feature_mmp(fs_->super)) return "mmp";
         return {};
     }
 

@@ -195,7 +195,10 @@ Result<void> ExtIo::verify(errcode_t code, std::string_view place) {
     if (code == EXT2_ET_BLOCK_ALLOC_FAIL || code == EXT2_ET_INODE_ALLOC_FAIL || code == EXT2_ET_DIR_NO_SPACE ||
         code == EXT2_ET_TOOSMALL)
         kind = Errc::no_space;
-    return fail(kind, std::string(place), error_message(code));
+    const auto* text = error_message(code);
+    if (kind == Errc::no_space) text = "the file system is full";
+    if (code == EXT2_ET_INODE_ALLOC_FAIL) text = "the file system has no free inode, so it takes no more files";
+    return fail(kind, std::string(place), text);
 }
 
 errcode_t ExtIo::remember(Error error, errcode_t code) {

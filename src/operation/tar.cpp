@@ -37,6 +37,8 @@ public:
         if (!archive_ || !entry_) return fail(Errc::no_memory, "", "out of memory");
         auto* const it = archive_.get();
         archive_write_set_format_pax(it);  // the restricted format leaves out nanoseconds
+        // As GNU tar has them, and not twice.
+        archive_write_set_format_option(it, "pax", "xattrheader", "SCHILY");
         archive_write_set_bytes_per_block(it, 1 << 20);
         archive_write_set_bytes_in_last_block(it, 512);
         if (archive_write_open(it, this, nullptr, write, nullptr) != ARCHIVE_OK) return failed();

@@ -100,6 +100,8 @@ TEST(Spec, HasSizesInPowersOf1024And1000) {
     EXPECT_EQ(size("\"4 KiB\""), 4096U);
     EXPECT_EQ(size("\"1m\""), std::uint64_t{1} << 20);
     EXPECT_EQ(size("\"2GB\""), 2'000'000'000U);
+    EXPECT_EQ(size("\"1.5MiB\""), std::uint64_t{3} << 19);
+    EXPECT_EQ(size("\"0.1 KB\""), 100U);
 }
 
 TEST(Spec, NamesWhatIsWrongWithLineAndColumn) {

@@ -154,7 +154,11 @@ TEST_F(InsideTest, ListsAndFinds) {
     EXPECT_THAT(must_tool(with({"tree"}, {"/a"})).out, HasSubstr("        link -> ../f\n"));
     EXPECT_EQ(must_tool(with({"find"}, {"/", "--type", "f", "--size", "+200k"})).out, "/a/big\n/sparse\n");
     EXPECT_EQ(must_tool(with({"find"}, {"/a", "--name", "h*d"})).out, "/a/hard\n");
-    EXPECT_EQ(must_tool(with({"find"}, {"/", "--older", "2002-01-01"})).out, "/a/f\n/a/hard\n/absolute\n");
+    for (const auto* const time : {"2002-01-01", "2002-01-01T00:00:00Z", "@1009843200"})
+        EXPECT_EQ(must_tool(with({"find"}, {"/", "--older", time})).out, "/a/f\n/a/hard\n/absolute\n") << time;
+    EXPECT_EQ(shell(std::string("'") + QCOW_TOOL +
+                    "' get --tar -f raw disk.raw /a | tar -t 2>&1 | grep -c LIBARCHIVE || true"),
+              "0\n");
     expect_refusal(with({"cat"}, {"/nothing"}), HasSubstr("there is no such file in the disk"));
     expect_refusal(with({"cat"}, {"/a"}), HasSubstr("this is a directory"));
     expect_refusal(with({"get"}, {"/a/f", "tree/a/f"}), HasSubstr("it is not replaced"));
