@@ -41,7 +41,7 @@ qcow::Result<std::optional<qcow::KeySlotChange>> key_slot_change(const NewImageO
             return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "option encrypt.new-secret",
                                                "the new key is missing; give it as a secret of --object"});
         }
-        change.new_key = QCOW_TRY(secret_of(encrypt.new_secret));
+        change.new_key = QCOW_TRY(new_secret_of(encrypt.new_secret));
     } else if (!encrypt.old_secret.empty()) {
         change.old_key = QCOW_TRY(secret_of(encrypt.old_secret));
     }

@@ -270,7 +270,7 @@ qcow::Result<void> set_encryption(NewImageOptions& options, const std::string& p
         return refuse_option("encrypt.format", "a raw image is not encrypted; use qcow2 or luks");
     const auto& encrypt = options.encrypt;
     options.encryption = encrypt.options;
-    options.encryption->key = QCOW_TRY(encrypt.key_secret.empty() ? new_key(path) : secret_of(encrypt.key_secret));
+    options.encryption->key = QCOW_TRY(encrypt.key_secret.empty() ? new_key(path) : new_secret_of(encrypt.key_secret));
     return {};
 }
 

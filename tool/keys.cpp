@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,12 +27,19 @@ using qcow::Result;
 using qcow::Secret;
 
 constexpr std::size_t max_key_bytes = 8192;
+constexpr auto no_key = "the new key is empty, so that anybody could open the image";
+
+/// Where an option says that a key is, and the key, once it was read: a pipe gives it only once.
+struct GivenKey {
+    std::string file;     // "-" for standard input
+    int descriptor = -1;  // if there is no file
+    std::optional<Secret> key;
+};
 
 /// The values of the options.
 struct Arguments {
     std::vector<std::string> objects;
-    std::vector<std::string> files;
-    std::vector<int> descriptors;
+    std::vector<GivenKey> keys;  // of --key and --key-fd, as they come on the command line
 
     // Keys by the file that they belong to: an image that is opened twice takes no second key.
     std::map<std::string, Secret> known;
@@ -63,8 +71,15 @@ std::unexpected<qcow::Error> system_error(const std::string& name) {
     return std::unexpected(qcow::Error{kind, name, std::generic_category().message(code)});
 }
 
+/// From now on, a crash leaves no memory image with keys in a file.
+void forbid_core_dumps() {
+    const rlimit none = {};
+    static_cast<void>(setrlimit(RLIMIT_CORE, &none));
+}
+
 /// Reads up to the end, or to the end of the first line, which is left out.
 Result<Secret> read_secret(int fd, const std::string& name, bool one_line) {
+    forbid_core_dumps();
     Secret buffer(max_key_bytes + 1);
     std::size_t length = 0;
     while (length < buffer.bytes().size()) {
@@ -92,18 +107,23 @@ Result<Secret> decoded(const Secret& text, const std::string& name) {
     std::size_t length = 0;
     unsigned bits = 0;
     unsigned count = 0;
+    std::size_t characters = 0;
+    std::size_t padding = 0;
     for (const auto byte : text.bytes()) {
         const char c = static_cast<char>(byte);
-        if (c == '=') break;
         if (c == '\n' || c == '\r') continue;
+        ++characters;
+        padding += c == '=' ? 1 : 0;
+        if (c == '=') continue;
         const auto digit = alphabet.find(c);
-        if (digit == std::string_view::npos) return refuse(name, "it is not base64");
+        if (digit == std::string_view::npos || padding > 0) return refuse(name, "it is not base64");
         bits = (bits << 6 | static_cast<unsigned>(digit)) & 0xfff;
         count += 6;
         if (count < 8) continue;
         count -= 8;
         bytes.bytes()[length++] = static_cast<std::byte>(bits >> count);
     }
+    if (characters % 4 != 0 || padding > 2) return refuse(name, "it is not base64: characters are missing at its end");
     return Secret(std::as_const(bytes).bytes().first(length));
 }
 
@@ -125,6 +145,7 @@ Result<std::map<std::string, std::string>> parse_object(const std::string& text)
 
 Result<Secret> secret_of(const std::map<std::string, std::string>& object) {
     const auto name = fmt::format("--object secret \"{}\"", object.at("id"));
+    forbid_core_dumps();
     const bool has_file = object.contains("file");
     if (has_file == object.contains("data")) return refuse(name, "give it either a file or data");
     const auto format = object.contains("format") ? object.at("format") : "raw";
@@ -168,22 +189,35 @@ std::unexpected<qcow::Error> no_way_to_ask(const std::string& file) {
                                        "--object secret,id=ID,file=FILE gives it"});
 }
 
+/// Reads it the first time.
+Result<Secret> key_of(GivenKey& given) {
+    if (!given.key) {
+        given.key = given.file.empty()
+                        ? QCOW_TRY(read_secret(given.descriptor, fmt::format("--key-fd {}", given.descriptor), false))
+                        : QCOW_TRY(read_key_file(given.file));
+    }
+    return Secret(std::as_const(*given.key).bytes());
+}
+
 /// Which one of several keys is meant.
 enum class Turn : std::uint8_t { next, last };
 
 /// The key that options give, if they give one.
 Result<std::optional<Secret>> given_key(const std::string& file, Turn turn) {
     auto& all = arguments();
-    const std::size_t keys = all.files.size() + all.descriptors.size();
-    if (keys > 0) {
-        const std::size_t i = turn == Turn::last ? keys - 1 : std::min(all.taken++, keys - 1);
-        if (i < all.files.size()) return QCOW_TRY(read_key_file(all.files[i]));
-        const int fd = all.descriptors[i - all.files.size()];
-        return QCOW_TRY(read_secret(fd, fmt::format("--key-fd {}", fd), false));
+    if (!all.keys.empty()) {
+        const auto last = all.keys.size() - 1;
+        const auto index = turn == Turn::last ? last : std::min(all.taken++, last);
+        // Those before it take the first lines of standard input.
+        for (std::size_t i = 0; i < index; ++i) {
+            if (all.keys[i].file == "-") QCOW_TRY(key_of(all.keys[i]));
+        }
+        return QCOW_TRY(key_of(all.keys[index]));
     }
     if (all.objects.size() > 1) {
         return refuse(file,
-                      "there are several secrets; say with --image-opts which is its key (encrypt.key-secret=ID)");
+                      "there are several secrets; say which is its key: with --image-opts (encrypt.key-secret=ID), or "
+                      "in place of the secret with --key FILE");
     }
     if (all.objects.empty()) return std::nullopt;
     return QCOW_TRY(secret_of(QCOW_TRY(parse_object(all.objects.front()))));
@@ -210,16 +244,22 @@ void add_key_options(CLI::App& app) {
                    "encrypted images if it is the only one, else of those that name it (--image-opts)")
         ->type_name("SECRET")
         ->allow_extra_args(false);
-    app.add_option("--key", all.files,
-                   "Take the key of an encrypted image from this file, as it is, or from a line of standard input\n"
-                   "(-). Repeated: of the next encrypted image or layer; of a new image, the last one (default:\n"
-                   "ask on the terminal)")
+    // In the order of the command line, of both options together.
+    app.add_option_function<std::string>(
+           "--key", [](const std::string& file) { arguments().keys.push_back({file, -1, {}}); },
+           "Take the key of an encrypted image from this file, as it is, or from a line of standard input\n"
+           "(-). Repeated: of the next encrypted image or layer; of a new image, the last one (default:\n"
+           "ask on the terminal)")
         ->type_name("FILE")
         ->allow_extra_args(false)
+        ->trigger_on_parse()
         ->check(name_text);
-    app.add_option("--key-fd", all.descriptors, "Take the key from this file descriptor, up to its end")
+    app.add_option_function<int>(
+           "--key-fd", [](int fd) { arguments().keys.push_back({{}, fd, {}}); },
+           "Take the key from this file descriptor, up to its end; else as --key")
         ->type_name("NUMBER")
         ->allow_extra_args(false)
+        ->trigger_on_parse()
         ->check(whole_number(0, 1 << 20));
 }
 
@@ -229,6 +269,12 @@ qcow::KeySource key_source(std::vector<std::string> secrets) {
 
 Result<std::shared_ptr<const Secret>> secret_of(const std::string& id) {
     return std::make_shared<const Secret>(QCOW_TRY(find_secret(id)));
+}
+
+Result<std::shared_ptr<const Secret>> new_secret_of(const std::string& id) {
+    auto secret = QCOW_TRY(secret_of(id));
+    if (secret->bytes().empty()) return refuse(fmt::format("secret \"{}\"", id), no_key);
+    return secret;
 }
 
 Result<std::shared_ptr<const Secret>> new_key(const std::string& path) {
@@ -241,6 +287,7 @@ Result<std::shared_ptr<const Secret>> new_key(const std::string& path) {
         if (!again || !std::ranges::equal(again->bytes(), std::as_const(*key).bytes()))
             return refuse(path, "the two keys differ");
     }
+    if (std::as_const(*key).bytes().empty()) return refuse(path, no_key);
     return std::make_shared<const Secret>(*std::move(key));
 }
 

@@ -23,8 +23,12 @@ qcow::KeySource key_source(std::vector<std::string> secrets = {});
 /// Returns the secret with this id. Errors: Errc::invalid_argument: --object does not define it; those of reading it.
 qcow::Result<std::shared_ptr<const qcow::Secret>> secret_of(const std::string& id);
 
+/// The same for a key that is to open an image from now on. Errors: Errc::invalid_argument, also if it is empty.
+qcow::Result<std::shared_ptr<const qcow::Secret>> new_secret_of(const std::string& id);
+
 /// Returns the key of a new image, in the way of key_source, but the last one of --key and --key-fd: images that are
-/// read come first. A person is asked twice. `path` names the image.
+/// read come first. A person is asked twice. `path` names the image. Errors:
+/// Errc::invalid_argument if it is empty.
 qcow::Result<std::shared_ptr<const qcow::Secret>> new_key(const std::string& path);
 
 /// Overwrites secrets on the command line, so that lists of processes do not show them.

@@ -18,6 +18,7 @@
 #include "base/loaded_library.h"
 #include "base/try.h"
 #include "crypto/kdf.h"
+#include "format/luks.h"
 #include "qcow/text.h"
 
 namespace qcow::luks {
@@ -30,6 +31,8 @@ constexpr std::uint64_t max_header_bytes = 4 * MiB;
 constexpr std::uint64_t max_material_bytes = 128 * MiB;
 constexpr std::uint64_t max_copied_bytes = 2 * max_header_bytes + max_material_bytes;
 constexpr unsigned key_slots = 32;
+constexpr std::uint64_t most_key_bytes = 1024;
+constexpr std::uint64_t most_counted = 0xffffffff;  // libcryptsetup has 32 bits for it
 /// Of memory that Argon2 passes over, by one processor. The slowest machines of today do as much.
 constexpr double argon2_bytes_per_second = 500e6;
 
@@ -177,7 +180,7 @@ public:
             result.info.slots = key_slots;
             for (const auto& [name, slot] : json_.at("keyslots").items()) {
                 result.info.used_slots.push_back(static_cast<unsigned>(number(name)));
-                result.info.key_bits = slot.at("key_size").get<unsigned>() * 8;
+                result.info.key_bits = static_cast<unsigned>(count(slot, "key_size", most_key_bytes) * 8);
                 const auto& kdf = slot.at("kdf");
                 result.info.hash = kdf.contains("hash") ? kdf.at("hash") : kdf.at("type");
             }
@@ -263,6 +266,15 @@ private:
         return value;
     }
 
+    /// A number that libcryptsetup will work with: neither negative, nor longer than it has bits for.
+    static std::uint64_t count(const Json& object, const char* name, std::uint64_t most = most_counted) {
+        const auto& value = object.at(name);
+        if (value.is_number_unsigned() && value.get<std::uint64_t>() <= most) return value.get<std::uint64_t>();
+        throw Json::other_error::create(
+            0, fmt::format("\"{}\" is {}, and no number from 0 to {}", name, printable(value.dump(), 32), most),
+            nullptr);
+    }
+
     Result<void> verify_requirements() const {
         const auto& config = json_.at("config");
         if (!config.contains("requirements") || !config.at("requirements").contains("mandatory")) return {};
@@ -295,18 +307,24 @@ private:
         for (const auto& slot : json_.at("keyslots")) {
             const auto& kdf = slot.at("kdf");
             seconds += of_digests;
+            // Memory for the key material is taken by these.
+            count(slot, "key_size", most_key_bytes);
+            if (count(slot.at("af"), "stripes") != format::luks_stripes)
+                return unsupported(fmt::format("key material in other than {} stripes", format::luks_stripes));
+            const auto area_key_bytes = count(slot.at("area"), "key_size", most_key_bytes);
             if (kdf.at("type") == "pbkdf2") {
-                seconds += TRY(pbkdf2_seconds(kdf, slot.at("area").at("key_size")));
+                seconds += TRY(pbkdf2_seconds(kdf, area_key_bytes));
                 continue;
             }
-            const double bytes = kdf.at("memory").get<double>() * 1024;
+            count(kdf, "cpus");
+            const double bytes = static_cast<double>(count(kdf, "memory")) * 1024;
             if (bytes > memory / 2) {
                 return fail(Errc::limit_exceeded, file_.name(),
                             fmt::format("its LUKS2 header asks for {:.0f} MiB of memory to try the key, and this "
                                         "machine allows {:.0f} MiB, half of its memory",
                                         bytes / MiB, memory / 2 / MiB));
             }
-            seconds += kdf.at("time").get<double>() * bytes / argon2_bytes_per_second;
+            seconds += static_cast<double>(count(kdf, "time")) * bytes / argon2_bytes_per_second;
         }
         if (seconds <= max_seconds) return {};
         return fail(Errc::limit_exceeded, file_.name(),
@@ -318,7 +336,8 @@ private:
     static Result<double> pbkdf2_seconds(const Json& kdf, std::uint64_t key_bytes) {
         const std::string hash = kdf.at("hash");
         const auto blocks = divide_up(key_bytes, TRY(crypto::hash_size(hash)));
-        return kdf.at("iterations").get<double>() * static_cast<double>(blocks) / TRY(crypto::pbkdf2_speed(hash));
+        return static_cast<double>(count(kdf, "iterations")) * static_cast<double>(blocks) /
+               TRY(crypto::pbkdf2_speed(hash));
     }
 
     Result<void> copy_key_materials() {

@@ -204,24 +204,42 @@ Result<void> erase_slot(Storage& file, HostOffset at, Luks1Header& header, std::
     return file.flush();
 }
 
-Result<void> add_slot(Storage& file, const Area& area, Luks1Header& header, const KeySlotChange& change,
-                      const Secret& existing, double max_seconds) {
-    const auto unused = std::ranges::find(header.slots, false, &LuksSlot::used);
-    if (!change.slot && unused == header.slots.end())
-        return bad_option("keyslot", "all 8 key slots are in use; erase one, or replace one with --force");
-    const std::size_t index = change.slot ? *change.slot : static_cast<std::size_t>(unused - header.slots.begin());
-    if (header.slots[index].used && !change.force) {
-        return bad_option("keyslot", fmt::format("key slot {} is in use; --force replaces its passphrase", index));
-    }
-    const auto opened = TRY(open_any_slot(area, header, existing, max_seconds));
+/// Fills an unused slot, durably. Its key material comes first, so that a crash leaves it unused.
+Result<void> write_slot(Storage& file, HostOffset at, Luks1Header& header, std::size_t index, const Secret& data_key,
+                        const KeySlotChange& change) {
     auto slot = header.slots[index];
-    const auto material = TRY(fill_slot(header, slot, opened.data_key, *change.new_key, change.iter_time_ms));
-    if (header.slots[index].used) TRY_VOID(erase_slot(file, area.at, header, index));
-    TRY_VOID(file.write(material_at(area.at, slot), material));
+    const auto material = TRY(fill_slot(header, slot, data_key, *change.new_key, change.iter_time_ms));
+    TRY_VOID(file.write(material_at(at, slot), material));
     TRY_VOID(file.flush());
     header.slots[index] = slot;
-    TRY_VOID(file.write(area.at, format::encode_luks1_header(header)));
+    TRY_VOID(file.write(at, format::encode_luks1_header(header)));
     return file.flush();
+}
+
+Result<void> add_slot(Storage& file, const Area& area, Luks1Header& header, const KeySlotChange& change,
+                      const Secret& existing, double max_seconds) {
+    const auto unused =
+        static_cast<std::size_t>(std::ranges::find(header.slots, false, &LuksSlot::used) - header.slots.begin());
+    const bool full = unused == header.slots.size();
+    if (!change.slot && full) return bad_option("keyslot", "all 8 key slots are in use; erase one");
+    const std::size_t index = change.slot.value_or(static_cast<unsigned>(unused));
+    const bool replaces = header.slots[index].used;
+    if (replaces && !change.force)
+        return bad_option("keyslot", fmt::format("key slot {} is in use; --force replaces its passphrase", index));
+    if (replaces && full) {
+        return bad_option(
+            "keyslot",
+            "all 8 key slots are in use, and replacing a passphrase needs an unused one meanwhile, so that "
+            "it is safe to interrupt; erase one, and add the passphrase then");
+    }
+    const auto opened = TRY(open_any_slot(area, header, existing, max_seconds));
+    // The old passphrase goes when the new one opens a slot, and that one stays until the other has it.
+    if (replaces) {
+        TRY_VOID(write_slot(file, area.at, header, unused, opened.data_key, change));
+        TRY_VOID(erase_slot(file, area.at, header, index));
+    }
+    TRY_VOID(write_slot(file, area.at, header, index, opened.data_key, change));
+    return replaces ? erase_slot(file, area.at, header, unused) : Result<void>();
 }
 
 Result<void> erase_slots(Storage& file, const Area& area, Luks1Header& header, const KeySlotChange& change,

@@ -9,6 +9,7 @@
 #include "base/going_on.h"
 #include "base/within_memory.h"
 #include "format/header.h"
+#include "format/luks.h"
 #include "image/gate.h"
 #include "luks/volume.h"
 #include "operation/new_image.h"
@@ -216,9 +217,14 @@ Result<KeySlots> find_key_slots(const std::shared_ptr<Storage>& file, const Open
             return fail(Errc::unsupported, file->name(),
                         "its key slots are those of LUKS2; change them with cryptsetup luksAddKey and luksKillSlot");
         }
-        return KeySlots{{0}, TRY(file->size())};
+        std::vector<std::byte> start(format::luks1_header_bytes);
+        start.resize(TRY(file->read({0}, start)));
+        const auto header = TRY(format::parse_luks1_header(start));
+        return KeySlots{{0}, std::uint64_t{header.payload_sector} * format::luks_sector_bytes};
     }
     if (image->format() == Format::qcow2) {
+        // Key material must not lie over data or tables.
+        TRY_VOID(qcow2::verify_structures(file));
         const auto header = TRY(format::parse_header(TRY(qcow2::read_first_cluster(*file))));
         if (header.encryption) return KeySlots{header.encryption->offset, header.encryption->length};
     }

@@ -10,6 +10,7 @@
 #include "format/refcount.h"
 #include "qcow2/image_check.h"
 #include "qcow2/metadata/directories.h"
+#include "qcow2/metadata/metadata_map.h"
 #include "qcow2/repair_plan.h"
 #include "qcow2/repair_refcounts.h"
 
@@ -93,6 +94,22 @@ Result<void> change_features(Storage& file, const AmendOptions& options) {
 }
 
 }  // namespace
+
+Result<void> verify_structures(const std::shared_ptr<Storage>& file) {
+    const auto header = TRY(read_header(*file));
+    if (header.has(format::incompatible::corrupt)) {
+        return fail(
+            Errc::corrupt, file->name(),
+            "the image is marked as corrupt, so it is not written; qcow check says what is wrong, and what to do");
+    }
+    if (header.encryption && !lies_within(header.encryption->offset.value, header.encryption->length,
+                                          TRY(file->size()))) {
+        return fail(Errc::corrupt, file->name(),
+                    "its encryption header does not lie within the file; check the image before it is written");
+    }
+    const auto metadata = metadata_of(file, header);
+    return MetadataMap(header.cluster_bits).load(*metadata);
+}
 
 Result<void> verify_refcounts_fit(const std::shared_ptr<Storage>& file, unsigned bits, const JobControl& control) {
     const auto header = TRY(read_header(*file));

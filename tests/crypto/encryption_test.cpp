@@ -290,11 +290,50 @@ TEST_F(EncryptionTest, KeysThatAreWrongOrMissing) {
     EXPECT_EQ(line.status, 0) << line.text();
     const auto fd = run({"sh", "-c", QCOW_TOOL " convert --key-fd 5 disk.qcow2 out3.raw 5< key"}, directory_.path());
     EXPECT_EQ(fd.status, 0) << fd.text();
+    // What was not read to its end is there for the next layer, too.
+    must_tool({"create", "-q", "--key", "key", "-o", "encrypt.format=luks,encrypt.iter-time=10", "-b", "disk.qcow2",
+               "-F", "qcow2", "top.qcow2"});
+    std::ofstream(directory_.file("other")) << "other";
+    for (const auto* const command :
+         {"echo x | " QCOW_TOOL " convert --key - top.qcow2 out.raw",
+          QCOW_TOOL " convert --key-fd 5 top.qcow2 out.raw 5< key",
+          QCOW_TOOL
+          " convert --key-fd 5 -O qcow2 -o encrypt.format=luks,encrypt.iter-time=10 disk.qcow2 same.qcow2 5< key",
+          "printf 'x\\nother\\n' | " QCOW_TOOL
+          " convert --key - --key - -O qcow2 -o encrypt.format=luks,encrypt.iter-time=10 disk.qcow2 new.qcow2",
+          QCOW_TOOL " read --key other new.qcow2 0 1",
+          QCOW_TOOL " convert --key-fd 5 --key other -O luks -o iter-time=10 disk.qcow2 new.luks 5< key",
+          QCOW_TOOL " read -f luks --key other new.luks 0 1"}) {
+        const auto done = run({"sh", "-c", command}, directory_.path());
+        EXPECT_EQ(done.status, 0) << command << "\n" << done.text();
+    }
     // What needs no key asks for none.
     for (const auto* command : {"info", "check", "map"}) must_tool({command, "disk.qcow2"});
     must_tool({"measure", "-O", "qcow2", "disk.qcow2"});
     must_tool({"snapshot", "--list", "disk.qcow2"});
     EXPECT_THAT(must_tool({"info", "--json", "disk.qcow2"}).out, HasSubstr("aes-xts-plain64"));
+}
+
+/// Anybody could open an image with an empty key.
+TEST_F(EncryptionTest, NewKeysAreNotEmpty) {
+    make_qcow2("disk.qcow2");
+    const std::string create = " create -o encrypt.format=luks,encrypt.iter-time=10";
+    for (const std::string& command :
+         {create + " --key - new.qcow2 1M < /dev/null", create + " --key /dev/null new.qcow2 1M",
+          create + " --object secret,id=s,file=/dev/null new.qcow2 1M",
+          create + ",encrypt.key-secret=s --object secret,id=s,data= new.qcow2 1M",
+          create + ",encrypt.key-secret=s --object secret,id=s,data=,format=base64 new.qcow2 1M",
+          std::string(
+              " amend --key key --object secret,id=n,data= -o encrypt.state=active,encrypt.new-secret=n disk.qcow2")}) {
+        const auto refused = run({"sh", "-c", QCOW_TOOL + command}, directory_.path());
+        EXPECT_EQ(refused.status, 1) << command;
+        EXPECT_THAT(refused.err, HasSubstr("the new key is empty")) << command;
+    }
+    for (const auto* const text : {"e", "eA==junk", "eA=", "eA===", "eA==eA=="}) {
+        expect_refusal(
+            {"convert", "--object", std::string("secret,id=s,format=base64,data=") + text, "disk.qcow2", "out"},
+            HasSubstr("not base64"));
+    }
 }
 
 /// Asks on a terminal that does not show the answer, and shows what is typed again when a signal ends the command.
@@ -435,6 +474,87 @@ TEST_F(KeySlotsTest, AreAddedReplacedAndErased) {
         must_tool(amend({}, "encrypt.state=inactive,encrypt.keyslot=1", true));
         expect_refusal(joined_arguments(joined_arguments({"convert", "--key", "new"}, format), {name, "out.raw"}),
                        HasSubstr("no key slot is in use"));
+    }
+}
+
+/// At every moment, the old passphrase opens the image or the new one does.
+TEST_F(KeySlotsTest, ReplacingTheOnlyPassphraseMayBeKilled) {
+    make_qcow2("disk.qcow2");
+    const auto before = bytes_of("disk.qcow2");
+    std::ofstream(directory_.file("new")) << "new";
+    const std::string replace =
+        " amend --key key --force --object secret,id=n,data=new -o "
+        "encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=0,encrypt.iter-time=10 disk.qcow2";
+    unsigned kills = 0;
+    for (;; ++kills) {
+        put_file(directory_.file("disk.qcow2"), before);
+        const auto done =
+            run({"sh", "-c",
+                 fmt::format("ASAN_OPTIONS=detect_leaks=0 exec strace -f -o /dev/null -e trace=fdatasync -e "
+                             "inject=fdatasync:signal=KILL:when={} {}{}",
+                             kills + 1, QCOW_TOOL, replace)},
+                directory_.path());
+        const auto opens = [&](const std::string& key) {
+            return tool({"compare", "--key", key, "-F", "raw", "disk.qcow2", "disk.raw"}).status == 0;
+        };
+        if (done.status == 0) {
+            EXPECT_FALSE(opens("key"));
+            EXPECT_TRUE(opens("new"));
+            break;
+        }
+        EXPECT_TRUE(opens("key") || opens("new")) << "killed at flush " << kills + 1;
+    }
+    EXPECT_GE(kills, 6U);
+    const auto slots = header("disk.qcow2", luks_at("disk.qcow2")).slots;
+    EXPECT_TRUE(slots[0].used);
+    EXPECT_EQ(std::ranges::count(slots, true, &format::LuksSlot::used), 1);
+    // Without an unused slot there is no way that is safe.
+    for (int i = 0; i < 7; ++i) {
+        must_tool({"amend", "--key", "new", "--object", "secret,id=n,data=more", "-o",
+                   "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=10", "disk.qcow2"});
+    }
+    expect_refusal({"amend", "--key", "new", "--force", "--object", "secret,id=n,data=x", "-o",
+                    "encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=0", "disk.qcow2"},
+                   HasSubstr("erase one"));
+}
+
+/// What every other command refuses to write is not written here either.
+TEST_F(KeySlotsTest, DamagedImagesStayAsTheyAre) {
+    make_qcow2("disk.qcow2");
+    must_tool({"convert", "-f", "raw", "-O", "luks", "--object", secret_option, "-o", "key-secret=s,iter-time=10",
+               "disk.raw", "disk.luks"});
+    const auto number = [](std::uint64_t value, unsigned width) {
+        const auto bytes = big_endian_bytes(value, width);
+        return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    };
+    const auto refused = [&](const std::string& name, const std::string& bytes) {
+        put_file(directory_.file(name), bytes);
+        for (const Arguments& options : {Arguments{"--key", "key", "--object", "secret,id=n,data=new", "-o",
+                                                   "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=10"},
+                                         Arguments{"--force", "-o", "encrypt.state=inactive,encrypt.keyslot=0"}}) {
+            const auto done =
+                tool(joined_arguments(joined_arguments({"amend", "-f", name.substr(5)}, options), {name}));
+            EXPECT_EQ(done.status, 1);
+            EXPECT_TRUE(bytes_of(name) == bytes) << done.err;
+        }
+    };
+    // The key material of a slot that is not in use would lie over data.
+    auto luks = bytes_of("disk.luks");
+    const auto payload = header("disk.luks").payload_sector;
+    luks.replace(208 + 48 + 40, 4, number(payload + 8, 4));
+    refused("disk.luks", luks);
+    const auto whole = bytes_of("disk.qcow2");
+    auto corrupt = whole;
+    corrupt[79] = static_cast<char>(corrupt[79] | 2);
+    refused("disk.qcow2", corrupt);
+    // The length of the encryption header, in the first extension that has this type.
+    const auto extension = whole.find("\x05\x37\xbe\x77");
+    ASSERT_NE(extension, std::string::npos);
+    for (const auto length :
+         {std::uint64_t{1} << 63, static_cast<std::uint64_t>(whole.size() - luks_at("disk.qcow2"))}) {
+        auto too_long = whole;
+        too_long.replace(extension + 16, 8, number(length, 8));
+        refused("disk.qcow2", too_long);
     }
 }
 

@@ -18,6 +18,7 @@ namespace {
 
 using nlohmann::json;
 using testing::AllOf;
+using testing::AnyOf;
 using testing::HasSubstr;
 using testing::Not;
 
@@ -145,6 +146,23 @@ TEST_F(Luks2Test, WhatIsRefused) {
     EXPECT_THAT(refusal_after([&](json& metadata) { kdf(metadata)["memory"] = 2'000'000'000; }), HasSubstr("memory"));
     EXPECT_THAT(refusal_after([&](json& metadata) { metadata["digests"]["0"]["iterations"] = 2'000'000'000; }),
                 HasSubstr("--max-kdf-seconds"));
+    // What libcryptsetup would take for other numbers.
+    for (const auto* const name : {"time", "memory", "cpus"}) {
+        for (const json& value : {json(-1), json(-2'000'000'000), json(4'294'967'296)}) {
+            EXPECT_THAT(refusal_after([&](json& metadata) { kdf(metadata)[name] = value; }),
+                        AllOf(HasSubstr(name), HasSubstr("no number from 0")));
+        }
+    }
+    EXPECT_THAT(refusal_after([&](json& metadata) { metadata["digests"]["0"]["iterations"] = -1; }),
+                HasSubstr("no number from 0"));
+    for (const json& value : {json(4'000'000), json(-1), json(2'147'483'648)}) {
+        EXPECT_THAT(refusal_after([&](json& metadata) { metadata["keyslots"]["0"]["key_size"] = value; }),
+                    AnyOf(HasSubstr("key_size"), HasSubstr("does not accept")));
+        EXPECT_THAT(refusal_after([&](json& metadata) { metadata["keyslots"]["0"]["area"]["key_size"] = value; }),
+                    HasSubstr("key_size"));
+        EXPECT_THAT(refusal_after([&](json& metadata) { metadata["keyslots"]["0"]["af"]["stripes"] = value; }),
+                    HasSubstr("stripes"));
+    }
     EXPECT_THAT(refusal_after([](json& metadata) {
                     metadata["segments"]["0"]["integrity"] = {
                         {"type", "hmac(sha256)"}, {"journal_encryption", "none"}, {"journal_integrity", "none"}};
