@@ -27,7 +27,8 @@ struct VhostUserOptions {
     /// not looked at: its thread sleeps at once.
     unsigned poll_microseconds = 0;
     bool persistent = true;  ///< if false, run() returns when a front end has left
-    /// Is told, in a line, why a front end was disconnected or a queue stopped; not more than once a second for long.
+    /// Is told, in a line, why a front end was disconnected or a queue stopped, and once for each kind of error that the
+    /// disk has; not more than once a second for long. Is called from any thread.
     /// It must not throw. May be empty.
     std::function<void(const std::string&)> complain = {};
 };
@@ -39,7 +40,8 @@ struct VhostUserOptions {
 /// guest's, fails, and a queue that is malformed stops.
 ///
 /// The server offers a record of the requests in flight (INFLIGHT_SHMFD), which front ends keep. When a server was
-/// killed and another one takes its place, it performs these requests again, and the guest only sees a delay.
+/// killed and another one takes its place, it performs these requests again, and the guest only sees a delay. What was
+/// complete, and not flushed, is lost as after a power loss, unless the disk writes through (CacheMode::writethrough).
 ///
 /// While it runs, the process has a handler for SIGBUS: a front end can truncate memory that it shares. Faults
 /// elsewhere go to the handler that was there before.

@@ -49,8 +49,7 @@ TEST_P(KilledGuestDiskTest, GoesOnWithWhatWasInFlight) {
         killer.join();
         mixture.model().crashed();
         disk.start();
-        front.reconnect();
-        front.set_writeback(writeback);
+        front.reconnect();  // and nobody says again how it is cached
         mixture.finish();
         mixture.verify();
     }

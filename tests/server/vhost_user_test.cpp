@@ -7,14 +7,19 @@
 #include <sys/socket.h>
 
 #include <fstream>
+#include <mutex>
 #include <set>
 #include <thread>
 
 #include "engine/workload.h"
+#include "qcow/vhost_user.h"
 #include "server/guest_disk.h"
 #include "server/nbd_client.h"
+#include "server/test_disk.h"
 #include "support/effort.h"
 #include "support/random.h"
+#include "support/result.h"
+#include "support/temporary_directory.h"
 #include "support/vhost/mixture.h"
 
 namespace qcow::test {
@@ -569,9 +574,58 @@ TEST(GuestDiskTest, StatusOfTheDevice) {
     front.set(front::Message::set_status, front::bytes_of(driver_ok));
     EXPECT_EQ(front.connection().ask_number(front::Message::get_status), driver_ok);
     expect_works(front);
-    // A driver that starts again.
+    // A driver that starts again. QEMU asks afterwards where the rings were.
+    const auto used = front.queue(0).used_index();
+    EXPECT_GT(used, 0U);
     front.set(front::Message::set_status, front::bytes_of(std::uint64_t{0}));
     EXPECT_EQ(front.connection().ask_number(front::Message::get_status), 0U);
+    EXPECT_EQ(front.stop_queue(0), used);
+}
+
+/// Drivers read it before they accept features, and believe it then.
+TEST(GuestDiskTest, IsCachedBeforeFeaturesAreAccepted) {
+    GuestDisk disk;
+    FrontEnd front(disk.socket());
+    front.set(front::Message::set_features, front::bytes_of(std::uint64_t{0}));
+    EXPECT_EQ(front.config().wce, 1U);
+}
+
+TEST(GuestDiskTest, WhoCannotFlushHasEachWriteFlushed) {
+    GuestDisk disk;
+    FrontEnd front(disk.socket(), {.features = ~front::feature::flush});
+    front.start();
+    const auto data = front.scratch();
+    std::ranges::fill(front.memory().bytes(data, 4096), std::byte{7});
+    EXPECT_EQ(front.request(out, 64, std::array{Segment{data, 4096}}), ok);
+    disk.kill();
+    EXPECT_EQ(must_run({QCOW_TOOL, "read", disk.image(), "32k", "4k"}).out, std::string(4096, '\7'));
+}
+
+/// The guest learns only that there is an error.
+TEST(GuestDiskTest, ErrorsOfTheDiskAreSaidOnce) {
+    const TemporaryDirectory directory;
+    const auto disk = std::make_shared<TestDisk>(MiB);
+    disk->bad_sector = 8 * sector_bytes;
+    std::mutex mutex;
+    std::vector<std::string> said;
+    VhostUserOptions options{.queues = 1, .persistent = false};
+    options.complain = [&](const std::string& text) {
+        const std::lock_guard lock(mutex);
+        said.push_back(text);
+    };
+    const auto server = must(VhostUserServer::make(disk, options));
+    must(server->listen_unix(directory / "socket"));
+    std::jthread running([&] { must(server->run()); });
+    {
+        FrontEnd front(directory / "socket");
+        front.start();
+        const std::array data{Segment{front.scratch(), 512}};
+        for (const auto type : {in, out, in}) EXPECT_EQ(front.request(type, 8, data), failed);
+        EXPECT_EQ(front.request(in, 9, data), ok);
+    }
+    running.join();
+    ASSERT_EQ(said.size(), 1U);
+    EXPECT_NE(said.front(), "");
 }
 
 }  // namespace

@@ -53,10 +53,9 @@ std::uint64_t Device::features() const {
 }
 
 void Device::accept(std::uint64_t features) {
-    // A driver that cannot flush relies on each write. What another one has chosen since it accepted the features stays
-    // when they are accepted again, as at the beginning of a migration.
-    constexpr auto flush = bit(VIRTIO_BLK_F_FLUSH);
-    if (((accepted_ ^ features) & flush) != 0) write_back_ = (features & flush) != 0;
+    // What a driver has chosen since it accepted the features stays when they are accepted again, as at the beginning
+    // of a migration.
+    if ((features & bit(VIRTIO_BLK_F_FLUSH)) == 0) write_back_ = true;
     accepted_ = features;
 }
 
@@ -87,7 +86,7 @@ Result<void> Device::write_configuration(std::size_t at, std::span<const std::by
     const bool is_cache_mode = at == offsetof(virtio_blk_config, wce) && bytes.size() == 1;
     if (!is_cache_mode || (accepted_ & bit(VIRTIO_BLK_F_CONFIG_WCE)) == 0)
         return fail(Errc::read_only, "configuration space", "only the mode of the cache can be changed");
-    write_back_ = bytes[0] != std::byte{0};
+    set_write_back(bytes[0] != std::byte{0});
     return {};
 }
 
@@ -143,7 +142,7 @@ std::uint8_t Device::execute(const BlockRequest& request) const {
     switch (request.type) {
         case VIRTIO_BLK_T_IN: return read(request);
         case VIRTIO_BLK_T_OUT: return write(request);
-        case VIRTIO_BLK_T_FLUSH: return options_.read_only || disk_->flush() ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
+        case VIRTIO_BLK_T_FLUSH: return options_.read_only ? std::uint8_t{VIRTIO_BLK_S_OK} : status_of(disk_->flush());
         case VIRTIO_BLK_T_GET_ID: return identify(request);
         case VIRTIO_BLK_T_DISCARD:
         case VIRTIO_BLK_T_WRITE_ZEROES: return unmap(request);
@@ -160,7 +159,7 @@ bool Device::is_valid(std::uint64_t sector, std::uint64_t bytes) const {
 
 std::uint8_t Device::read(const BlockRequest& request) const {
     if (!is_valid(request.sector, request.to.size())) return VIRTIO_BLK_S_IOERR;
-    return disk_->read({request.sector * sector_bytes}, request.to) ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
+    return status_of(disk_->read({request.sector * sector_bytes}, request.to));
 }
 
 std::uint8_t Device::write(const BlockRequest& request) const {
@@ -169,8 +168,18 @@ std::uint8_t Device::write(const BlockRequest& request) const {
 }
 
 std::uint8_t Device::end_of_change(Result<void> result) const {
-    if (result && !write_back_) result = disk_->flush();
-    return result ? VIRTIO_BLK_S_OK : VIRTIO_BLK_S_IOERR;
+    // A driver that cannot flush relies on each write.
+    const bool flushes = (accepted_ & bit(VIRTIO_BLK_F_FLUSH)) != 0;
+    if (result && !(write_back_ && flushes)) result = disk_->flush();
+    return status_of(result);
+}
+
+/// The driver learns only that there is an error. What it is, is said once for each kind.
+std::uint8_t Device::status_of(const Result<void>& result) const {
+    if (result) return VIRTIO_BLK_S_OK;
+    const auto kind = bit(static_cast<unsigned>(result.error().code));
+    if ((said_.fetch_or(kind) & kind) == 0 && options_.complain) options_.complain(result.error().message());
+    return VIRTIO_BLK_S_IOERR;
 }
 
 std::uint8_t Device::unmap(const BlockRequest& request) const {

@@ -45,6 +45,11 @@ public:
     /// Changes a byte of the configuration space. Errors: Errc::read_only for all but the mode of the cache.
     Result<void> write_configuration(std::size_t at, std::span<const std::byte> bytes);
 
+    /// The mode of the cache, which is write-back until the driver changes it or is reset: it reads it before it
+    /// accepts any feature. Otherwise each write is flushed.
+    [[nodiscard]] bool write_back() const { return write_back_; }
+    void set_write_back(bool write_back) { write_back_ = write_back; }
+
     /// Finds the parts of a request. The chain must outlive the result.
     [[nodiscard]] static BlockRequest parse(const Chain& chain);
     [[nodiscard]] static Work kind_of(const BlockRequest& request);
@@ -59,12 +64,14 @@ private:
     [[nodiscard]] std::uint8_t unmap(const BlockRequest& request) const;
     [[nodiscard]] std::uint8_t identify(const BlockRequest& request) const;
     [[nodiscard]] std::uint8_t end_of_change(Result<void> result) const;
+    [[nodiscard]] std::uint8_t status_of(const Result<void>& result) const;
     [[nodiscard]] bool is_valid(std::uint64_t sector, std::uint64_t bytes) const;
 
     std::shared_ptr<Disk> disk_;
     VhostUserOptions options_;
-    std::atomic<bool> write_back_ = false;  // else each write is flushed
-    std::uint64_t accepted_ = 0;
+    std::atomic<bool> write_back_ = true;
+    std::atomic<std::uint64_t> accepted_ = 0;
+    mutable std::atomic<std::uint64_t> said_ = 0;  // kinds of errors, as bits
 };
 
 }  // namespace qcow::vhost_user

@@ -16,6 +16,8 @@ constexpr std::uint64_t offered_protocol_features =
     protocol::mq | protocol::log_shmfd | protocol::reply_ack | protocol::backend_req | protocol::config |
     protocol::inflight_shmfd | protocol::reset_device | protocol::configure_mem_slots | protocol::status;
 
+constexpr std::uint64_t cache_mode_bytes = 8;  // of the record of requests in flight
+
 std::unexpected<Error> refuse(std::string why) { return fail(Errc::invalid_argument, "", std::move(why)); }
 
 }  // namespace
@@ -176,8 +178,12 @@ Result<QueueState*> Session::set_descriptor(Message& message, FileDescriptor Que
 /// Forgets everything about the queues.
 void Session::reset() {
     stop_queues();
-    states_ = std::vector<QueueState>(options_.queues);
+    std::vector<QueueState> fresh(options_.queues);
+    // QEMU asks afterwards where the rings were.
+    for (std::size_t i = 0; i < fresh.size(); ++i) fresh[i].ring.next_available = states_[i].ring.next_available;
+    states_ = std::move(fresh);
     device_.accept(0);
+    record_cache_mode();
     features_ = 0;
     memory_.record_changes(false);
 }
@@ -315,7 +321,15 @@ Result<void> Session::set_config(Message& message) {
     const auto part = as<ConfigurationPart>(message);
     if (part.size > part.bytes.size() || message.payload.size() != configuration_head + part.size)
         return refuse("the message has another length than it says");
-    return device_.write_configuration(part.offset, std::span(part.bytes).first(part.size));
+    TRY_VOID(device_.write_configuration(part.offset, std::span(part.bytes).first(part.size)));
+    record_cache_mode();
+    return {};
+}
+
+/// The record of a front end is what is left if this process is killed. Behind the queues, a byte of it says that the
+/// driver has chosen to write through: front ends do not say so again.
+void Session::record_cache_mode() {
+    if (!cache_mode_record_.empty()) cache_mode_record_.front() = device_.write_back() ? std::byte{0} : std::byte{1};
 }
 
 Result<void> Session::map_inflight(const InflightPlace& place, int fd) {
@@ -326,6 +340,7 @@ Result<void> Session::map_inflight(const InflightPlace& place, int fd) {
     if (place.offset % alignof(std::uint64_t) != 0 || place.size < each * place.queues)
         return refuse("the record is too short, or not aligned");
     inflight_ = TRY(SharedMemory::map(fd, place.offset, place.size));
+    cache_mode_record_ = inflight_.bytes().subspan(each * place.queues);
     for (std::size_t i = 0; i < states_.size(); ++i)
         states_[i].inflight = i < place.queues ? inflight_.bytes().subspan(i * each, each) : std::span<std::byte>();
     return {};
@@ -333,7 +348,7 @@ Result<void> Session::map_inflight(const InflightPlace& place, int fd) {
 
 Result<void> Session::get_inflight_fd(Message& message) {
     auto place = as<InflightPlace>(message);
-    place.size = InflightRecord::bytes_for(place.queue_size) * place.queues;
+    place.size = InflightRecord::bytes_for(place.queue_size) * place.queues + cache_mode_bytes;
     place.offset = 0;
     const FileDescriptor fd(memfd_create("inflight", MFD_CLOEXEC));
     if (fd.get() < 0 || ftruncate(fd.get(), static_cast<off_t>(place.size)) != 0)
@@ -344,7 +359,9 @@ Result<void> Session::get_inflight_fd(Message& message) {
 
 Result<void> Session::set_inflight_fd(Message& message) {
     if (message.descriptors.empty()) return refuse("there is no file descriptor");
-    return map_inflight(as<InflightPlace>(message), message.descriptors[0].get());
+    TRY_VOID(map_inflight(as<InflightPlace>(message), message.descriptors[0].get()));
+    if (!cache_mode_record_.empty() && cache_mode_record_.front() != std::byte{0}) device_.set_write_back(false);
+    return {};
 }
 
 Result<void> Session::get_max_mem_slots(Message& message) {

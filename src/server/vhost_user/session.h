@@ -72,6 +72,7 @@ private:
     Result<void> set_config(Message& message);
     Result<void> get_inflight_fd(Message& message);
     Result<void> set_inflight_fd(Message& message);
+    void record_cache_mode();
     Result<void> get_max_mem_slots(Message& message);
     Result<void> add_mem_reg(Message& message);
     Result<void> rem_mem_reg(Message& message);
@@ -84,6 +85,7 @@ private:
     const VhostUserOptions& options_;
     GuestMemory memory_;
     SharedMemory inflight_;
+    std::span<std::byte> cache_mode_record_;  // in it
     FileDescriptor back_channel_{-1};
     std::uint64_t features_ = 0;
     std::uint64_t protocol_features_ = 0;
