@@ -260,9 +260,10 @@ namespace {
 qcow::Result<void> set_encryption(NewImageOptions& options, const std::string& path, qcow::Format format) {
     const auto is_about_it = [](const std::string& name) { return name.starts_with("encrypt."); };
     const bool any = std::ranges::any_of(options.given, is_about_it);
-    for (const auto* name : {"encrypt.state", "encrypt.new-secret", "encrypt.old-secret", "encrypt.keyslot"})
+    for (const auto* name : {"encrypt.state", "encrypt.new-secret", "encrypt.old-secret", "encrypt.keyslot"}) {
         if (options.has(name))
             return refuse_option(name, "only qcow amend has it: it changes the key slots of an image");
+    }
     if (format != qcow::Format::luks && !any) return {};
     if (format == qcow::Format::qcow2 && !options.has("encrypt.format"))
         return refuse_option("encrypt.format", "the image is not encrypted without it; add encrypt.format=luks");

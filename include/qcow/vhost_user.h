@@ -27,9 +27,8 @@ struct VhostUserOptions {
     /// not looked at: its thread sleeps at once.
     unsigned poll_microseconds = 0;
     bool persistent = true;  ///< if false, run() returns when a front end has left
-    /// Is told, in a line, why a front end was disconnected or a queue stopped, and once for each kind of error that the
-    /// disk has; not more than once a second for long. Is called from any thread.
-    /// It must not throw. May be empty.
+    /// Is told, in a line, why a front end was disconnected or a queue stopped, and once for each kind of error that
+    /// the disk has; not more than once a second for long. Is called from any thread. It must not throw. May be empty.
     std::function<void(const std::string&)> complain = {};
 };
 

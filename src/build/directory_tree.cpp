@@ -172,10 +172,11 @@ public:
 private:
     Result<void> list(int fd, TreeInode& to, std::uint32_t directory, unsigned depth) {
         const auto& path = root_->directories[directory];
-        if (depth > deepest_directory || path.size() > longest_path)
+        if (depth > deepest_directory || path.size() > longest_path) {
             return fail(Errc::limit_exceeded, printable(path.substr(0, 64)),
                         fmt::format("directories are nested more than {} deep, or the path is longer than {} bytes",
                                     deepest_directory, longest_path));
+        }
         for (const auto& name : TRY(names_in(fd, path))) {
             struct stat status = {};
             if (fstatat(fd, name.c_str(), &status, AT_SYMLINK_NOFOLLOW) != 0)

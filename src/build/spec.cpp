@@ -9,6 +9,7 @@
 #include <bit>
 #include <cctype>
 #include <charconv>
+#include <cmath>
 #include <filesystem>
 #include <limits>
 #include <ranges>
@@ -67,7 +68,7 @@ std::optional<std::uint64_t> parse_size(std::string_view text) {
         for (std::size_t i = 0; i <= power; ++i) factor *= rest == "b" ? 1000 : 1024;
     }
     if (value >= largest_size / factor) return {};
-    return value * factor + static_cast<std::uint64_t>(fraction * static_cast<long double>(factor) + 0.5L);
+    return value * factor + static_cast<std::uint64_t>(std::llround(fraction * static_cast<long double>(factor)));
 }
 
 /// A table of the specification. The keys that were asked for are those that there are: `finish` refuses others.

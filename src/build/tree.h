@@ -65,7 +65,7 @@ public:
     TreeName keep(std::string_view name);
 
 private:
-    static constexpr std::size_t block_bytes = 64 * 1024;
+    static constexpr std::size_t block_bytes = std::size_t{64} * 1024;
     std::vector<std::unique_ptr<char[]>> blocks_;
     std::size_t used_ = block_bytes;  // of the last one
 };

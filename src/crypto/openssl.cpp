@@ -2,11 +2,11 @@
 #include <openssl/crypto.h>
 #include <openssl/evp.h>
 #include <openssl/rand.h>
-#include <time.h>
 
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <ctime>
 #include <limits>
 #include <map>
 #include <mutex>

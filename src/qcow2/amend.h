@@ -8,8 +8,8 @@
 
 namespace qcow::qcow2 {
 
-/// Verifies what opening for writing does, but for the guest's data and their key: that the image is not marked as corrupt,
-/// and that its structures lie within the file and do not overlap. Errors: Errc::corrupt, unsupported, io.
+/// Verifies what opening for writing does, but for the guest's data and their key: that the image is not marked as
+/// corrupt, and that its structures lie within the file and do not overlap. Errors: Errc::corrupt, unsupported, io.
 Result<void> verify_structures(const std::shared_ptr<Storage>& file);
 
 /// Verifies that no cluster has more references than refcounts of so many bits can express. The image is sound.
