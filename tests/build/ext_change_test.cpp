@@ -6,32 +6,20 @@
 
 #include "base/bits.h"
 #include "build/changed_disk.h"
-#include "engine/crash_states.h"
 #include "support/effort.h"
-#include "support/random.h"
-#include "support/recording.h"
-#include "support/subprocess.h"
-#include "support/temporary_directory.h"
 
 namespace qcow::test {
 namespace {
 
-constexpr const char* ext_disk = "disk.raw";
-
-class ExtChangeTest : public testing::Test {
+class ExtChangeTest : public ChangedDiskTest {
 protected:
-    std::string shell(const std::string& script) const {
-        return must_run({"bash", "-euc", script}, directory_.path()).out;
-    }
-
     /// A file system with old files, in memory.
     [[nodiscard]] Files made(const std::string& options, const std::string& size) const {
-        shell(fmt::format(R"SH(rm -rf disk.raw tree; mkdir -p tree/dir
+        return made_by(fmt::format(R"SH(rm -rf disk.raw tree; mkdir -p tree/dir
             head -c 5000 /dev/zero | tr '\0' k > tree/keep; head -c 9000 /dev/zero | tr '\0' o > tree/value
             cp tree/keep tree/dir/old; cp tree/keep "tree/dir/a long name"
             mke2fs -q -d tree {} disk.raw {})SH",
-                          options, size));
-        return {{ext_disk, load(directory_.file(ext_disk), ext_disk)}};
+                                   options, size));
     }
 
     static void change(Disk& disk) {
@@ -51,11 +39,9 @@ protected:
 
     /// What e2fsck finds.
     [[nodiscard]] std::string faults() const {
-        const auto checked = run({"e2fsck", "-fn", ext_disk}, directory_.path());
+        const auto checked = run({"e2fsck", "-fn", disk_name}, directory_.path());
         return checked.status == 0 ? "" : checked.text();
     }
-
-    TemporaryDirectory directory_;
 };
 
 const std::vector<std::string> ext_kinds = {"-t ext2 -b 1024", "-t ext4", "-t ext4 -O ^metadata_csum,^64bit -b 1024"};
@@ -64,7 +50,7 @@ TEST_F(ExtChangeTest, EveryKindIsSoundAfterwards) {
     for (const auto& options : ext_kinds) {
         SCOPED_TRACE(options);
         const auto files = made(options, "8M");
-        StorageDisk disk(files.at(ext_disk));
+        StorageDisk disk(files.at(disk_name));
         change(disk);
         save(files, directory_.path());
         EXPECT_EQ(faults(), "");
@@ -76,33 +62,16 @@ TEST_F(ExtChangeTest, EveryKindIsSoundAfterwards) {
 /// e2fsck mends it. Files that did not change are as they were.
 TEST_F(ExtChangeTest, APowerLossIsKnown) {
     for (const auto& options : ext_kinds) {
-        const auto before = made(options, "8M");
-        StorageLog log;
-        const auto files = copy_of(before);
-        StorageDisk disk(std::make_shared<RecordingStorage>(files.at(ext_disk), ext_disk, log));
-        change(disk);
-        CrashStates states(log, before);
-        auto random = Random::named("ext " + options);
-        const auto step = std::max<std::size_t>(log.events().size() / (8 * effort()), 1);
         unsigned refused = 0;
-        for (std::size_t moment = 1; moment <= log.events().size(); moment += random.between(1, 2 * step)) {
-            states.advance(moment);
-            const auto seed = random.below(1U << 30);
-            const bool all = random.chance(25);
-            SCOPED_TRACE(fmt::format("{}: power loss before event {} of {}, seed {}, all {}", options, moment,
-                                     log.events().size(), seed, all));
-            // A block arrives as a whole.
-            const auto crashed = states.build([&](std::size_t event, std::uint64_t sector) {
-                return all || Random(seed ^ event << 32 ^ sector / 8).chance(50);
-            });
-            save(crashed, directory_.path());
-            if (!open_file_system(std::make_shared<StorageDisk>(crashed.at(ext_disk)), Access::write)) {
+        // A block arrives as a whole.
+        lose_power(made(options, "8M"), "ext " + options, 8, 8, change, [&](const Files& crashed) {
+            if (!open_file_system(std::make_shared<StorageDisk>(crashed.at(disk_name)), Access::write)) {
                 ++refused;
-                EXPECT_LE(run({"e2fsck", "-fy", ext_disk}, directory_.path()).status, 1);
+                EXPECT_LE(run({"e2fsck", "-fy", disk_name}, directory_.path()).status, 1);
             }
             ASSERT_EQ(faults(), "");
             EXPECT_EQ(shell("debugfs -R 'cat \"/dir/a long name\"' disk.raw 2>/dev/null"), std::string(5000, 'k'));
-        }
+        });
         EXPECT_GT(refused, 0U);
     }
 }
@@ -112,7 +81,7 @@ TEST_F(ExtChangeTest, FullOnesStaySound) {
     for (const auto& options : ext_kinds) {
         SCOPED_TRACE(options);
         const auto files = made(options + " -m 0 -N 512", "2M");
-        StorageDisk disk(files.at(ext_disk));
+        StorageDisk disk(files.at(disk_name));
         auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
         const auto root = opened->root();
         const auto large = must(opened->create(root, "large", node(FileType::regular)));

@@ -7,35 +7,23 @@
 #include <sstream>
 
 #include "build/changed_disk.h"
-#include "engine/crash_states.h"
 #include "support/effort.h"
-#include "support/random.h"
-#include "support/recording.h"
 #include "support/result.h"
-#include "support/subprocess.h"
-#include "support/temporary_directory.h"
 
 namespace qcow::test {
 namespace {
 
 using testing::HasSubstr;
 
-constexpr const char* fat_disk = "disk.raw";
-
-class FatChangeTest : public testing::Test {
+class FatChangeTest : public ChangedDiskTest {
 protected:
-    std::string shell(const std::string& script) const {
-        return must_run({"bash", "-euc", script}, directory_.path()).out;
-    }
-
     /// A file system with old files, in memory.
     [[nodiscard]] Files made(const std::string& options, const std::string& size) const {
-        shell(fmt::format(R"SH(rm -f disk.raw; truncate -s {} disk.raw; mkfs.fat {} disk.raw > /dev/null
+        return made_by(fmt::format(R"SH(rm -f disk.raw; truncate -s {} disk.raw; mkfs.fat {} disk.raw > /dev/null
             head -c 5000 /dev/zero | tr '\0' k > keep; head -c 9000 /dev/zero | tr '\0' o > value
             mmd -i disk.raw ::/dir; mcopy -i disk.raw keep value ::/; mcopy -i disk.raw keep "::/dir/a long name"
             mcopy -i disk.raw value ::/dir/OLD.TXT)SH",
-                          size, options));
-        return {{fat_disk, load(directory_.file(fat_disk), fat_disk)}};
+                                   size, options));
     }
 
     /// Makes, replaces and removes files.
@@ -59,7 +47,7 @@ protected:
 
     /// What fsck.fat finds, but for what a power loss may leave.
     [[nodiscard]] std::string faults(bool after_power_loss) const {
-        const auto checked = run({"fsck.fat", "-n", "-v", fat_disk}, directory_.path());
+        const auto checked = run({"fsck.fat", "-n", "-v", disk_name}, directory_.path());
         if (!after_power_loss) return checked.status == 0 ? "" : checked.text();
         std::string faults;
         for (const auto* const fault :
@@ -69,8 +57,6 @@ protected:
         }
         return faults;
     }
-
-    TemporaryDirectory directory_;
 };
 
 const std::vector<std::pair<std::string, std::string>> fat_kinds = {
@@ -80,7 +66,7 @@ TEST_F(FatChangeTest, EveryKindIsSoundAfterwards) {
     for (const auto& [options, size] : fat_kinds) {
         SCOPED_TRACE(options);
         const auto files = made(options, size);
-        StorageDisk disk(files.at(fat_disk));
+        StorageDisk disk(files.at(disk_name));
         change(disk);
         save(files, directory_.path());
         EXPECT_EQ(faults(false), "");
@@ -95,36 +81,19 @@ TEST_F(FatChangeTest, EveryKindIsSoundAfterwards) {
 TEST_F(FatChangeTest, APowerLossLeavesAtMostLostClusters) {
     for (const auto& [options, size] : fat_kinds) {
         if (size == "40M" && effort() == 1) continue;  // each state takes its time
-        auto before = made(options, size);
-        StorageLog log;
-        const auto files = copy_of(before);
-        StorageDisk disk(std::make_shared<RecordingStorage>(files.at(fat_disk), fat_disk, log));
-        change(disk);
-        CrashStates states(log, before);
-        auto random = Random::named("fat " + options);
-        const auto step = std::max<std::size_t>(log.events().size() / (12 * effort()), 1);
-        for (std::size_t moment = 1; moment <= log.events().size(); moment += random.between(1, 2 * step)) {
-            states.advance(moment);
-            const auto seed = random.below(1U << 30);
-            const bool all = random.chance(25);
-            SCOPED_TRACE(fmt::format("{}: power loss before event {} of {}, seed {}, all {}", options, moment,
-                                     log.events().size(), seed, all));
-            const auto crashed = states.build([&](std::size_t event, std::uint64_t sector) {
-                return all || Random(seed ^ event << 32 ^ sector).chance(50);
-            });
-            save(crashed, directory_.path());
+        lose_power(made(options, size), "fat " + options, 12, 1, change, [&](const Files& crashed) {
             ASSERT_EQ(faults(true), "");
-            const auto read = must(open_file_system(std::make_shared<StorageDisk>(crashed.at(fat_disk))));
+            const auto read = must(open_file_system(std::make_shared<StorageDisk>(crashed.at(disk_name))));
             EXPECT_EQ(contents(*read, "/dir/a long name"), std::string(5000, 'k'));
             EXPECT_THAT(contents(*read, "/value"),
                         testing::AnyOf(std::string(9000, 'o'), std::string(12'000, 'n'), std::string(5000, 'k')));
-        }
+        });
     }
 }
 
 TEST_F(FatChangeTest, FilesGrowAndShrink) {
     const auto files = made("-F 16 -s 1", "4M");
-    StorageDisk disk(files.at(fat_disk));
+    StorageDisk disk(files.at(disk_name));
     auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
     const auto inode = put(*opened, opened->root(), "sparse", "begin");
     const std::string end = "end";
@@ -146,7 +115,7 @@ TEST_F(FatChangeTest, FilesGrowAndShrink) {
 
 TEST_F(FatChangeTest, FullOnesStayAsTheyAre) {
     const auto files = made("-F 12 -s 1 -r 16", "200K");
-    StorageDisk disk(files.at(fat_disk));
+    StorageDisk disk(files.at(disk_name));
     auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
     const auto root = opened->root();
     const auto inode = must(opened->create(root, "large", node(FileType::regular)));
@@ -167,7 +136,7 @@ TEST_F(FatChangeTest, FullOnesStayAsTheyAre) {
 
 TEST_F(FatChangeTest, NamesAreComparedAsFatDoes) {
     const auto files = made("-F 16 -s 1", "4M");
-    StorageDisk disk(files.at(fat_disk));
+    StorageDisk disk(files.at(disk_name));
     auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
     const auto root = opened->root();
     const auto refused = [&](const std::string& name, std::string_view what) {
@@ -198,7 +167,7 @@ TEST_F(FatChangeTest, WhatIsInUseOrDamagedIsRefused) {
     const auto refused = [&](const std::string& script, Errc code, std::string_view what) {
         static_cast<void>(made("-F 16 -s 1", "4M"));
         shell(script);
-        const std::shared_ptr<Storage> storage = load(directory_.file(fat_disk), fat_disk);
+        const std::shared_ptr<Storage> storage = load(directory_.file(disk_name), disk_name);
         EXPECT_TRUE(fails(open_file_system(std::make_shared<StorageDisk>(storage), Access::write), code, {what}))
             << script;
     };
@@ -220,8 +189,8 @@ TEST_F(FatChangeTest, WhatIsInUseOrDamagedIsRefused) {
 
 TEST_F(FatChangeTest, DirectoriesWithManyFilesAreChangedQuickly) {
     shell("truncate -s 64M disk.raw; mkfs.fat -F 32 -s 1 disk.raw > /dev/null");
-    const Files files = {{fat_disk, load(directory_.file(fat_disk), fat_disk)}};
-    StorageDisk disk(files.at(fat_disk));
+    const Files files = {{disk_name, load(directory_.file(disk_name), disk_name)}};
+    StorageDisk disk(files.at(disk_name));
     auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
     const auto directory = must(opened->create(opened->root(), "many", node(FileType::directory)));
     for (int i = 0; i < 8000; ++i)
