@@ -35,7 +35,7 @@ void print_compacted(const qcow::CompactResult& result, const CompactOptions& op
         fmt::print("{}: {} {} {}\n", path, human(result.size_before), options.dry_run ? "would become" : "became",
                    human(result.size_after));
     }
-    fmt::print("{} leaked clusters, {} clusters of zeros; {} clusters and {} compressed clusters {}\n",
+    fmt::print("{} leaked clusters, {} empty clusters; {} clusters and {} compressed clusters {}\n",
                result.leaked_clusters, result.unmapped_clusters, result.moved_clusters, result.moved_streams,
                options.dry_run ? "would move" : "moved");
     if (options.compress)

@@ -33,7 +33,8 @@ struct CompactResult {
     std::uint64_t size_after = 0;   ///< of a dry run: as the job would leave it
     std::uint64_t cluster_size = 0;
     std::uint64_t leaked_clusters = 0;      ///< host clusters that nothing used, but that were counted
-    std::uint64_t unmapped_clusters = 0;    ///< host clusters of zeros, and L2 tables that map nothing
+    std::uint64_t unmapped_clusters = 0;    ///< host clusters that hold nothing: zeros, tables that map nothing, and
+                                            ///< what lies behind the end of the disk
     std::uint64_t compressed_clusters = 0;  ///< host clusters that became compressed
     std::uint64_t moved_clusters = 0;       ///< host clusters that moved, without those of compressed streams
     std::uint64_t moved_streams = 0;        ///< compressed clusters that moved

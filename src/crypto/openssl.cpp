@@ -150,20 +150,19 @@ Result<double> pbkdf2_speed(const std::string& hash) {
     constexpr double enough = 0.004;  // seconds
     constexpr unsigned samples = 5;   // other work on the machine makes some of them slow
     std::array<std::byte, 16> key = {};
-    double best = 0;
     std::uint32_t iterations = 1000;
-    for (unsigned sample = 0; sample < samples;) {
+    const auto sample = [&]() -> Result<double> {
         const double begin = seconds_of_thread();
         TRY_VOID(pbkdf2(hash, key, key, iterations, key));
-        const double taken = seconds_of_thread() - begin;
-        if (taken < enough && sample == 0) {
-            iterations *= 4;
-            continue;
-        }
-        best = std::max(best, iterations / taken);
-        ++sample;
+        return seconds_of_thread() - begin;
+    };
+    auto shortest = TRY(sample());
+    while (shortest < enough) {
+        iterations *= 4;
+        shortest = TRY(sample());
     }
-    return measured[hash] = best;
+    for (unsigned i = 1; i < samples; ++i) shortest = std::min(shortest, TRY(sample()));
+    return measured[hash] = iterations / shortest;
 }
 
 Result<void> split(const std::string& hash, std::span<const std::byte> key, std::span<std::byte> to) {

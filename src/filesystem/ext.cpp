@@ -427,13 +427,14 @@ private:
     /// so a process that dies meanwhile leaves work for e2fsck, as one does that has it mounted.
     Result<void> begin_change() {
         if (changed_) return {};
-        changed_ = true;
         set_clean(*fs_, false);
         const int flags = fs_->flags;
         fs_->flags |= EXT2_FLAG_SUPER_ONLY;
         const auto code = ext2fs_flush(fs_);
         fs_->flags = flags;
-        return verify(code, "superblock");
+        TRY_VOID(verify(code, "superblock"));
+        changed_ = true;
+        return {};
     }
 
     /// A feature that changes would have to take care of, and do not.

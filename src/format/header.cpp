@@ -263,6 +263,12 @@ Result<Header> parse_header(std::span<const std::byte> cluster) {
     return h;
 }
 
+Result<void> verify_not_marked_corrupt(const HeaderState& header) {
+    if (!header.has(incompatible::corrupt)) return {};
+    return fail(Errc::corrupt, "header field incompatible_features (byte 72)",
+                "the image is marked as corrupt, so it is not written; qcow check says what is wrong, and what to do");
+}
+
 Result<void> verify_refcount_table(const HeaderState& h, unsigned cluster_bits, std::uint64_t file_size) {
     const std::uint64_t bytes = std::uint64_t{h.refcount_table_clusters} << cluster_bits;
     if (bytes == 0) return fail(Errc::corrupt, field("refcount_table_clusters", 56), "0: there are no refcounts");

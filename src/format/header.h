@@ -157,6 +157,9 @@ Result<std::size_t> header_bytes(std::span<const std::byte> start);
 /// features. The L1 table may lie past the end of the file.
 Result<Header> parse_header(std::span<const std::byte> cluster);
 
+/// Verifies that the image may be written: Errc::corrupt if it is marked as corrupt.
+Result<void> verify_not_marked_corrupt(const HeaderState& header);
+
 /// What writing and checking need, and reading does not: a refcount table, within the limits and the file.
 Result<void> verify_refcount_table(const HeaderState& header, unsigned cluster_bits, std::uint64_t file_size);
 

@@ -307,7 +307,7 @@ private:
         for (const auto& slot : json_.at("keyslots")) {
             const auto& kdf = slot.at("kdf");
             seconds += of_digests;
-            // Memory for the key material is taken by these.
+            // libcryptsetup takes as much memory as these numbers say.
             count(slot, "key_size", most_key_bytes);
             if (count(slot.at("af"), "stripes") != format::luks_stripes)
                 return unsupported(fmt::format("key material in other than {} stripes", format::luks_stripes));

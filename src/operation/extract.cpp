@@ -96,7 +96,6 @@ Result<void> read_in_order(FileSystem& files, Inode inode, Disk* disk, unsigned 
     if (lies_in_disk(files, inode, disk)) {
         // As many pieces at a time as take little memory.
         constexpr std::size_t batch = 64;
-        const std::vector<std::byte> zeros(content_piece);
         std::vector<FileExtent> pieces;
         const auto flush = [&]() -> Result<void> {
             ContentsJob job{std::move(pieces), *disk, take};
@@ -110,6 +109,7 @@ Result<void> read_in_order(FileSystem& files, Inode inode, Disk* disk, unsigned 
                 // A long hole is not read.
                 if (!extent.stored && extent.length > content_piece) {
                     TRY_VOID(flush());
+                    const std::vector<std::byte> zeros(content_piece);
                     for (auto left = extent.length; left > 0; left -= std::min(left, content_piece))
                         TRY_VOID(take(std::span(zeros).first(std::min(left, content_piece))));
                     return {};

@@ -97,11 +97,8 @@ Result<void> change_features(Storage& file, const AmendOptions& options) {
 
 Result<void> verify_structures(const std::shared_ptr<Storage>& file) {
     const auto header = TRY(read_header(*file));
-    if (header.has(format::incompatible::corrupt)) {
-        return fail(
-            Errc::corrupt, file->name(),
-            "the image is marked as corrupt, so it is not written; qcow check says what is wrong, and what to do");
-    }
+    if (auto sound = format::verify_not_marked_corrupt(header); !sound)
+        return std::unexpected(std::move(sound).error().in(file->name()));
     if (header.encryption && !lies_within(header.encryption->offset.value, header.encryption->length,
                                           TRY(file->size()))) {
         return fail(Errc::corrupt, file->name(),

@@ -16,9 +16,8 @@ namespace qcow::qcow2 {
 ///
 /// Before the first guest byte changes, each one is marked in_use on disk. From then on what changes is recorded in
 /// memory; save() adds it to the bits in the file, and once that is durable clear_in_use() says so. Changes that keep
-/// what the guest reads mark nothing. Whenever power is lost, a bitmap
-/// is marked or covers all changes. The bits get their place in the file when the first of them is recorded, so that
-/// save() needs no space.
+/// what the guest reads mark nothing. Whenever power is lost, a bitmap is marked or covers all changes. The bits get
+/// their place in the file when the first of them is recorded, so that save() needs no space.
 ///
 /// Enabled bitmaps that cannot be kept are marked and stay so: what is damaged or not understood, and what does not fit
 /// into memory. For all bits there is a quarter of the image's share of the cache budget, on top of it, and at least

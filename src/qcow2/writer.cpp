@@ -44,11 +44,7 @@ Result<void> Writer::open() {
             "its external data file is raw and encrypted, so other programs read something else than the guest; "
             "it is only read");
     }
-    if (state.has(format::incompatible::corrupt)) {
-        return fail(
-            Errc::corrupt, "header field incompatible_features (byte 72)",
-            "the image is marked as corrupt, so it is not written; qcow check says what is wrong, and what to do");
-    }
+    TRY_VOID(format::verify_not_marked_corrupt(state));
     TRY_VOID(metadata_.load());
     TRY_VOID(bitmaps_.load());
     if (state.has(format::incompatible::dirty)) {

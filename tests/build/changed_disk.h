@@ -69,6 +69,16 @@ inline Inode put(FileSystem& files, Inode directory, const std::string& name, co
     return inode;
 }
 
+/// Replaces /value by 12,000 bytes of "n", and removes a file of /dir. Returns a new directory in /dir.
+inline Inode replace_and_remove(FileSystem& files, const std::string& removed, const std::string& made) {
+    const auto root = files.root();
+    const auto directory = must(find_path(files, "/dir"));
+    put(files, root, ".qcow-put-0", std::string(12'000, 'n'));
+    must(files.replace(root, ".qcow-put-0", "value"));
+    must(files.remove(directory, removed));
+    return must(files.create(directory, made, node(FileType::directory)));
+}
+
 /// A file system in a file, which a test makes and changes.
 class ChangedDiskTest : public testing::Test {
 protected:

@@ -24,12 +24,7 @@ protected:
 
     static void change(Disk& disk) {
         auto files = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
-        const auto root = files->root();
-        const auto directory = must(find_path(*files, "/dir"));
-        put(*files, root, ".qcow-put-0", std::string(12'000, 'n'));
-        must(files->replace(root, ".qcow-put-0", "value"));
-        must(files->remove(directory, "old"));
-        const auto deeper = must(files->create(directory, "deeper", node(FileType::directory)));
+        const auto deeper = replace_and_remove(*files, "old", "deeper");
         for (int i = 0; i < 80; ++i) {
             put(*files, deeper, fmt::format("file number {:0100}", i), std::string(700, 'x'));
             must(files->create(deeper, fmt::format("directory number {:0100}", i), node(FileType::directory)));

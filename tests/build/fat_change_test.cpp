@@ -29,12 +29,7 @@ protected:
     /// Makes, replaces and removes files.
     static void change(Disk& disk) {
         auto files = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
-        const auto root = files->root();
-        const auto directory = must(find_path(*files, "/dir"));
-        put(*files, root, ".qcow-put-0", std::string(12'000, 'n'));
-        must(files->replace(root, ".qcow-put-0", "value"));
-        must(files->remove(directory, "old.txt"));
-        const auto deeper = must(files->create(directory, "Deeper directory", node(FileType::directory)));
+        const auto deeper = replace_and_remove(*files, "old.txt", "Deeper directory");
         for (int i = 0; i < 40; ++i) put(*files, deeper, fmt::format("file number {}", i), std::string(700, 'x'));
         must(files->remove(deeper, "file number 3"));
         must(files->close());

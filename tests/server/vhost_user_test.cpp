@@ -555,17 +555,6 @@ TEST(GuestDiskTest, EndsWithTheLastMachine) {
     EXPECT_FALSE(std::filesystem::exists(directory / "a"));
 }
 
-TEST(GuestDiskTest, KeepsTheModeOfTheCacheWhenALogStarts) {
-    GuestDisk disk;
-    FrontEnd front(disk.socket());
-    front.start();
-    front.set_writeback(false);
-    front.start_log();
-    EXPECT_EQ(front.config().wce, 0U);
-    front.stop_log();
-    EXPECT_EQ(front.config().wce, 0U);
-}
-
 TEST(GuestDiskTest, StatusOfTheDevice) {
     GuestDisk disk;
     FrontEnd front(disk.socket());
@@ -580,25 +569,6 @@ TEST(GuestDiskTest, StatusOfTheDevice) {
     front.set(front::Message::set_status, front::bytes_of(std::uint64_t{0}));
     EXPECT_EQ(front.connection().ask_number(front::Message::get_status), 0U);
     EXPECT_EQ(front.stop_queue(0), used);
-}
-
-/// Drivers read it before they accept features, and believe it then.
-TEST(GuestDiskTest, IsCachedBeforeFeaturesAreAccepted) {
-    GuestDisk disk;
-    FrontEnd front(disk.socket());
-    front.set(front::Message::set_features, front::bytes_of(std::uint64_t{0}));
-    EXPECT_EQ(front.config().wce, 1U);
-}
-
-TEST(GuestDiskTest, WhoCannotFlushHasEachWriteFlushed) {
-    GuestDisk disk;
-    FrontEnd front(disk.socket(), {.features = ~front::feature::flush});
-    front.start();
-    const auto data = front.scratch();
-    std::ranges::fill(front.memory().bytes(data, 4096), std::byte{7});
-    EXPECT_EQ(front.request(out, 64, std::array{Segment{data, 4096}}), ok);
-    disk.kill();
-    EXPECT_EQ(must_run({QCOW_TOOL, "read", disk.image(), "32k", "4k"}).out, std::string(4096, '\7'));
 }
 
 /// The guest learns only that there is an error.

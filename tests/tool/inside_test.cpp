@@ -156,9 +156,8 @@ TEST_F(InsideTest, ListsAndFinds) {
     EXPECT_EQ(must_tool(with({"find"}, {"/a", "--name", "h*d"})).out, "/a/hard\n");
     for (const auto* const time : {"2002-01-01", "2002-01-01T00:00:00Z", "@1009843200"})
         EXPECT_EQ(must_tool(with({"find"}, {"/", "--older", time})).out, "/a/f\n/a/hard\n/absolute\n") << time;
-    EXPECT_EQ(shell(std::string("'") + QCOW_TOOL +
-                    "' get --tar -f raw disk.raw /a | tar -t 2>&1 | grep -c LIBARCHIVE || true"),
-              "0\n");
+    // GNU tar knows all that it reads.
+    EXPECT_EQ(shell(std::string("'") + QCOW_TOOL + "' get --tar -f raw disk.raw /a/f | tar -t 2>&1"), "f\n");
     expect_refusal(with({"cat"}, {"/nothing"}), HasSubstr("there is no such file in the disk"));
     expect_refusal(with({"cat"}, {"/a"}), HasSubstr("this is a directory"));
     expect_refusal(with({"get"}, {"/a/f", "tree/a/f"}), HasSubstr("it is not replaced"));
