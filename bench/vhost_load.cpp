@@ -270,7 +270,6 @@ void verify(const Arguments& arguments) {
             mixture.run([&] { return deadline.is_over(); });
             break;
         } catch (const Disconnected&) {
-            mixture.model().crashed();
             front.reconnect(std::chrono::minutes(1));
         }
     }

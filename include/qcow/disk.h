@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 
@@ -34,6 +35,13 @@ struct Extent {
     /// zeros that keep a preallocated place. None for compressed or encrypted data.
     std::optional<HostOffset> host = {};
     const Storage* storage = nullptr;  ///< which file `host` is in; lives as long as the disk
+};
+
+/// Memory that outlives the process, such as a file in memory that another process has mapped, too. It begins at a
+/// multiple of 64. `owner` keeps it mapped.
+struct SurvivingMemory {
+    std::span<std::byte> bytes;
+    std::shared_ptr<void> owner;
 };
 
 /// A fixed number of bytes.
@@ -95,6 +103,19 @@ public:
     /// When it returns, every write that completed before it began survives power loss.
     Result<void> flush();
 
+    /// Keeps in `memory`, from now on, what is complete and only this process has: so a kill of the process loses
+    /// nothing that is complete. Who opens the disk next calls this with the same memory before anything else, and the
+    /// disk is as it was. Other changes are not allowed in between. Without this, a kill loses what was not flushed,
+    /// as a power loss does. (A power loss still does.)
+    ///
+    /// The memory has at least 64 KiB; with less than some MiB, writes are slower. Its contents are not trusted: they
+    /// can change what this disk holds, and nothing else. Called again, it moves to other memory. A disk that keeps
+    /// nothing to itself does nothing.
+    ///
+    /// Errors: Errc::invalid_argument: the memory is too short, or the disk was changed since the process was killed,
+    /// so that what the memory has does not apply; io, corrupt, no_space.
+    Result<void> survive_in(SurvivingMemory memory);
+
 protected:
     // What a disk does. Ranges lie within it, and limits do not reach past its end. Memory may run out
     // (std::bad_alloc).
@@ -111,6 +132,8 @@ protected:
                                                std::uint64_t length);
 
     virtual Result<void> do_flush();
+    /// The default keeps nothing.
+    virtual Result<void> do_survive_in(SurvivingMemory memory);
 
 private:
     template <class Work>

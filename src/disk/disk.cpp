@@ -5,6 +5,7 @@
 
 #include "base/within_memory.h"
 #include "disk/range.h"
+#include "storage/redo_log.h"
 
 namespace qcow {
 namespace {
@@ -63,12 +64,25 @@ Result<void> Disk::flush() {
     return within_memory([&] { return do_flush(); });
 }
 
+Result<void> Disk::survive_in(SurvivingMemory memory) {
+    return within_memory([&]() -> Result<void> {
+        if (memory.bytes.size() < RedoLog::min_bytes) {
+            return fail(Errc::invalid_argument, "",
+                        fmt::format("{} bytes of surviving memory are too few; it takes {} at least",
+                                    memory.bytes.size(), RedoLog::min_bytes));
+        }
+        return do_survive_in(std::move(memory));
+    });
+}
+
 Result<void> Disk::verify_writable() const { return read_only(); }
 Result<void> Disk::do_write(GuestOffset, ConstBuffers) { return read_only(); }
 Result<void> Disk::do_write_zeroes(GuestOffset, std::uint64_t, Zeroes) { return read_only(); }
 Result<void> Disk::do_discard(GuestOffset, std::uint64_t) { return read_only(); }
 Result<std::uint64_t> Disk::do_copy_from(GuestOffset, const Storage&, HostOffset, std::uint64_t) { return 0; }
 Result<void> Disk::do_flush() { return {}; }
+// NOLINTNEXTLINE(performance-unnecessary-value-param): those that keep it move it
+Result<void> Disk::do_survive_in(SurvivingMemory) { return {}; }
 
 Result<void> verify_range(const Disk& disk, GuestOffset at, std::uint64_t length) {
     if (lies_within(at.value, length, disk.size())) return {};

@@ -46,6 +46,7 @@ protected:
         return disk_->copy_from(shifted(at), source, from, length);
     }
     Result<void> do_flush() override { return disk_->flush(); }
+    Result<void> do_survive_in(SurvivingMemory memory) override { return disk_->survive_in(std::move(memory)); }
 
 private:
     [[nodiscard]] GuestOffset shifted(GuestOffset at) const { return start_ + at.value; }

@@ -162,6 +162,10 @@ protected:
 
     Result<void> do_flush() override { return writer_ ? writer_->flush() : Result<void>(); }
 
+    Result<void> do_survive_in(SurvivingMemory memory) override {
+        return writer_ ? writer_->survive_in(std::move(memory)) : Result<void>();
+    }
+
     Result<void> do_resize(std::uint64_t size) override {
         const std::unique_lock lock(bitmaps_mutex_);
         auto resized = writer_->resize(size);

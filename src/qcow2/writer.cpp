@@ -47,13 +47,17 @@ Result<void> Writer::open() {
     TRY_VOID(format::verify_not_marked_corrupt(state));
     TRY_VOID(metadata_.load());
     TRY_VOID(bitmaps_.load());
-    if (state.has(format::incompatible::dirty)) {
-        TRY_VOID(begin_first());
-        TRY_VOID(metadata_.rebuild_refcounts());
-        TRY_VOID(mapping_.correct_copied_flags());
-        return metadata_.end_rebuild();
-    }
+    if (state.has(format::incompatible::dirty)) return rebuild();
     return verifies_refcounts_ ? metadata_.verify_refcounts() : Result<void>();
+}
+
+/// Counts what an image that is marked as dirty refers to.
+Result<void> Writer::rebuild() {
+    TRY_VOID(clear_unknown_features());
+    TRY_VOID(metadata_.rebuild_refcounts());
+    recounted_ = true;
+    TRY_VOID(mapping_.correct_copied_flags());
+    return metadata_.end_rebuild();
 }
 
 /// A request that changes the image.
@@ -214,7 +218,7 @@ Result<void> Writer::change_bitmaps(std::span<const BitmapAction> actions) {
     return metadata_.attempt([&]() -> Result<void> {
         TRY_VOID(metadata_.verify_writable());
         const auto held = TRY(HeldRequests::hold(gate_, parts_->metadata.file().name()));
-        TRY_VOID(clear_unknown_features());
+        TRY_VOID(begin_first());
         TRY_VOID(save_bitmaps());
         TRY_VOID(qcow2::change_bitmaps(metadata_, actions));
         // Without the list of bitmaps, changes of the disk would not be recorded.
@@ -227,8 +231,28 @@ Result<void> Writer::change_bitmaps(std::span<const BitmapAction> actions) {
 Result<void> Writer::save_bitmaps() {
     auto saved = bitmaps_.save();
     TRY_VOID(flush());
-    begun_ = false;
     return saved ? bitmaps_.clear_in_use() : saved;
+}
+
+Result<void> Writer::survive_in(SurvivingMemory memory) {
+    const std::lock_guard lock(whole_mutex_);
+    return metadata_.attempt([&]() -> Result<void> {
+        TRY_VOID(metadata_.verify_writable());
+        const auto& file = parts_->metadata.file().name();
+        const auto held = TRY(HeldRequests::hold(gate_, file));
+        // What this process keeps to itself. If it is kept in this memory, that has nothing then.
+        TRY_VOID(metadata_.write_changes());
+        const auto left = RedoLog::read(memory.bytes);
+        if (!left.empty() && begun_) {
+            return fail(Errc::invalid_argument, file,
+                        "it was written before its guest came back, so what the guest wrote last, and did not flush, "
+                        "is lost; restart the guest");
+        }
+        if (!left.empty()) TRY_VOID(metadata_.redo(left, recounted_));
+        // The file has it now. If this process is killed, too, the next one finds an image that is marked as dirty.
+        metadata_.record_in(std::move(memory));
+        return left.empty() ? Result<void>() : rebuild();
+    });
 }
 
 Result<void> Writer::expand_zeroes() {

@@ -48,6 +48,7 @@ public:
     Result<void> complete_snapshots();
     Result<void> expand_zeroes();
     Result<void> flush() { return metadata_.flush(); }
+    Result<void> survive_in(SurvivingMemory memory);
 
     /// Flushes, saves the bitmaps, and gives back everything that is only reserved. No other request may be in flight.
     Result<void> settle();
@@ -68,6 +69,7 @@ private:
     Result<void> zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mode);
     Result<void> begin(GuestOffset at, std::uint64_t length);
     Result<void> begin_first();
+    Result<void> rebuild();
     Result<void> clear_unknown_features();
     Result<void> save_bitmaps();
 
@@ -88,7 +90,8 @@ private:
     bool verifies_refcounts_;
     bool discards_;
     bool dropped_tables_ = false;
-    std::atomic<bool> begun_ = false;  // features that are not known are off
+    bool recounted_ = false;           // what nothing in the file refers to has been freed
+    std::atomic<bool> begun_ = false;  // the first change was made: features that are not known are off
 };
 
 }  // namespace qcow::qcow2

@@ -207,6 +207,16 @@ Result<std::size_t> WordCache::load(HostOffset at, std::span<std::uint64_t> to) 
     return to.size();
 }
 
+/// Under the set's lock: records that these words of a page change. Returns false if there is no room.
+bool WordCache::record(std::size_t set, std::size_t way, HostOffset at, std::span<const std::uint64_t> words) const {
+    auto* log = log_of(states_[set].slots[way].page_class);
+    if (log == nullptr) return true;
+    std::array<std::uint64_t, max_page_words> before;
+    const auto* old = words_of(set, way) + at.value / 8 % page_words_;
+    for (std::size_t i = 0; i < words.size(); ++i) before[i] = old[i].load(std::memory_order_relaxed);
+    return log->append(at, std::span(before).first(words.size()), words);
+}
+
 Result<bool> WordCache::store(HostOffset at, std::span<const std::uint64_t> words, PageClass page_class, bool barrier) {
     const std::uint64_t page = at.value / 8 / page_words_;
     const std::size_t first = at.value / 8 % page_words_;
@@ -217,7 +227,6 @@ Result<bool> WordCache::store(HostOffset at, std::span<const std::uint64_t> word
     const std::size_t way = find(set, page);
     if (way == ways) return false;
     TRY_VOID(reserve_space(PageRun{page}));
-    change(set, way, page + 1, first, words);
     auto& slot = states_[set].slots[way];
     slot.barrier |= barrier;
     slot.page_class = page_class;
@@ -226,6 +235,9 @@ Result<bool> WordCache::store(HostOffset at, std::span<const std::uint64_t> word
         const std::lock_guard list_guard(list.mutex);
         list.slots.push_back(set * ways + way);
     }
+    // The page is listed before: whoever takes the pages after this record takes it, too, once this change is made.
+    if (!record(set, way, at, words)) return false;
+    change(set, way, page + 1, first, words);
     return true;
 }
 

@@ -14,6 +14,7 @@
 #include "qcow/error.h"
 #include "qcow/offset.h"
 #include "qcow/storage.h"
+#include "storage/redo_log.h"
 
 namespace qcow {
 
@@ -56,6 +57,12 @@ public:
     /// Gives the pages of [at, at + length) space in the file ahead of stores, which then cannot fail for want of it. A
     /// range takes fewer calls to the system than its pages do one by one. Errc::io, no_space.
     Result<void> reserve_space(HostOffset at, std::uint64_t length);
+
+    /// Records the stores of a class from now on, before anybody sees them; null: none. A store that finds no room in
+    /// the log fails as one that finds none in the cache. Nobody stores words of this class or takes pages of it
+    /// meanwhile.
+    void record_in(std::unique_ptr<RedoLog> log, PageClass page_class) { logs_[page_class] = std::move(log); }
+    [[nodiscard]] RedoLog* log_of(PageClass page_class) const { return logs_[page_class].get(); }
 
     /// A changed page as it was when it was taken.
     struct Changed {
@@ -126,6 +133,8 @@ private:
     Result<std::size_t> load_sector(HostOffset at, std::span<std::uint64_t> to) const;
     void change(std::size_t set, std::size_t way, std::uint64_t tag, std::size_t first,
                 std::span<const std::uint64_t> words);
+    [[nodiscard]] bool record(std::size_t set, std::size_t way, HostOffset at,
+                              std::span<const std::uint64_t> words) const;
     ChangedList& list_of(PageClass page_class) { return changed_[page_class]; }
 
     struct Free {
@@ -141,6 +150,7 @@ private:
     std::atomic<bool> pages_failed_ = false;  // to be read as a whole
     std::unique_ptr<std::atomic<std::uint64_t>[], Free> words_;
     std::array<ChangedList, page_classes> changed_;
+    std::array<std::unique_ptr<RedoLog>, page_classes> logs_;
 };
 
 }  // namespace qcow

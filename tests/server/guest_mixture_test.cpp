@@ -22,44 +22,6 @@ using front::Mixture;
 using front::MixtureOptions;
 using std::chrono::milliseconds;
 
-/// The same rings and memory after the server was killed under load: each request completes once, nothing is lost.
-class KilledGuestDiskTest : public testing::TestWithParam<bool> {};
-
-INSTANTIATE_TEST_SUITE_P(Modes, KilledGuestDiskTest, testing::Bool(),
-                         [](const auto& parameter) { return parameter.param ? "writeback" : "writethrough"; });
-
-TEST_P(KilledGuestDiskTest, GoesOnWithWhatWasInFlight) {
-    const bool writeback = GetParam();
-    GuestDisk disk;
-    // Large requests are completed out of their order.
-    MixtureOptions options{.bytes = 64 * MiB, .jobs = 8, .depth = 16, .longest = 64, .seed = run_seed()};
-    FrontEnd front(disk.socket(), {.queues = 2, .regions = {Mixture::memory_needed(options) + 20 * MiB}});
-    front.start();
-    ASSERT_TRUE(front.has_protocol(front::protocol::inflight_shmfd));
-    Mixture mixture(front, options);
-    front.set_writeback(writeback);
-    if (!writeback) mixture.model().expect_writethrough();
-    auto random = Random::named("killed guest disk");
-    for (unsigned kill = 0; kill < 12 * effort(); ++kill) {
-        std::thread killer([&, delay = random.below(150)] {
-            std::this_thread::sleep_for(milliseconds(delay));
-            disk.kill();
-        });
-        EXPECT_THROW(mixture.run([] { return false; }), front::Disconnected);
-        killer.join();
-        mixture.model().crashed();
-        disk.start();
-        front.reconnect();  // and nobody says again how it is cached
-        mixture.finish();
-        mixture.verify();
-    }
-    std::cout << mixture.counts() << "\n";
-    for (unsigned i = 0; i < 2; ++i) front.stop_queue(i);
-    disk.stop();
-    const auto status = qemu_check(disk.image(), false, {}).status;
-    EXPECT_TRUE(status == 0 || status == 3) << status;
-}
-
 TEST(GuestDiskTest, GoesOnWithWhatWasInFlightWhenTheConnectionIsLost) {
     GuestDisk disk;
     // Large requests are completed out of their order.
@@ -122,6 +84,76 @@ struct WarmOverlay {
                  directory);
     }
 };
+
+/// What a server is killed on.
+struct KilledDisk {
+    std::string name;
+    bool writeback = true;
+    bool overlay = false;  // over a compressed image, and snapshots come and go
+};
+
+void PrintTo(const KilledDisk& disk, std::ostream* out) { *out << disk.name; }
+
+/// The same rings and memory after the server was killed under load: each request completes once, and nothing that was
+/// complete is lost, flushed or not.
+class KilledGuestDiskTest : public testing::TestWithParam<KilledDisk> {};
+
+INSTANTIATE_TEST_SUITE_P(Modes, KilledGuestDiskTest,
+                         testing::Values(KilledDisk{"writeback"}, KilledDisk{"writethrough", false},
+                                         KilledDisk{"overlay", true, true}),
+                         [](const auto& parameter) { return parameter.param.name; });
+
+TEST_P(KilledGuestDiskTest, GoesOnWithWhatWasInFlight) {
+    const auto& kind = GetParam();
+    GuestDisk disk;
+    // Large requests are completed out of their order.
+    MixtureOptions options{.bytes = 64 * MiB, .jobs = 8, .depth = 16, .longest = 64, .seed = run_seed()};
+    if (kind.overlay) {
+        WarmOverlay overlay;
+        overlay.options.bytes = 128 * overlay.options.spread.area;
+        disk.stop();
+        std::filesystem::remove(disk.image());
+        overlay.make(disk.image(), disk.directory().path());
+        options.bytes = overlay.options.bytes;
+        options.spread = overlay.options.spread;
+        disk.start_with({"--control", "control"});
+    }
+    FrontEnd front(disk.socket(), {.queues = 2, .regions = {Mixture::memory_needed(options) + 20 * MiB}});
+    front.start();
+    ASSERT_TRUE(front.has_protocol(front::protocol::inflight_shmfd));
+    Mixture mixture(front, options);
+    front.set_writeback(kind.writeback);
+    auto random = Random::named("killed guest disk");
+    unsigned snapshots = 0;
+    for (unsigned kill = 0; kill < 12 * effort(); ++kill) {
+        std::thread killer([&, delay = random.below(150)] {
+            if (kind.overlay) {
+                Subprocess snapshot({QCOW_TOOL, "snapshot", "--control", "control", "-c", std::to_string(kill)},
+                                    disk.directory().path());
+                // Half of the servers are killed while they make it.
+                if (kill % 2 == 0) snapshots += snapshot.finish().status == 0 ? 1U : 0U;
+                std::this_thread::sleep_for(milliseconds(random.below(60)));
+                disk.kill();
+                if (kill % 2 != 0) snapshot.finish();
+                return;
+            }
+            std::this_thread::sleep_for(milliseconds(delay));
+            disk.kill();
+        });
+        EXPECT_THROW(mixture.run([] { return false; }), front::Disconnected);
+        killer.join();
+        disk.start();
+        front.reconnect();  // and nobody says again how it is cached
+        mixture.finish();
+        mixture.verify();
+    }
+    std::cout << mixture.counts() << ", " << snapshots << " snapshots\n";
+    EXPECT_TRUE(!kind.overlay || snapshots > 0);
+    for (unsigned i = 0; i < 2; ++i) front.stop_queue(i);
+    disk.stop();
+    const auto status = qemu_check(disk.image(), false, {}).status;
+    EXPECT_TRUE(status == 0 || status == 3) << status;
+}
 
 /// Four queues of an overlay over a compressed image, of which a snapshot is made, and another one removed, again and
 /// again.

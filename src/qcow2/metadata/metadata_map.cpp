@@ -107,6 +107,10 @@ private:
 };
 
 Result<void> MetadataMap::load(const Metadata& metadata) {
+    {
+        const std::lock_guard lock(mutex_);
+        runs_.clear();
+    }
     const std::uint64_t file_bytes = TRY(walked_length(metadata));
     Loader loader(*this, metadata.file(), file_bytes, metadata.cluster_size());
     WalkOptions options;

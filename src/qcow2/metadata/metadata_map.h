@@ -34,8 +34,9 @@ public:
 
     explicit MetadataMap(unsigned cluster_bits) : cluster_bits_(cluster_bits), filter_(filter_words) {}
 
-    /// All that an image has. Errc::corrupt where structures overlap or do not lie within the file; limit_exceeded
-    /// where there are more, or larger ones, than images have in practice. Holes are not read.
+    /// All that an image has, in place of what was added before. Errc::corrupt where structures overlap or do not lie
+    /// within the file; limit_exceeded where there are more, or larger ones, than images have in practice. Holes are
+    /// not read.
     Result<void> load(const Metadata& metadata);
 
     /// Adds the clusters that [at, at + length) touches. Errc::corrupt, naming both, where one is in use already:

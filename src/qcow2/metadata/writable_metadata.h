@@ -31,6 +31,13 @@ public:
     Result<void> verify_refcounts();
     /// Counts all references of an image that is marked as dirty. Errors: Errc::corrupt, io.
     Result<void> rebuild_refcounts() { return allocator_.rebuild(); }
+    /// Repeats changes of the mapping that a killed process had in its cache alone. Afterwards the references have to
+    /// be counted, and the image is marked as dirty if its version can be. `recounted`: they have been since it was
+    /// opened. Nothing was changed since then, and no request is in flight. Errors: Errc::invalid_argument where the
+    /// image is not as it was before these changes; io, corrupt.
+    Result<void> redo(std::span<const RedoLog::Store> stores, bool recounted);
+    /// Records changes of the mapping in this memory from now on: see WriteBack::record_in.
+    void record_in(SurvivingMemory memory) { write_back_.record_in(std::move(memory)); }
     /// Takes the dirty mark away if the image is sound. Errors: Errc::corrupt, io.
     Result<void> end_rebuild();
 

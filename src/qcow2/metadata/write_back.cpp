@@ -62,11 +62,18 @@ Result<void> WriteBack::write_refcounts() {
     });
 }
 
+void WriteBack::record_in(SurvivingMemory memory) {
+    const std::lock_guard lock(mapping_mutex_);
+    metadata_.words().record_in(std::make_unique<RedoLog>(std::move(memory)), mapping_pages);
+}
+
 Result<void> WriteBack::write_all() {
     // Who waits here must not find that nothing is changed, where memory ran out with pages in hand.
     const std::lock_guard lock(mapping_mutex_);
     return attempt([&]() -> Result<void> {
         TRY_VOID(verify_writable());
+        auto* log = metadata_.words().log_of(mapping_pages);
+        if (log != nullptr) log->begin_writing();
         // Not what others change meanwhile, or they could keep this one here for ever.
         auto left = metadata_.words().changed_count(mapping_pages);
         do {
@@ -84,6 +91,7 @@ Result<void> WriteBack::write_all() {
             }
             TRY_VOID(write_pages(pages, mapping_pages));
         } while (left > 0);
+        if (log != nullptr) log->end_writing();
         return {};
     });
 }

@@ -50,6 +50,10 @@ public:
     /// Writes all refcounts that were changed when it was called. Does not flush.
     Result<void> write_refcounts();
 
+    /// Records changes of the mapping in this memory from now on. Everything has been written, and nobody changes the
+    /// mapping meanwhile.
+    void record_in(SurvivingMemory memory);
+
     /// Writes everything in the cache that was changed when it was called, flushing where the order needs it, but not
     /// at the end.
     Result<void> write_all();

@@ -50,6 +50,9 @@ public:
     [[nodiscard]] bool write_back() const { return write_back_; }
     void set_write_back(bool write_back) { write_back_ = write_back; }
 
+    /// See Disk::survive_in.
+    Result<void> survive_in(SurvivingMemory memory) const { return disk_->survive_in(std::move(memory)); }
+
     /// Finds the parts of a request. The chain must outlive the result.
     [[nodiscard]] static BlockRequest parse(const Chain& chain);
     [[nodiscard]] static Work kind_of(const BlockRequest& request);

@@ -9,6 +9,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "base/bits.h"
+
 namespace qcow::vhost_user {
 namespace {
 
@@ -16,7 +18,9 @@ constexpr std::uint64_t offered_protocol_features =
     protocol::mq | protocol::log_shmfd | protocol::reply_ack | protocol::backend_req | protocol::config |
     protocol::inflight_shmfd | protocol::reset_device | protocol::configure_mem_slots | protocol::status;
 
-constexpr std::uint64_t cache_mode_bytes = 8;  // of the record of requests in flight
+// The record of requests in flight. Front ends keep it, and do not look into it.
+constexpr std::uint64_t cache_mode_bytes = 64;      // aligns what follows
+constexpr std::uint64_t unflushed_bytes = 8 * MiB;  // for what is complete and only this process has
 
 std::unexpected<Error> refuse(std::string why) { return fail(Errc::invalid_argument, "", std::move(why)); }
 
@@ -339,16 +343,19 @@ Result<void> Session::map_inflight(const InflightPlace& place, int fd) {
     const auto each = InflightRecord::bytes_for(place.queue_size);
     if (place.offset % alignof(std::uint64_t) != 0 || place.size < each * place.queues)
         return refuse("the record is too short, or not aligned");
-    inflight_ = TRY(SharedMemory::map(fd, place.offset, place.size));
-    cache_mode_record_ = inflight_.bytes().subspan(each * place.queues);
+    inflight_ = std::make_shared<SharedMemory>(TRY(SharedMemory::map(fd, place.offset, place.size)));
+    const auto bytes = inflight_->bytes();
     for (std::size_t i = 0; i < states_.size(); ++i)
-        states_[i].inflight = i < place.queues ? inflight_.bytes().subspan(i * each, each) : std::span<std::byte>();
-    return {};
+        states_[i].inflight = i < place.queues ? bytes.subspan(i * each, each) : std::span<std::byte>();
+    cache_mode_record_ = bytes.subspan(each * place.queues);
+    // Another server may have made a shorter record.
+    if (cache_mode_record_.size() < cache_mode_bytes + unflushed_bytes) return {};
+    return device_.survive_in({cache_mode_record_.subspan(cache_mode_bytes, unflushed_bytes), inflight_});
 }
 
 Result<void> Session::get_inflight_fd(Message& message) {
     auto place = as<InflightPlace>(message);
-    place.size = InflightRecord::bytes_for(place.queue_size) * place.queues + cache_mode_bytes;
+    place.size = InflightRecord::bytes_for(place.queue_size) * place.queues + cache_mode_bytes + unflushed_bytes;
     place.offset = 0;
     const FileDescriptor fd(memfd_create("inflight", MFD_CLOEXEC));
     if (fd.get() < 0 || ftruncate(fd.get(), static_cast<off_t>(place.size)) != 0)

@@ -84,7 +84,7 @@ private:
     Device& device_;
     const VhostUserOptions& options_;
     GuestMemory memory_;
-    SharedMemory inflight_;
+    std::shared_ptr<SharedMemory> inflight_;
     std::span<std::byte> cache_mode_record_;  // in it
     FileDescriptor back_channel_{-1};
     std::uint64_t features_ = 0;

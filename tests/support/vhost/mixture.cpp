@@ -17,10 +17,9 @@ Tick BlockModel::begin(const Range& range, Value value, bool weak) {
     const auto begun = now();
     for (auto i = range.first; i < range.first + range.count; ++i) {
         auto& versions = blocks_[i].versions;
-        // What a durable version replaced can never come back.
+        // What was replaced can never come back.
         std::erase_if(versions, [&](const Version& earlier) {
-            return std::ranges::any_of(
-                versions, [&](const Version& later) { return is_durable(later) && replaces(later, earlier); });
+            return std::ranges::any_of(versions, [&](const Version& later) { return replaces(later, earlier); });
         });
         versions.push_back({value, begun, never, weak});
     }
@@ -33,20 +32,6 @@ void BlockModel::end(const Range& range, Tick begun) {
     for (auto i = range.first; i < range.first + range.count; ++i) {
         std::ranges::find(blocks_[i].versions, begun, &Version::begin)->end = ended;
         blocks_[i].last_end = ended;
-    }
-}
-
-void BlockModel::flushed(Tick begun) {
-    const std::lock_guard lock(mutex_);
-    horizon_ = std::max(horizon_, begun);
-}
-
-void BlockModel::crashed() {
-    const std::lock_guard lock(mutex_);
-    for (auto& block : blocks_) {
-        for (auto& version : block.versions) {
-            if (version.end != never && !is_durable(version)) version.weak = true;
-        }
     }
 }
 
@@ -242,13 +227,11 @@ void Mixture::complete(Worker& worker, const Completion& completion) {
                                              completion.status));
     }
     const auto length = request.range.count * block_bytes;
-    if (request.type == VIRTIO_BLK_T_FLUSH) {
-        model_.flushed(request.begun);
-    } else if (request.type == VIRTIO_BLK_T_IN) {
+    if (request.type == VIRTIO_BLK_T_IN) {
         const auto bytes = front_.memory().bytes(request.buffer, length);
         if (const auto wrong = model_.complaint(request.range.first, bytes, request.begun))
             throw std::runtime_error(*wrong);
-    } else {
+    } else if (request.type != VIRTIO_BLK_T_FLUSH) {
         model_.end(request.range, request.begun);
     }
     jobs_[request.job].free_buffers.push_back(request.buffer);

@@ -22,8 +22,8 @@ using test::Value;
 inline constexpr std::uint64_t block_bytes = 4096;
 inline constexpr std::uint64_t block_sectors = block_bytes / test::sector_bytes;
 
-/// What each block may hold while changes overlap, and after a server was killed. The memory that it needs does not
-/// grow with time. Any thread may call it.
+/// What each block may hold while changes overlap, whether or not servers are killed: what is complete stays. The
+/// memory that it needs does not grow with time. Any thread may call it.
 class BlockModel {
 public:
     explicit BlockModel(std::uint64_t blocks) : blocks_(blocks) {}
@@ -40,14 +40,6 @@ public:
     /// A change has begun. `weak`: it need not have an effect.
     Tick begin(const Range& range, Value value, bool weak);
     void end(const Range& range, Tick begun);
-
-    /// A flush that began then has succeeded.
-    void flushed(Tick begun);
-    /// From now on, what has ended is durable without a flush.
-    void expect_writethrough() { writethrough_ = true; }
-
-    /// The server was killed. What ended after the last flush began may be lost. What is in flight will still end.
-    void crashed();
 
     /// What is wrong with the contents of these blocks, which a read gave that began then. Blocks that changed
     /// meanwhile may hold a mixture, and are not compared.
@@ -72,15 +64,10 @@ private:
     [[nodiscard]] static bool replaces(const Version& later, const Version& earlier) {
         return !later.weak && later.end != never && earlier.end < later.begin;
     }
-    [[nodiscard]] bool is_durable(const Version& version) const {
-        return version.end != never && (writethrough_ || version.end < horizon_);
-    }
 
     mutable std::mutex mutex_;
     std::vector<Block> blocks_;
     std::atomic<Tick> ticks_ = 0;
-    Tick horizon_ = 0;  ///< what ended before is durable
-    bool writethrough_ = false;
 };
 
 /// Where the bytes that a mixture uses lie on the disk: in areas, each of which begins a stride after the one before.
@@ -118,7 +105,7 @@ public:
     Mixture(FrontEnd& front, const MixtureOptions& options);
 
     /// Works until `enough` says so, and then completes what is in flight. Throws Disconnected when the server goes
-    /// away; then the work can go on after crashed() and FrontEnd::reconnect(). Throws std::runtime_error if a request
+    /// away; then the work can go on after FrontEnd::reconnect(). Throws std::runtime_error if a request
     /// fails or a read finds what cannot be there.
     void run(const std::function<bool()>& enough);
 
