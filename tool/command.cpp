@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <span>
 
 #include "create_options.h"
 #include "keys.h"
@@ -31,6 +32,49 @@ void print_json(const Json& json) { fmt::print("{}\n", json.dump(2, ' ', true, J
 
 namespace {
 
+struct Command {
+    std::string_view name;
+    void (*declare)(CLI::App& root, int& status);
+    bool may_be_quiet = false;  // has --quiet, as it has in qemu-img
+};
+
+/// In the order of the help.
+constexpr Command commands[] = {
+    {"info", declare_info},
+    {"map", declare_map},
+    {"check", declare_check, true},
+    {"compare", declare_compare},
+    {"digest", declare_digest},
+    {"create", declare_create},
+    {"convert", declare_convert, true},
+    {"build", declare_build},
+    {"measure", declare_measure},
+    {"read", declare_read},
+    {"write", declare_write},
+    {"zero", declare_zero},
+    {"discard", declare_discard},
+    {"resize", declare_resize, true},
+    {"rebase", declare_rebase, true},
+    {"commit", declare_commit, true},
+    {"amend", declare_amend, true},
+    {"compact", declare_compact, true},
+    {"snapshot", declare_snapshot, true},
+    {"bitmap", declare_bitmap, true},
+    {"serve", declare_serve},
+    {"mount", declare_mount},
+    {"control", declare_control},
+    {"partitions", declare_partitions},
+    {"df", declare_df},
+    {"ls", declare_ls},
+    {"tree", declare_tree},
+    {"find", declare_find},
+    {"cat", declare_cat},
+    {"get", declare_get},
+    {"put", declare_put},
+    {"rm", declare_rm},
+    {"mkdir", declare_mkdir},
+};
+
 /// What goes to standard output is discarded from now on.
 void silence_output() {
     std::fflush(stdout);
@@ -39,7 +83,7 @@ void silence_output() {
 
 }  // namespace
 
-std::unique_ptr<CLI::App> make_app(int& status) {
+std::unique_ptr<CLI::App> make_app(int& status, std::string_view command) {
     auto made = std::make_unique<CLI::App>(
         "qcow inspects, checks, converts, changes and serves disk images: qcow2 (versions 2 and 3), qcow, luks and "
         "raw.",
@@ -59,25 +103,19 @@ std::unique_ptr<CLI::App> make_app(int& status) {
         "  qcow check disk.qcow2               verify its metadata\n"
         "  qcow convert disk.qcow2 disk.raw    copy its contents into a raw file");
 
-    for (const Declare declare_command :
-         {declare_info,     declare_map,    declare_check,   declare_compare, declare_digest,  declare_create,
-          declare_convert,  declare_build,  declare_measure, declare_read,    declare_write,   declare_zero,
-          declare_discard,  declare_resize, declare_rebase,  declare_commit,  declare_amend,   declare_compact,
-          declare_snapshot, declare_bitmap, declare_serve,   declare_mount,   declare_control, declare_partitions,
-          declare_df,       declare_ls,     declare_tree,    declare_find,    declare_cat,     declare_get,
-          declare_put,      declare_rm,     declare_mkdir}) {
-        declare_command(app, status);
-    }
-    for (const auto* name :
-         {"amend", "bitmap", "check", "commit", "compact", "convert", "rebase", "resize", "snapshot"}) {
-        auto* quiet = app.get_subcommand(name)->add_flag_callback("-q,--quiet", silence_output);
+    const auto* const wanted = std::ranges::find(commands, command, &Command::name);
+    const auto declared = wanted != std::end(commands) ? std::span(wanted, 1) : std::span(commands);
+    for (const auto& each : declared) {
+        each.declare(app, status);
+        if (!each.may_be_quiet) continue;
+        auto* quiet = app.get_subcommand(std::string(each.name))->add_flag_callback("-q,--quiet", silence_output);
         quiet->description("Print only warnings and errors");
     }
-    for (auto* command : app.get_subcommands({})) {
-        command->get_option("--help")->description("Show this help");
-        unmark_positionals(*command);
+    for (auto* each : app.get_subcommands({})) {
+        each->get_option("--help")->description("Show this help");
+        unmark_positionals(*each);
         // The last value of a repeated option counts: scripts append the options of their user to their own.
-        for (auto* option : command->get_options())
+        for (auto* option : each->get_options())
             if (option->nonpositional() && option->get_items_expected_max() == 1) option->take_last();
     }
     return made;

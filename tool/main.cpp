@@ -38,9 +38,9 @@ void allow_long_chains() {
 
 int run(int argc, char** argv) {
     int status = tool::ok;
-    const auto made = tool::make_app(status);
-    auto& app = *made;
     const std::string_view first = argc > 1 ? argv[1] : "-";
+    const auto made = tool::make_app(status, first);
+    auto& app = *made;
     const auto commands = app.get_subcommands([](const CLI::App*) { return true; });
     if (!first.starts_with('-') && std::ranges::none_of(commands, [&](auto* c) { return c->get_name() == first; })) {
         tool::complain(qcow::printable(tool::unknown_command(app, std::string(first))));

@@ -254,7 +254,14 @@ qcow::Result<std::unique_ptr<qcow::VhostUserServer>> guest_server(const ServeOpt
     guest.complain = [socket](const std::string& text) {
         complain(fmt::format("{}: {}", qcow::printable(socket), text));
     };
-    auto server = QCOW_TRY(qcow::VhostUserServer::make(std::move(disk), guest));
+    const auto& image = options.images[index];
+    if (const auto rest = disk->size() % guest.block_size; rest != 0) {
+        complain(fmt::format("WARNING: {}: the virtual machine does not see the last {} bytes, because a block has {}",
+                             qcow::printable(image), rest, guest.block_size));
+    }
+    auto made = qcow::VhostUserServer::make(std::move(disk), guest);
+    if (!made) return std::unexpected(std::move(made).error().in(image));
+    auto server = *std::move(made);
     const auto fd = descriptor_of(socket);
     QCOW_TRY_VOID(fd ? server->listen_inherited(*fd) : server->listen_unix(socket));
     return server;
@@ -303,6 +310,15 @@ qcow::Result<void> verify(const ServeOptions& options) {
     }
     if (options.serials.size() > options.guests.size())
         return refuse("option --serial", "it is given more often than there are images");
+    if (!with_nbd(options)) {
+        for (const auto& [option, given] : {std::pair{"--export-name", !options.names.empty()},
+                                            {"--description", !options.descriptions.empty()},
+                                            {"--connections", options.connections != qcow::NbdLimits().connections},
+                                            {"--bitmap", !options.bitmaps.empty()},
+                                            {"--allocation-depth", options.allocation_depth}})
+            if (given)
+                return refuse(option, "it is for NBD clients; say where they connect: --socket, --bind or --port");
+    }
     for (const auto& path : made_sockets(options)) QCOW_TRY_VOID(verify_names_a_file(path));
     if (!options.pid_file.empty()) QCOW_TRY_VOID(verify_names_a_file(options.pid_file));
     return {};
@@ -441,7 +457,7 @@ void declare_serve(CLI::App& root, int& status) {
             ->check(name_text)
             ->allow_extra_args(false);
     app.add_option("--queues", options->guest.queues,
-                   "Queues of a virtual machine's disk (default: one for each processor, at most 16)")
+                   "Queues of a virtual machine's disk (default: one for each processor, but at most 16)")
         ->type_name("NUMBER")
         ->check(whole_number(1, 256))
         ->needs(guests);

@@ -40,7 +40,7 @@ struct VhostUserOptions {
 ///
 /// The server offers a record of the requests in flight (INFLIGHT_SHMFD), which front ends keep. When a server was
 /// killed and another one takes its place, it performs these requests again, and the guest only sees a delay. What was
-/// complete, and not flushed, is lost as after a power loss, unless the disk writes through (CacheMode::writethrough).
+/// complete survives in the same memory: see Disk::survive_in.
 ///
 /// While it runs, the process has a handler for SIGBUS: a front end can truncate memory that it shares. Faults
 /// elsewhere go to the handler that was there before.

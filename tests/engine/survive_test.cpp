@@ -22,8 +22,11 @@ public:
     KillMoments(Random random, unsigned percent) : random_(std::move(random)), percent_(percent) {}
 
     void pass() {
-        if (random_.chance(percent_)) moments_.push_back({log_.mark(), {memory().begin(), memory().end()}});
+        if (!over_ && random_.chance(percent_)) moments_.push_back({log_.mark(), {memory().begin(), memory().end()}});
     }
+
+    /// There are no more.
+    void end() { over_ = true; }
 
     /// What is in the memory in the beginning.
     void set_memory(const Bytes& bytes) { std::ranges::copy(bytes, memory().begin()); }
@@ -38,6 +41,7 @@ private:
     std::vector<KillMoment> moments_;
     Random random_;
     unsigned percent_;
+    bool over_ = false;
 };
 
 /// A file of a process that may be killed before each change of it.
@@ -77,6 +81,13 @@ Files killed_files(const Files& files, KillMoments& moments) {
     return result;
 }
 
+std::optional<std::string> damage_of(Image& image) {
+    const auto report = image.check({.workers = 1});
+    if (!report) return "cannot be checked: " + report.error().message();
+    if (report->corruptions + report->errors == 0) return std::nullopt;
+    return "is corrupt: " + report->findings.front().place + ": " + report->findings.front().what;
+}
+
 /// Everything that was complete at this moment is there.
 std::optional<std::string> judge_survivor(Image& image, const Files& files, const SectorModel& model, const Kept& kept,
                                           Tick now) {
@@ -88,11 +99,16 @@ std::optional<std::string> judge_survivor(Image& image, const Files& files, cons
         const auto value = value_in(i, std::span(bytes).subspan(i * sector_bytes, sector_bytes));
         if (!model.allows(i, value, now, now)) return model.complaint(i, value, now, now);
     }
-    const auto report = image.check({.workers = 1});
-    if (!report) return "cannot be checked: " + report.error().message();
-    if (report->corruptions + report->errors != 0)
-        return "is corrupt: " + report->findings.front().place + ": " + report->findings.front().what;
+    if (auto damage = damage_of(image)) return damage;
     return kept.harm(image, files, now);
+}
+
+/// The image can be written on.
+std::optional<std::string> judge_later_work(Image& image) {
+    const Bytes bytes(image.size(), std::byte{1});
+    for (const auto& change : {image.discard({0}, image.size()), image.flush(), image.write({0}, bytes)})
+        if (!change) return "cannot be written on: " + change.error().message();
+    return damage_of(image);
 }
 
 class SurviveTest : public testing::TestWithParam<Work> {
@@ -106,7 +122,9 @@ protected:
             if (may_be_recounted_ && survived.error().code == Errc::invalid_argument) return std::nullopt;
             return "does not survive: " + survived.error().message();
         }
-        return judge_survivor(**image, files, *model_, kept_, now);
+        if (auto wrong = judge_survivor(**image, files, *model_, kept_, now)) return wrong;
+        moments.end();
+        return judge_later_work(**image);
     }
 
     /// As a process finds it, which may be killed itself while it takes over.
@@ -213,6 +231,27 @@ TEST(SurviveMemoryTest, IsTakenOverOnce) {
     EXPECT_TRUE(RedoLog::read(survivor.memory().bytes).empty());
     value_of(image->survive_in(survivor.memory()));
     EXPECT_EQ(Survivor::first_byte(*image), std::byte{1});
+}
+
+/// What was complete before does not depend on the memory that there was then.
+TEST(SurviveMemoryTest, MayBeAnotherOneLater) {
+    Survivor survivor;
+    auto image = survivor.open();
+    value_of(image->survive_in(survivor.memory()));
+    value_of(image->write({64 << 10}, Bytes(4096, std::byte{2})));
+    Survivor other;
+    other.words.assign(other.words.size(), 0);
+    value_of(image->survive_in(other.memory()));
+    const auto bytes = contents_of(*survivor.file);
+    const auto left = other.words;
+    image.reset();
+    other.file = memory_storage(bytes, "disk.qcow2");
+    other.words = left;
+    image = other.open();
+    value_of(image->survive_in(other.memory()));
+    Bytes found(1);
+    value_of(image->read({64 << 10}, found));
+    EXPECT_EQ(found[0], std::byte{2});
 }
 
 TEST(SurviveMemoryTest, IsRefusedOnceTheDiskWasWritten) {

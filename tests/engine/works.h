@@ -34,15 +34,17 @@ inline void PrintTo(const Work& work, std::ostream* out) { *out << work.name; }
 
 /// Small, so that it is made and checked quickly.
 inline ImageKind small(const std::string& name, std::uint64_t size = std::uint64_t{1} << 20) {
-    for (auto& kind : image_kinds()) {
+    static const auto kinds = image_kinds();  // each process of the tests lists all works
+    for (const auto& kind : kinds) {
         if (kind.name != name) continue;
-        kind.create.size = size;
-        return kind;
+        auto result = kind;
+        result.create.size = size;
+        return result;
     }
     throw std::runtime_error("no kind " + name);
 }
 
-inline std::vector<Work> works() {
+inline std::vector<Work> make_works() {
     std::vector<Work> result;
     const Mix everything{.write = 10, .write_compressed = 1, .zero = 3, .discard = 4, .flush = 3};
     const Mix uncompressed{.write = 10, .zero = 3, .discard = 4, .flush = 3};
@@ -140,6 +142,11 @@ inline std::vector<Work> works() {
     result.push_back({"FullThreads", small("snapshot_4k"), rarely_flushed, 20, 4, true, Work::Job::none, true});
     result.push_back({"NeverFlushed", small("v3_4k"), {.discard = 2, .flush = 0}, 60, 1, false});
     return result;
+}
+
+inline std::vector<Work> works() {
+    static const auto all = make_works();
+    return all;
 }
 
 inline Work work_named(const std::string& name) {

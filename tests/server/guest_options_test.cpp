@@ -1,10 +1,11 @@
-// Options of disks of virtual machines that make no sense.
+// Options of disks of virtual machines that make no sense, and what else the server says.
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "support/qemu.h"
-#include "support/temporary_directory.h"
+#include <thread>
+
+#include "server/guest_disk.h"
 
 namespace qcow::test {
 namespace {
@@ -29,7 +30,42 @@ TEST(GuestOptionsTest, RefusesWhatMeansNothing) {
     refused({"--vhost-user", "fd:three"}, "write ./fd:three for a path");
     refused({"--vhost-user", "fd:77"}, "file descriptor 77");
     refused({"--vhost-user", "a", "--queue-size", "100"}, "a power of two");
-    refused({"--vhost-user", "a", "--serial", std::string(21, 'x')}, "20 bytes");
+    refused({"--vhost-user", "a", "--serial", std::string(21, 'x')}, "a.qcow2: a serial number has at most 20 bytes");
+    refused({"--vhost-user", "a", "--export-name", "x"}, "--export-name: it is for NBD clients");
+    refused({"--vhost-user", "a", "--connections", "3"}, "--connections: it is for NBD clients");
+}
+
+/// The line that the server writes to its log.
+std::string said_by(const GuestDisk& disk, const std::string& words) {
+    for (int i = 0; i < 10000; ++i) {
+        if (auto log = read_file(disk.directory() / "log"); log.contains(words)) return log;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return "nothing";
+}
+
+TEST(GuestOptionsTest, SaysThatAnotherFrontEndWaits) {
+    const GuestDisk disk;
+    front::FrontEnd first(disk.socket());
+    first.start();
+    const front::Connection second(disk.socket());
+    const std::string words = "another front end waits";
+    EXPECT_THAT(said_by(disk, words), testing::HasSubstr(words));
+}
+
+TEST(GuestOptionsTest, SaysThatMemoryIsNotShared) {
+    const GuestDisk disk;
+    front::FrontEnd front(disk.socket());
+    front.start();
+    const std::string words = "does the guest share its memory (share=on)?";
+    // One notification alone may be that of the start. Those that come together count as one.
+    std::jthread kicks([&](const std::stop_token& stop) {
+        while (!stop.stop_requested()) {
+            front.queue(0).kick();
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    });
+    EXPECT_THAT(said_by(disk, words), testing::HasSubstr(words));
 }
 
 }  // namespace

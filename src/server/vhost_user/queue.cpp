@@ -65,6 +65,7 @@ Result<void> Queue::prepare() {
     for (const int fd : {wakeup_.fd(), state_.kick.get()}) {
         epoll_event event = {};
         event.events = EPOLLIN | EPOLLET;
+        event.data.fd = fd;
         if (fd >= 0 && epoll_ctl(events_.get(), EPOLL_CTL_ADD, fd, &event) != 0)
             return system_error("cannot wait for kicks", "queue", errno);
     }
@@ -225,7 +226,13 @@ bool Queue::look_for_more() {
 
 void Queue::wait_for_kick() {
     epoll_event event = {};
-    epoll_wait(events_.get(), &event, 1, state_.kick.get() < 0 ? look_milliseconds : -1);
+    const int kick = state_.kick.get();
+    const bool kicked = epoll_wait(events_.get(), &event, 1, kick < 0 ? look_milliseconds : -1) > 0;
+    if (!kicked || event.data.fd != kick || !ring_.is_empty() || ring_.completed() != 0) return;
+    // Front ends kick once when a queue starts.
+    if (++idle_kicks_ == 2 && options_.complain)
+        options_.complain(
+            "a queue is notified and has never had a request: does the guest share its memory (share=on)?");
 }
 
 }  // namespace qcow::vhost_user

@@ -80,6 +80,7 @@ private:
     std::array<Pace, kinds_of_work> paces_;
     Polling polling_;
     Chain chain_;                    // of the request that the thread executes itself
+    unsigned idle_kicks_ = 0;        // of a ring that never had a request
     std::uint32_t unannounced_ = 0;  // requests that this thread has executed since it last interrupted the driver
     std::atomic<std::uint32_t> in_flight_ = 0;
 

@@ -150,8 +150,13 @@ Result<void> Server::serve_front_end(int socket) {
     setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     announced_size_ = disk_->size();
     Session session(socket, device_, options_);
+    // Somebody else who connects is told nothing until then, so the server says it, once.
+    bool others_wait = false;
     while (!stopping_) {
-        std::array<pollfd, 2> polled = {{{socket, POLLIN, 0}, {wakeup_.fd(), POLLIN, 0}}};
+        std::vector<pollfd> polled = {{socket, POLLIN, 0}, {wakeup_.fd(), POLLIN, 0}};
+        for (const auto& listener : listeners_) {
+            if (!others_wait) polled.push_back({listener.fd(), POLLIN, 0});
+        }
         if (poll(polled.data(), polled.size(), -1) < 0 && errno != EINTR)
             return system_error("cannot wait for messages", "server", errno);
         wakeup_.quiet();
@@ -159,13 +164,18 @@ Result<void> Server::serve_front_end(int socket) {
             announced_size_ = size;
             session.announce_configuration();
         }
+        const auto waits = [](const pollfd& listener) { return (listener.revents & POLLIN) != 0; };
+        if (std::ranges::any_of(polled.begin() + 2, polled.end(), waits)) {
+            others_wait = true;
+            if (options_.complain) options_.complain("another front end waits until the one that is served has left");
+        }
         if (polled[0].revents != 0 && !stopping_ && !TRY(session.serve_message())) return {};
     }
     return {};
 }
 
 Result<std::unique_ptr<VhostUserServer>> make_server(std::shared_ptr<Disk> disk, VhostUserOptions options) {
-    const auto refuse = [](std::string why) { return fail(Errc::invalid_argument, "server", std::move(why)); };
+    const auto refuse = [](std::string why) { return fail(Errc::invalid_argument, "", std::move(why)); };
     if (options.queues == 0) options.queues = std::clamp(std::thread::hardware_concurrency(), 1U, usual_queues);
     if (options.queues > max_queues) return refuse(fmt::format("there are 1 to {} queues", max_queues));
     if (options.queue_size < 4 || options.queue_size > SplitRing::max_size || !std::has_single_bit(options.queue_size))
