@@ -248,7 +248,7 @@ Result<ext2_filsys> begin_ext(ExtIo& io, const Volume& volume, const ExtPlan& pl
     super.s_errors = EXT2_ERRORS_DEFAULT;
     auto begun = io.initialize(EXT2_FLAG_EXCLUSIVE, super);
     if (!begun && (begun.error().code == Errc::no_space || begun.error().code == Errc::corrupt)) {
-        return fail(Errc::no_space, volume.name,
+        return fail(Errc::no_space, volume.at("size"),
                     fmt::format("No space: {} bytes have no room for the tables of ext with {} inodes",
                                 blocks * plan.block_size, inodes));
     }
