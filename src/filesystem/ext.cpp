@@ -331,7 +331,7 @@ Result<void> ExtFiles::collect_blocks(Inode inode, ext2_inode& raw, FileRuns& ru
 Result<std::unique_ptr<FileSystem>> open_ext(std::shared_ptr<Disk> disk, const Content& content, Access access) {
     if (access == Access::write) return change_ext(std::move(disk), content);
     auto files = std::make_unique<ExtFiles>(std::move(disk));
-    TRY_VOID(files->open(content, 0));
+    TRY_VOID(files->open(content, access == Access::read_damaged ? EXT2_FLAG_IGNORE_CSUM_ERRORS : 0));
     return files;
 }
 
