@@ -47,7 +47,7 @@ qcow::Result<std::vector<Item>> items_of(Inside& inside, const GetOptions& optio
         const auto& path = options.paths[i];
         auto name = last_name(path);
         if (name == "." || name == "..") name.clear();
-        items.push_back({QCOW_TRY(qcow::find_path(*inside.files, path, false)), path, name});
+        items.push_back({QCOW_TRY(find_shown_path(*inside.files, path, false)), path, name});
     }
     for (const auto inode : options.inodes) {
         const auto shown = fmt::format("inode-{}", inode);
@@ -148,6 +148,7 @@ void declare_get(CLI::App& root, int& status) {
         "  qcow get --inode 1234 disk.qcow2:2 .               as inode-1234",
         [options] { return run(*options); });
     add_disk_options(app, options->disk);
+    add_checksum_option(app, options->disk);
     app.add_option("PATH", options->paths, "Files in the disk, and at last TARGET, where they go")->expected(0, -1);
     app.add_option("--inode", options->inodes, "Get the file with this inode number, also one that was deleted")
         ->type_name("NUMBER")

@@ -11,6 +11,7 @@
 
 #include "confined.h"
 #include "qcow/text.h"
+#include "text.h"
 
 namespace tool {
 
@@ -44,8 +45,14 @@ void add_disk_options(CLI::App& app, DiskName& disk, const std::string& snapshot
     add_snapshot_option(app, disk.source, "Look into this internal snapshot (id or name)", snapshot);
 }
 
-qcow::Result<std::unique_ptr<qcow::FileSystem>> open_files(std::shared_ptr<qcow::Disk> disk) {
-    return open_confined({.open = [&disk]() -> qcow::Result<std::shared_ptr<qcow::Disk>> { return disk; }});
+void add_checksum_option(CLI::App& app, DiskName& disk) {
+    app.add_flag("--ignore-checksums", disk.ignores_checksums,
+                 "Also read what has a wrong checksum in ext; it may be damaged");
+}
+
+qcow::Result<std::unique_ptr<qcow::FileSystem>> open_files(std::shared_ptr<qcow::Disk> disk, qcow::Access access) {
+    return open_confined(
+        {.open = [&disk]() -> qcow::Result<std::shared_ptr<qcow::Disk>> { return disk; }, .access = access});
 }
 
 qcow::Result<Inside> open_inside(const DiskName& name) {
@@ -54,13 +61,29 @@ qcow::Result<Inside> open_inside(const DiskName& name) {
     auto whole = QCOW_TRY(disk_of(inside.image, name.source));
     auto found = [&]() -> qcow::Result<void> {
         inside.disk = QCOW_TRY(qcow::file_system_disk(std::move(whole), name.partition));
-        inside.files = QCOW_TRY(open_files(inside.disk));
+        inside.files =
+            QCOW_TRY(open_files(inside.disk, name.ignores_checksums ? qcow::Access::read_damaged : qcow::Access::read));
         return {};
     }();
-    const auto place = name.partition ? fmt::format("{}:{}", name.source.path, *name.partition) : name.source.path;
-    if (!found) return std::unexpected(std::move(found).error().in(qcow::printable(place)));
+    if (!found) return std::unexpected(std::move(found).error().in(place_of(name.source.path, name.partition)));
     warn_about(*inside.files);
     return inside;
+}
+
+std::string place_of(const std::string& disk, std::optional<unsigned> partition) {
+    return qcow::printable(partition ? fmt::format("{}:{}", disk, *partition) : disk);
+}
+
+qcow::Result<qcow::Inode> find_shown_path(qcow::FileSystem& files, const std::string& path, bool follow) {
+    auto found = qcow::find_path(files, path, follow);
+    const auto bytes = qcow::unprintable(path);
+    if (bytes == path || (!found && found.error().code != qcow::Errc::not_found)) return found;
+    const auto other = qcow::find_path(files, bytes, follow);
+    if (!other) return found;
+    if (!found) return other;
+    return std::unexpected(qcow::Error{
+        qcow::Errc::invalid_argument, qcow::printable(path),
+        fmt::format("two files are shown like this, inodes {} and {}; name one by --inode", *found, *other)});
 }
 
 void warn_about(qcow::FileSystem& files) {
@@ -107,6 +130,11 @@ std::string content_text(const qcow::Content& content) {
     auto text = content.type;
     if (!content.label.empty()) text += fmt::format(" \"{}\"", qcow::printable(content.label));
     return text;
+}
+
+void add_text(Json& json, const std::string& key, const std::string& text) {
+    json[key] = text;
+    if (!qcow::is_utf8(text)) json[key + "-base64"] = base64(text);
 }
 
 Json file_json(const qcow::FileInfo& info) {

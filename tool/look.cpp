@@ -40,7 +40,7 @@ struct LookOptions {
 /// The file that the command is about: that at the path, or the inode.
 qcow::Result<qcow::Inode> start_of(Inside& inside, const LookOptions& options, const std::string& path, bool follow) {
     if (options.inode) return *options.inode;
-    return qcow::find_path(*inside.files, path, follow);
+    return find_shown_path(*inside.files, path, follow);
 }
 
 /// Counts errors of single files, and prints them.
@@ -114,10 +114,12 @@ qcow::Result<Row> row_of(qcow::FileSystem& files, const qcow::DirectoryEntry& en
 }
 
 Json row_json(const Row& row, const std::string& path) {
-    Json json = {{"path", path}, {"name", row.name}};
+    Json json;
+    add_text(json, "path", path);
+    add_text(json, "name", row.name);
     json.update(file_json(row.info));
     if (row.deleted) json["deleted"] = true;
-    if (!row.target.empty()) json["target"] = row.target;
+    if (!row.target.empty()) add_text(json, "target", row.target);
     return json;
 }
 
@@ -129,6 +131,7 @@ std::string joined(const std::string& above, const std::string& name) {
 qcow::Result<int> list_one(Inside& inside, const LookOptions& options, const std::string& path, Json& json) {
     auto& files = *inside.files;
     const auto start = QCOW_TRY(start_of(inside, options, path, true));
+    if (options.paths.size() > 1 && !options.json) fmt::print("{}:\n", qcow::printable(path));
     Failures failures(path);
     const auto list_directory = [&](const std::string& below, qcow::Inode directory) -> qcow::Result<void> {
         std::vector<qcow::Error> refused;
@@ -193,7 +196,6 @@ qcow::Result<int> run_ls(const LookOptions& options) {
     auto paths = options.paths;
     if (paths.empty()) paths.emplace_back("/");
     for (const auto& path : paths) {
-        if (paths.size() > 1 && !options.json) fmt::print("{}:\n", qcow::printable(path));
         const auto listed = list_one(inside, options, path, json);
         if (!listed) complain(listed.error().message());
         status = std::max(status, listed.value_or(failed));
@@ -296,7 +298,7 @@ bool matches(const qcow::Visited& visited, const std::string& name, const LookOp
 qcow::Result<int> run_find(const LookOptions& options) {
     auto inside = QCOW_TRY(open_inside(options.disk));
     const auto path = options.paths.empty() ? "/" : options.paths.front();
-    const auto start = QCOW_TRY(qcow::find_path(*inside.files, path, false));
+    const auto start = QCOW_TRY(find_shown_path(*inside.files, path, false));
     Failures failures(path);
     qcow::WalkOptions walking;
     walking.deleted = options.deleted;
@@ -349,7 +351,7 @@ qcow::Result<int> run_cat(const LookOptions& options) {
     int status = ok;
     for (const auto& path : paths) {
         const auto done = [&]() -> qcow::Result<void> {
-            const auto inode = path.empty() ? *options.inode : QCOW_TRY(qcow::find_path(*inside.files, path));
+            const auto inode = path.empty() ? *options.inode : QCOW_TRY(find_shown_path(*inside.files, path));
             const auto place = path.empty() ? fmt::format("inode {}", inode) : qcow::printable(path);
             const auto type = QCOW_TRY(inside.files->stat(inode)).type;
             if (type == qcow::FileType::directory)
@@ -369,6 +371,7 @@ qcow::Result<int> run_cat(const LookOptions& options) {
 void add_common(CLI::App& app, LookOptions& options, const std::string& paths, bool several,
                 const std::string& snapshot = "-l,--snapshot") {
     add_disk_options(app, options.disk, snapshot);
+    add_checksum_option(app, options.disk);
     auto* option = app.add_option("PATH", options.paths, paths);
     if (!several) option->expected(0, 1);
     if (several) option->expected(0, -1);
@@ -428,10 +431,11 @@ void declare_find(CLI::App& root, int& status) {
     app.add_option("--size", options->size, "Files of this size; +SIZE: larger; -SIZE: smaller")
         ->type_name("SIZE")
         ->check(compared_size);
-    app.add_option("--newer", options->newer, "Files that were modified after this time")
+    app.add_option("--newer", options->newer,
+                   "Files that were modified after this time: 2026-01-31, 2026-01-31T12:00:00Z or @SECONDS")
         ->type_name("TIME")
         ->check(time_value);
-    app.add_option("--older", options->older, "Files that were modified before this time")
+    app.add_option("--older", options->older, "Files that were modified before such a time")
         ->type_name("TIME")
         ->check(time_value);
     app.add_flag("--deleted", options->deleted, "Also find deleted entries");

@@ -65,10 +65,13 @@ qcow::Result<std::vector<Usage>> usages(const PartitionsOptions& options) {
     const auto image = QCOW_TRY(open_source(options.disk.source));
     const auto whole = QCOW_TRY(disk_of(image, options.disk.source));
     const auto add = [&](std::optional<unsigned> number) -> qcow::Result<void> {
-        const auto disk = QCOW_TRY(qcow::file_system_disk(whole, number));
-        const auto files = QCOW_TRY(open_files(disk));
-        const auto& path = options.disk.source.path;
-        found.push_back({number ? fmt::format("{}:{}", path, *number) : path, QCOW_TRY(files->info())});
+        const auto info = [&]() -> qcow::Result<qcow::FileSystemInfo> {
+            const auto files = QCOW_TRY(open_files(QCOW_TRY(qcow::file_system_disk(whole, number))));
+            return files->info();
+        }();
+        const auto disk = place_of(options.disk.source.path, number);
+        if (!info) return std::unexpected(qcow::Error(info.error()).in(disk));
+        found.push_back({disk, *info});
         return {};
     };
     std::vector<unsigned> numbers;
@@ -78,8 +81,7 @@ qcow::Result<std::vector<Usage>> usages(const PartitionsOptions& options) {
     if (numbers.empty()) QCOW_TRY_VOID(add(options.disk.partition));
     for (const auto number : numbers) {
         auto added = add(number);
-        if (!added && added.error().code != qcow::Errc::unsupported)
-            complain_about(fmt::format("{}:{}", options.disk.source.path, number), added.error());
+        if (!added && added.error().code != qcow::Errc::unsupported) complain(added.error().message());
     }
     return found;
 }
@@ -123,7 +125,7 @@ qcow::Result<int> run_df(const PartitionsOptions& options) {
         const auto number = [](const std::optional<std::uint64_t>& value) {
             return value ? fmt::to_string(*value) : "-";
         };
-        rows.add({qcow::printable(disk), qcow::printable(info.type), qcow::printable(info.label), human(info.bytes),
+        rows.add({disk, qcow::printable(info.type), qcow::printable(info.label), human(info.bytes),
                   info.free_bytes ? human(used) : "-", info.free_bytes ? human(*info.free_bytes) : "-",
                   info.free_bytes && info.bytes != 0
                       ? fmt::format("{:.0f}%", 100.0 * static_cast<double>(used) / static_cast<double>(info.bytes))

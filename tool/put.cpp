@@ -51,17 +51,22 @@ qcow::Result<T> within(const std::string& path, qcow::Result<T> result) {
     return std::unexpected(std::move(error).in(qcow::printable(path, 1000)));
 }
 
+/// What the work on a file system is told, and tells.
+struct Work {
+    std::stop_token stop;
+    bool changed = false;  // files were put, made or removed
+};
+
 /// Asked before each piece of work, and not within one.
 qcow::Result<void> verify_goes_on(const std::stop_token& stop) {
     if (!stop.stop_requested()) return {};
     return std::unexpected(qcow::Error{qcow::Errc::cancelled, "", "stopped; what was done before is in the disk"});
 }
 
-/// Opens the file system for writing, in the confined process, and calls `work`. What was done before an error or a
+/// Opens the file system for writing, in the confined process, and calls `perform`. What was done before an error or a
 /// signal is completed, so the file system is whole.
-qcow::Result<int> change_files(
-    const PutOptions& options,
-    const std::function<qcow::Result<void>(qcow::FileSystem&, const std::stop_token&)>& work) {
+qcow::Result<int> change_files(const PutOptions& options,
+                               const std::function<qcow::Result<void>(qcow::FileSystem&, Work&)>& perform) {
     // The confined process inherits that these signals are blocked.
     const StopOnSignals signals;
     std::shared_ptr<qcow::Image> image;
@@ -72,12 +77,21 @@ qcow::Result<int> change_files(
         return qcow::file_system_disk(image, options.partition);
     };
     confined.close = [&] { return image->close(); };
-    auto files = QCOW_TRY(open_confined(confined));
-    auto done = work(*files, signals.token());
-    auto closed = files->close();
-    if (!done) return std::unexpected(std::move(done).error());
-    if (!closed) return std::unexpected(std::move(closed).error());
-    return ok;
+    auto files = open_confined(confined);
+    if (!files) {
+        // What concerns the image names it.
+        const auto place = place_of(options.disk.path, options.partition);
+        auto error = std::move(files).error();
+        return std::unexpected(error.place.starts_with(place) ? std::move(error) : std::move(error).in(place));
+    }
+    Work work{signals.token()};
+    auto done = perform(**files, work);
+    auto closed = (*files)->close();
+    if (!closed) return std::unexpected(std::move(done ? closed : done).error());
+    if (done) return ok;
+    auto error = std::move(done).error();
+    if (work.changed && error.code != qcow::Errc::cancelled) error.what += "; what was done before stays in the disk";
+    return std::unexpected(std::move(error));
 }
 
 std::pair<std::string, std::string> split_path(std::string path) {
@@ -133,13 +147,13 @@ std::vector<qcow::Attribute> attributes_of(const std::string& path) {
 /// Copies files of this machine into the file system.
 class Putting {
 public:
-    Putting(qcow::FileSystem& files, const PutOptions& options, const qcow::FilesInUse& in_use, std::stop_token stop)
-        : files_(files), options_(options), in_use_(in_use), stop_(std::move(stop)) {}
+    Putting(qcow::FileSystem& files, const PutOptions& options, const qcow::FilesInUse& in_use, Work& work)
+        : files_(files), options_(options), in_use_(in_use), work_(work) {}
 
     /// Copies a file of this machine, and all below it, to `path` in the disk: to the name in this directory.
     // NOLINTNEXTLINE(misc-no-recursion): as deep as the directories of this machine
     qcow::Result<void> put(const std::string& source, qcow::Inode directory, const std::string& path) {
-        QCOW_TRY_VOID(verify_goes_on(stop_));
+        QCOW_TRY_VOID(verify_goes_on(work_.stop));
         struct stat status = {};
         if (lstat(source.c_str(), &status) != 0) return system_failure(source);
         const bool is_directory = S_ISDIR(status.st_mode);
@@ -154,15 +168,21 @@ public:
         if (is_directory && existing)
             return refuse_path(path, "a file with this name is in the disk, and no directory");
         const auto node = QCOW_TRY(node_of(source, status));
-        if (is_directory)
-            return put_entries(source, QCOW_TRY(within(path, files_.create(directory, name, node))), path);
+        if (is_directory) {
+            const auto made = QCOW_TRY(within(path, files_.create(directory, name, node)));
+            work_.changed = true;
+            return put_entries(source, made, path);
+        }
         // The existing file stays until the new one is complete.
         const auto new_name = existing ? QCOW_TRY(unused_name(directory)) : name;
         const auto made = QCOW_TRY(within(path, files_.create(directory, new_name, node)));
         auto written = S_ISREG(status.st_mode) ? put_contents(source, made, static_cast<std::uint64_t>(status.st_size))
                                                : qcow::Result<void>();
         if (written && existing) written = files_.replace(directory, new_name, name);
-        if (written) return {};
+        if (written) {
+            work_.changed = true;
+            return {};
+        }
         auto removed = files_.remove(directory, new_name);  // no half files
         auto error = within(path, std::move(written)).error();
         if (!removed) {
@@ -237,7 +257,7 @@ private:
             const off_t end = lseek(file, data, SEEK_HOLE);
             if (end < 0) return system_failure(source);
             for (at = data; at < end;) {
-                QCOW_TRY_VOID(verify_goes_on(stop_));
+                QCOW_TRY_VOID(verify_goes_on(work_.stop));
                 const auto part = std::min<std::size_t>(buffer.size(), static_cast<std::size_t>(end - at));
                 const auto got = pread(file, buffer.data(), part, at);
                 if (got < 0) return system_failure(source);
@@ -254,16 +274,16 @@ private:
     qcow::FileSystem& files_;
     const PutOptions& options_;
     const qcow::FilesInUse& in_use_;  // those of the disk
-    const std::stop_token stop_;
+    Work& work_;
 };
 
 qcow::Result<int> run_put(const PutOptions& options) {
     qcow::FilesInUse in_use;
     QCOW_TRY_VOID(in_use.add_unopened(qcow::FilesInUse::Use::written, spec_of(options.disk), "the disk"));
-    return change_files(options, [&](qcow::FileSystem& files, const std::stop_token& stop) -> qcow::Result<void> {
+    return change_files(options, [&](qcow::FileSystem& files, Work& work) -> qcow::Result<void> {
         const auto sources = std::span(options.paths).first(options.paths.size() - 1);
         const auto& target = options.paths.back();
-        Putting putting(files, options, in_use, stop);
+        Putting putting(files, options, in_use, work);
         const auto place = qcow::find_path(files, target);
         const bool into = place && QCOW_TRY(files.stat(*place)).type == qcow::FileType::directory;
         if (!into && (sources.size() > 1 || target.ends_with('/')))
@@ -287,22 +307,23 @@ qcow::Result<int> run_put(const PutOptions& options) {
 
 // NOLINTNEXTLINE(misc-no-recursion): a loop in a damaged file system ends, because what was entered is empty then
 qcow::Result<void> remove_below(qcow::FileSystem& files, qcow::Inode directory, const std::string& path, unsigned depth,
-                                const std::stop_token& stop) {
+                                Work& work) {
     constexpr unsigned deepest = 1000;
     if (depth > deepest) return refuse_path(path, "the directories are too deep");
     for (const auto& entry : QCOW_TRY(within(path, files.list(directory)))) {
-        QCOW_TRY_VOID(verify_goes_on(stop));
+        QCOW_TRY_VOID(verify_goes_on(work.stop));
         const auto place = below(path, entry.name);
         const auto type =  // not all file systems have it in the entry
             entry.type == qcow::FileType::unknown ? QCOW_TRY(within(place, files.stat(entry.inode))).type : entry.type;
-        if (type == qcow::FileType::directory) QCOW_TRY_VOID(remove_below(files, entry.inode, place, depth + 1, stop));
+        if (type == qcow::FileType::directory) QCOW_TRY_VOID(remove_below(files, entry.inode, place, depth + 1, work));
         QCOW_TRY_VOID(within(place, files.remove(directory, entry.name)));
+        work.changed = true;
     }
     return {};
 }
 
 qcow::Result<int> run_rm(const PutOptions& options) {
-    return change_files(options, [&](qcow::FileSystem& files, const std::stop_token& stop) -> qcow::Result<void> {
+    return change_files(options, [&](qcow::FileSystem& files, Work& work) -> qcow::Result<void> {
         for (const auto& path : options.paths) {
             const auto [above, name] = split_path(path);
             if (name.empty() || name == "." || name == "..") return refuse_path(path, "this cannot be removed");
@@ -311,8 +332,9 @@ qcow::Result<int> run_rm(const PutOptions& options) {
             if (!entry)
                 return std::unexpected(error_of(qcow::Errc::not_found, path, "there is no such file in the disk"));
             if (entry->type == qcow::FileType::directory && options.recursive)
-                QCOW_TRY_VOID(remove_below(files, entry->inode, path, 0, stop));
+                QCOW_TRY_VOID(remove_below(files, entry->inode, path, 0, work));
             QCOW_TRY_VOID(within(path, files.remove(directory, name)));
+            work.changed = true;
         }
         return {};
     });
@@ -335,11 +357,12 @@ qcow::Result<qcow::Inode> make_directory(qcow::FileSystem& files, qcow::Inode ab
 }
 
 qcow::Result<int> run_mkdir(const PutOptions& options) {
-    return change_files(options, [&](qcow::FileSystem& files, const std::stop_token&) -> qcow::Result<void> {
+    return change_files(options, [&](qcow::FileSystem& files, Work& work) -> qcow::Result<void> {
         for (const auto& path : options.paths) {
             if (!options.parents) {
                 const auto [above, name] = split_path(path);
                 QCOW_TRY(within(path, make_directory(files, QCOW_TRY(qcow::find_path(files, above)), name)));
+                work.changed = true;
                 continue;
             }
             std::string sofar;
@@ -352,6 +375,7 @@ qcow::Result<int> run_mkdir(const PutOptions& options) {
                 sofar += "/" + name;
                 const auto found = qcow::find_path(files, sofar);
                 here = found ? *found : QCOW_TRY(within(sofar, make_directory(files, here, name)));
+                work.changed |= !found;
             }
         }
         return {};

@@ -16,6 +16,9 @@ std::string human(std::uint64_t bytes);
 /// "1.5 GiB (1610612736 bytes)"; below 1000 bytes, without the brackets.
 std::string human_exact(std::uint64_t bytes);
 
+/// The bytes in base64 (RFC 4648).
+std::string base64(std::string_view bytes);
+
 using qcow::did_you_mean;
 
 enum class Colour { none, bold, dim, red, green, yellow };

@@ -105,7 +105,7 @@ struct PartitionSpec {
     std::string name = {};  ///< GPT: at most 36 UTF-16 units; MBR: only for messages
     PartitionType type = {};
     std::optional<std::uint64_t> size = {};         ///< bytes; if unset, fitted to the file system
-    bool remaining = false;                         ///< takes what is left of the disk; excludes `size`
+    bool remaining = false;                         ///< takes what is left of a disk that has a size; excludes `size`
     std::optional<std::uint64_t> offset = {};       ///< bytes; if unset, behind the partition before it
     std::uint64_t align = 1 << 20;                  ///< bytes; a power of two
     std::optional<Uuid> uuid = {};                  ///< GPT only; derived from the seed, if unset

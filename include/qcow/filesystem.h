@@ -225,7 +225,11 @@ protected:
     virtual Result<void> do_close();
 };
 
-enum class Access : std::uint8_t { read, write };
+enum class Access : std::uint8_t {
+    read,
+    read_damaged,  ///< what has a wrong checksum is no error, but read as it is (ext; the others have no checksums)
+    write
+};
 
 /// Opens the file system that a disk or partition holds. Read by: libext2fs (ext2, ext3, ext4), The Sleuth Kit (FAT,
 /// exFAT, NTFS, HFS+, UFS, YAFFS2), libsquashfs, libarchive (ISO 9660, tar, cpio, zip, 7z).

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <charconv>
 #include <cstdint>
 
 namespace qcow {
@@ -93,6 +94,32 @@ std::string printable(std::string_view text, std::size_t max_bytes) {
         text.remove_prefix(taken.size());
     }
     return result;
+}
+
+std::string unprintable(std::string_view text) {
+    std::string bytes;
+    while (!text.empty()) {
+        std::uint8_t byte = 0;
+        const auto* const digits = text.data() + 2;
+        if (text.size() >= 4 && text.starts_with("\\x") &&
+            std::from_chars(digits, digits + 2, byte, 16).ptr == digits + 2) {
+            bytes += static_cast<char>(byte);
+            text.remove_prefix(4);
+        } else {
+            bytes += text.front();
+            text.remove_prefix(1);
+        }
+    }
+    return bytes;
+}
+
+bool is_utf8(std::string_view text) {
+    while (!text.empty()) {
+        const auto length = utf8_length(text);
+        if (length == 0) return false;
+        text.remove_prefix(length);
+    }
+    return true;
 }
 
 std::string did_you_mean(std::string_view text, const std::vector<std::string>& words) {

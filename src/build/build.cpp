@@ -145,11 +145,20 @@ private:
     [[nodiscard]] Result<void> verify_partitions() const {
         std::map<Uuid, std::size_t> uuids;
         std::optional<std::size_t> active;
+        const auto most = most_partitions(spec_.table);
         for (std::size_t i = 0; i < spec_.partitions.size(); ++i) {
             const auto& partition = spec_.partitions[i];
             const auto place = [&](std::string_view key) {
                 return place_of(key, nullptr, &partition, fmt::format("partition {}", i + 1));
             };
+            if (i >= most) {
+                return refuse(place(""), spec_.table == Table::mbr ? "an MBR has at most four partitions; use gpt"
+                                                                   : "a GPT has at most 128 partitions here");
+            }
+            if (spec_.table == Table::gpt && !is_name_in_gpt(partition.name)) {
+                return refuse(place("name"), fmt::format("the name \"{}\" is no UTF-8 of at most 36 characters",
+                                                         printable(partition.name, 80)));
+            }
             if (partition.uuid) {
                 if (spec_.table == Table::mbr)
                     return refuse(place("uuid"), "has a uuid, which an MBR cannot store; it has the uuid of the disk");
@@ -373,6 +382,8 @@ private:
                 return refuse(part.at("size"), fmt::format("its size is no multiple of {} bytes", spec_.sector_size));
             if (part.size > bit(62) || part.offset > bit(62)) return refuse(part.at("offset"), "lies too far behind");
             end = part.offset + part.size;
+            if (end > room.limit)
+                return refuse(part.at("size"), "it ends behind sector 2^32, which an MBR cannot store; use gpt");
             if (size && end > *size - std::min(*size, room.end)) {
                 return fail(Errc::no_space, part.at("size"),
                             fmt::format("No space: it ends at byte {}, and the disk has room up to byte {}", end,

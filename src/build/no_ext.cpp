@@ -1,4 +1,4 @@
-// In place of ext.cpp, where there is no libext2fs.
+// In place of the files ext*.cpp, where there is no libext2fs.
 
 #include "build/volume.h"
 

@@ -1,6 +1,5 @@
 #include "build/partition_table.h"
 
-#include <fmt/format.h>
 #include <zlib.h>
 
 #include <algorithm>
@@ -9,7 +8,6 @@
 #include "base/bits.h"
 #include "filesystem/little_endian.h"
 #include "filesystem/names.h"
-#include "qcow/text.h"
 
 namespace qcow {
 namespace {
@@ -67,21 +65,18 @@ public:
           partitions_(partitions) {}
 
     Result<void> write_mbr(std::span<const std::byte> code) {
-        if (partitions_.size() > mbr_entries) return refuse("an MBR has at most four partitions; use gpt");
         auto sector = first_sector(code);
         for (unsigned i = 0; i < 4; ++i) sector[440 + i] = std::byte{id_[i]};
         for (std::size_t i = 0; i < partitions_.size(); ++i) {
             const auto& partition = partitions_[i];
             const auto first = partition.start / sector_;
             const auto count = partition.size / sector_;
-            if (first + count > 0xffffffff) return refuse("an MBR reaches to sector 2^32 at most; use gpt");
             store_mbr_entry(sector, i, *partition.type.mbr, partition.bootable, first, count);
         }
         return disk_.write({0}, sector);
     }
 
     Result<void> write_gpt(std::span<const std::byte> code) {
-        if (partitions_.size() > gpt_entries) return refuse("a GPT has at most 128 partitions here");
         auto sector = first_sector(code);
         const auto covered = std::min<std::uint64_t>(sectors_ - 1, 0xffffffff);
         store_mbr_entry(sector, 0, protective, false, 1, covered);
@@ -96,12 +91,8 @@ public:
             store_le(entry, 32, partition.start / sector_);
             store_le(entry, 40, (partition.start + partition.size) / sector_ - 1);
             store_le(entry, 48, std::uint64_t{partition.bootable ? 4U : 0U});
-            const auto name = utf16(partition.name);
-            if (!name || name->size() > gpt_name_units) {
-                return refuse(
-                    fmt::format("the name \"{}\" is no UTF-8 of at most 36 characters", printable(partition.name, 80)));
-            }
-            for (std::size_t k = 0; k < name->size(); ++k) store_le(entry, 56 + 2 * k, std::uint16_t{(*name)[k]});
+            const auto name = utf16(partition.name).value_or(u"");
+            for (std::size_t k = 0; k < name.size(); ++k) store_le(entry, 56 + 2 * k, std::uint16_t{name[k]});
         }
         const auto blocks = divide_up(entries.size(), sector_);
         const auto last = sectors_ - 1;
@@ -112,10 +103,6 @@ public:
     }
 
 private:
-    static std::unexpected<Error> refuse(std::string what) {
-        return fail(Errc::invalid_argument, "partition table", std::move(what));
-    }
-
     [[nodiscard]] std::vector<std::byte> first_sector(std::span<const std::byte> code) const {
         std::vector<std::byte> sector(sector_);
         std::ranges::copy(code, sector.begin());
@@ -154,9 +141,18 @@ private:
 
 TableRoom room_of_table(BuildSpec::Table table, unsigned sector_size) {
     if (table == BuildSpec::Table::none) return {};
-    if (table == BuildSpec::Table::mbr) return {sector_size, 0};
+    if (table == BuildSpec::Table::mbr) return {sector_size, 0, std::uint64_t{0xffffffff} * sector_size};
     const auto entries = divide_up(gpt_entries * gpt_entry_bytes, sector_size) * sector_size;
     return {std::uint64_t{2} * sector_size + entries, sector_size + entries};
+}
+
+std::size_t most_partitions(BuildSpec::Table table) {
+    return table == BuildSpec::Table::mbr ? mbr_entries : gpt_entries;
+}
+
+bool is_name_in_gpt(std::string_view name) {
+    const auto stored = utf16(name);
+    return stored && stored->size() <= gpt_name_units;
 }
 
 Result<void> write_partition_table(PlannedDisk& disk, BuildSpec::Table table, unsigned sector_size, const Uuid& disk_id,

@@ -28,6 +28,21 @@ TEST(Printable, KeepsTheFirstAndLastCodePointOfEachLength) {
     EXPECT_EQ(printable("\xf0\x90\x80\x80\xf4\x8f\xbf\xbd"), "\xf0\x90\x80\x80\xf4\x8f\xbf\xbd");  // U+10000, U+10FFFD
 }
 
+TEST(Printable, CanBeUndone) {
+    for (const auto text : {"plain"sv, "a\tb\r\n"sv, "\xff\xfe"sv, "a\0b"sv, "\xc3\xa9"sv, ""sv})
+        EXPECT_EQ(unprintable(printable(text)), text);
+    for (const auto text : {"\\x"sv, "\\x1"sv, "\\xg1"sv, "\\x1g"sv, "\\x-1"sv, "\\y20"sv, "\\"sv})
+        EXPECT_EQ(unprintable(text), text);
+    EXPECT_EQ(unprintable("\\x4A\\x4b\\x"), "JK\\x");
+}
+
+TEST(Printable, KnowsUtf8) {
+    EXPECT_TRUE(is_utf8(""));
+    EXPECT_TRUE(is_utf8("a\n\xc3\xa9\xf0\x9f\x90\x84"));
+    EXPECT_FALSE(is_utf8("a\xff"));
+    EXPECT_FALSE(is_utf8("\xc3"));
+}
+
 TEST(Printable, EscapesAsciiControls) {
     EXPECT_EQ(printable("a\tb\r\n"), "a\\x09b\\x0d\\x0a");
     EXPECT_EQ(printable("\x1b[31m"), "\\x1b[31m");

@@ -231,6 +231,11 @@ TEST_F(SourcesTest, PartitionsThatATableCannotHaveAreRefused) {
     const std::string uuid = "uuid = \"0fc63daf-8483-4772-8e79-3d69d8477de4\"\n";
     expect_spec_refused(mbr + part + uuid, "which an MBR cannot store");
     expect_spec_refused(part + uuid + part + uuid, "has the uuid of partition 1");
+    expect_spec_refused(mbr + part + part + part + part + part, "disk.toml:11:1: partition 5: an MBR has at most four");
+    expect_spec_refused(part + "name = \"" + std::string(37, 'n') + "\"\n", "disk.toml:3:8: partition 1: the name");
+    expect_spec_refused(mbr + "[[partitions]]\nsize = \"3TiB\"\n", "disk.toml:4:8: partition 1: it ends behind sector");
+    expect_spec_refused("[[partitions]]\nsize = \"4KiB\"\nfilesystem = { type = \"ext4\" }\n",
+                        "disk.toml:2:8: partition 1: No space: 4096 bytes have no room for the tables");
     expect_spec_refused("[filesystem]\ntype = \"ext4\"\nfiles = [{ path = \"/a\", content = \"\", mode = 644 }]\n",
                         "not written as an octal number");
     expect_spec_refused("[filesystem]\ntype = \"ext4\"\nfiles = [{ pth = \"/a\" }]\n", "did you mean \"path\"?");

@@ -1,0 +1,334 @@
+// Changes ext file systems in place.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "base/bits.h"
+#include "filesystem/ext.h"
+#include "filesystem/readers.h"
+
+namespace qcow {
+namespace {
+
+int entry_of_type(FileType type) {
+    switch (type) {
+        case FileType::regular: return EXT2_FT_REG_FILE;
+        case FileType::directory: return EXT2_FT_DIR;
+        case FileType::symbolic_link: return EXT2_FT_SYMLINK;
+        case FileType::character_device: return EXT2_FT_CHRDEV;
+        case FileType::block_device: return EXT2_FT_BLKDEV;
+        case FileType::fifo: return EXT2_FT_FIFO;
+        case FileType::socket: return EXT2_FT_SOCK;
+        case FileType::unknown: break;
+    }
+    return EXT2_FT_UNKNOWN;
+}
+
+/// Nothing is stored without a time. One out of range becomes the nearest that there is.
+void store_time(const std::optional<Timestamp>& time, std::uint32_t& seconds, std::uint32_t* extra) {
+    if (!time) return;
+    constexpr std::int64_t least = std::numeric_limits<std::int32_t>::min();
+    const std::int64_t most =
+        extra == nullptr ? std::numeric_limits<std::int32_t>::max() : least + (std::int64_t{1} << 34) - 1;
+    const auto stored = std::clamp(time->seconds, least, most);
+    seconds = static_cast<std::uint32_t>(stored);
+    const auto epoch = static_cast<std::uint32_t>((stored - static_cast<std::int32_t>(seconds)) >> 32);
+    if (extra != nullptr) *extra = (time->nanoseconds << 2) | (epoch & 3);
+}
+
+class ExtChanges final : public ExtFiles {
+public:
+    using ExtFiles::ExtFiles;
+
+    Result<void> open(const Content& content) {
+        TRY_VOID(ExtFiles::open(content, EXT2_FLAG_RW));
+        if (ext2fs_has_feature_journal_needs_recovery(fs_->super)) {
+            return fail(Errc::unsupported, type_,
+                        "its journal must be replayed before it can be changed; mount it once, or run e2fsck on it");
+        }
+        if ((fs_->super->s_state & EXT2_ERROR_FS) != 0)
+            return fail(Errc::corrupt, type_, "it is marked as damaged; run e2fsck before it is changed");
+        if ((fs_->super->s_state & EXT2_VALID_FS) == 0 || ext2fs_has_feature_orphan_present(fs_->super)) {
+            return fail(Errc::unsupported, type_,
+                        "it is mounted, or was not unmounted; unmount it, or run e2fsck before it is changed");
+        }
+        if (const auto feature = unsupported_feature(); !feature.empty()) {
+            return fail(Errc::unsupported, type_,
+                        fmt::format("it has the feature \"{}\", with which it can only be read", feature));
+        }
+        return verify(ext2fs_read_bitmaps(fs_), "bitmaps");
+    }
+
+protected:
+    Result<Inode> do_create(Inode directory, const std::string& name, const NewNode& node) override {
+        TRY_VOID(expect(directory, FileType::directory));
+        const auto above = TRY(load(directory));
+        if ((reinterpret_cast<const ext2_inode&>(above).i_flags & EXT4_ENCRYPT_FL) != 0)
+            return fail(Errc::encrypted, name, "the directory is encrypted (fscrypt), and takes no new files");
+        if (name.size() > EXT2_NAME_LEN)
+            return fail(Errc::invalid_argument, name, fmt::format("names in ext have at most {} bytes", EXT2_NAME_LEN));
+        ext2_ino_t taken = 0;
+        if (ext2fs_lookup(fs_, number(directory), name.data(), static_cast<int>(name.size()), nullptr, &taken) == 0)
+            return fail(Errc::invalid_argument, name, "something with this name exists");
+        TRY_VOID(begin_change());
+        ext2_ino_t made = 0;
+        const auto mode = mode_of_type(node.info.type) | (node.info.mode & 07777U);
+        TRY_VOID(verify(ext2fs_new_inode(fs_, number(directory), static_cast<int>(mode), nullptr, &made), name));
+        // The name comes first: it may need a block that is not there.
+        loaded_ = 0;
+        TRY_VOID(verify(link(number(directory), name, made, entry_of_type(node.info.type)), name));
+        if (auto done = make_node(directory, made, node, mode, name); !done) {
+            TRY_VOID(verify(ext2fs_unlink(fs_, number(directory), name.c_str(), made, 0), name));
+            return std::unexpected(std::move(done).error());
+        }
+        auto done = set_attributes(made, node);
+        if (done) done = set_info(made, node.info, mode);
+        if (done) return made;
+        TRY_VOID(do_remove(directory, name));
+        return std::unexpected(std::move(done).error());
+    }
+
+    Result<void> do_write(Inode inode, std::uint64_t at, std::span<const std::byte> from) override {
+        TRY_VOID(expect(inode, FileType::regular));
+        TRY_VOID(begin_change());
+        loaded_ = 0;  // libext2fs changes the inode, even if it fails
+        auto* const file = TRY(opened_file(inode));
+        TRY_VOID(verify(ext2fs_file_llseek(file, at, EXT2_SEEK_SET, nullptr), inode_place(inode)));
+        while (!from.empty()) {
+            unsigned done = 0;
+            const auto part = static_cast<unsigned>(std::min<std::size_t>(from.size(), 1 * MiB));
+            TRY_VOID(verify(ext2fs_file_write(file, from.data(), part, &done), inode_place(inode)));
+            from = from.subspan(done);
+        }
+        return verify(ext2fs_file_flush(file), inode_place(inode));
+    }
+
+    Result<void> do_truncate(Inode inode, std::uint64_t size) override {
+        TRY_VOID(expect(inode, FileType::regular));
+        TRY_VOID(begin_change());
+        auto* const file = TRY(opened_file(inode));
+        loaded_ = 0;
+        return verify(ext2fs_file_set_size2(file, static_cast<ext2_off64_t>(size)), inode_place(inode));
+    }
+
+    Result<void> do_remove(Inode directory, const std::string& name) override {
+        forget_file();
+        loaded_ = 0;
+        TRY_VOID(expect(directory, FileType::directory));
+        const auto inode = number(TRY(find(directory, name)));
+        const auto large = TRY(load(inode));
+        const bool is_directory = LINUX_S_ISDIR(reinterpret_cast<const ext2_inode&>(large).i_mode);
+        std::vector<Error> refused;
+        if (is_directory && (!TRY(do_list(inode, false, refused)).empty() || !refused.empty())) {
+            return fail(Errc::invalid_argument, name,
+                        "the directory is not empty; --recursive removes what is in it, too");
+        }
+        TRY_VOID(begin_change());
+        loaded_ = 0;
+        TRY_VOID(verify(ext2fs_unlink(fs_, number(directory), name.c_str(), inode, 0), name));
+        if (is_directory) {
+            ext2_inode above = {};
+            TRY_VOID(verify(ext2fs_read_inode(fs_, number(directory), &above), inode_place(directory)));
+            if (above.i_links_count > 2) --above.i_links_count;  // 1: more than can be counted
+            TRY_VOID(verify(ext2fs_write_inode(fs_, number(directory), &above), inode_place(directory)));
+        }
+        return lose_name(inode, name);
+    }
+
+    Result<void> do_replace(Inode directory, const std::string& from, const std::string& to) override {
+        forget_file();
+        loaded_ = 0;
+        TRY_VOID(expect(directory, FileType::directory));
+        const auto made = TRY(do_lookup(directory, from));
+        const auto old = TRY(do_lookup(directory, to));
+        if (made.type == FileType::directory || old.type == FileType::directory)
+            return fail(Errc::invalid_argument, to, "a directory is not replaced, and replaces nothing");
+        TRY_VOID(begin_change());
+        // The entry stays where it is, so there is always room for it.
+        struct Change {
+            const std::string& name;
+            ext2_ino_t inode;
+            int type;
+            bool done = false;
+        } change{to, number(made.inode), 0};
+        if (ext2fs_has_feature_filetype(fs_->super)) change.type = entry_of_type(made.type);
+        const auto change_entry = [](ext2_ino_t, int kind, ext2_dir_entry* raw, int, int, char*, void* data) -> int {
+            auto& with = *static_cast<Change*>(data);
+            const auto length = static_cast<std::size_t>(ext2fs_dirent_name_len(raw));
+            if (kind != DIRENT_OTHER_FILE || std::string_view(raw->name, length) != with.name) return 0;
+            raw->inode = with.inode;
+            ext2fs_dirent_set_file_type(raw, with.type);
+            with.done = true;
+            return DIRENT_CHANGED | DIRENT_ABORT;
+        };
+        TRY_VOID(verify(ext2fs_dir_iterate2(fs_, number(directory), 0, nullptr, change_entry, &change), to));
+        if (!change.done) return fail(Errc::corrupt, to, "its entry cannot be found in the directory");
+        loaded_ = 0;
+        TRY_VOID(verify(ext2fs_unlink(fs_, number(directory), from.c_str(), number(made.inode), 0), from));
+        return lose_name(old.inode, to);
+    }
+
+    Result<void> do_close() override {
+        forget_file();
+        if (fs_ == nullptr) return {};
+        ext2_filsys closed = std::exchange(fs_, nullptr);
+        // libext2fs writes the superblock after everything else is durable.
+        if (changed_ && !io_.failed()) set_clean(*closed, true);
+        return io_.verify(ext2fs_close_free(&closed), type_);
+    }
+
+private:
+    static void set_clean(struct_ext2_filsys& fs, bool clean) {
+        if (clean) {
+            fs.super->s_state |= EXT2_VALID_FS;
+        } else {
+            fs.super->s_state &= static_cast<std::uint16_t>(~EXT2_VALID_FS);
+        }
+        ext2fs_mark_super_dirty(&fs);
+    }
+
+    /// Marks the file system as not clean, durably, before its first change. libext2fs writes in an order of its own,
+    /// so a process that dies meanwhile leaves work for e2fsck, as one does that has it mounted.
+    Result<void> begin_change() {
+        if (changed_) return {};
+        set_clean(*fs_, false);
+        const int flags = fs_->flags;
+        fs_->flags |= EXT2_FLAG_SUPER_ONLY;
+        const auto code = ext2fs_flush(fs_);
+        fs_->flags = flags;
+        TRY_VOID(verify(code, "superblock"));
+        changed_ = true;
+        return {};
+    }
+
+    /// A feature that changes would have to take care of, and do not.
+    [[nodiscard]] std::string_view unsupported_feature() const {
+        if (ext2fs_has_feature_quota(fs_->super)) return "quota";
+        if (ext2fs_has_feature_ea_inode(fs_->super)) return "ea_inode";
+        if (ext2fs_has_feature_shared_blocks(fs_->super)) return "shared_blocks";
+        if (ext2fs_has_feature_mmp(fs_->super)) return "mmp";
+        return {};
+    }
+
+    /// Counts a name less, and frees the inode and its blocks after the last one. `name` is for messages.
+    Result<void> lose_name(Inode lost, const std::string& name) {
+        const auto inode = number(lost);
+        auto large = TRY(load(lost));
+        auto& raw = *reinterpret_cast<ext2_inode*>(&large);
+        const bool is_directory = LINUX_S_ISDIR(raw.i_mode);
+        if (is_directory) {
+            raw.i_links_count = 0;
+        } else if (raw.i_links_count > 0) {
+            --raw.i_links_count;
+        }
+        if (raw.i_links_count > 0) return write_inode(inode, large);
+
+        raw.i_dtime = static_cast<std::uint32_t>(fs_->now != 0 ? fs_->now : time(nullptr));
+        TRY_VOID(write_inode(inode, large));
+        const auto freed = ext2fs_free_ext_attr(fs_, inode, &large);
+        if (freed != EXT2_ET_EA_NO_SPACE) TRY_VOID(verify(freed, name));
+        TRY_VOID(write_inode(inode, large));
+        if (ext2fs_inode_has_valid_blocks2(fs_, &raw) != 0) {
+            // Not ext2fs_punch: it refuses to free the last block of a file system.
+            const auto release = [](ext2_filsys fs, blk64_t* block, e2_blkcnt_t, blk64_t, int, void*) -> int {
+                if (*block % static_cast<blk64_t>(EXT2FS_CLUSTER_RATIO(fs)) == 0)
+                    ext2fs_block_alloc_stats2(fs, *block, -1);
+                return 0;
+            };
+            TRY_VOID(verify(ext2fs_block_iterate3(fs_, inode, BLOCK_FLAG_READ_ONLY, nullptr, release, nullptr), name));
+        }
+        ext2fs_inode_alloc_stats2(fs_, inode, -1, is_directory ? 1 : 0);
+        return {};
+    }
+
+    Result<void> write_inode(Inode inode, ext2_inode_large& large) {
+        loaded_ = 0;
+        return verify(
+            ext2fs_write_inode_full(fs_, number(inode), reinterpret_cast<ext2_inode*>(&large),
+                                    static_cast<int>(std::min<std::size_t>(sizeof large, EXT2_INODE_SIZE(fs_->super)))),
+            inode_place(inode));
+    }
+
+    errcode_t link(ext2_ino_t directory, const std::string& name, ext2_ino_t inode, int type) {
+        auto code = ext2fs_link(fs_, directory, name.c_str(), inode, type);
+        if (code != EXT2_ET_DIR_NO_SPACE) return code;
+        code = ext2fs_expand_dir(fs_, directory);
+        return code != 0 ? code : ext2fs_link(fs_, directory, name.c_str(), inode, type);
+    }
+    /// Makes the inode that the name leads to.
+    Result<void> make_node(Inode directory, ext2_ino_t made, const NewNode& node, std::uint32_t mode,
+                           const std::string& name) {
+        // Without a name, these do not link.
+        if (node.info.type == FileType::directory)
+            return verify(ext2fs_mkdir(fs_, number(directory), made, nullptr), name);
+        if (node.info.type == FileType::symbolic_link)
+            return verify(ext2fs_symlink(fs_, number(directory), made, nullptr, node.link_target.c_str()), name);
+        ext2_inode_large fresh = {};
+        auto& raw = *reinterpret_cast<ext2_inode*>(&fresh);
+        raw.i_mode = static_cast<std::uint16_t>(mode);
+        raw.i_links_count = 1;
+        fresh.i_extra_isize = sizeof(ext2_inode_large) - EXT2_GOOD_OLD_INODE_SIZE;
+        if (node.info.type == FileType::character_device || node.info.type == FileType::block_device) {
+            const auto major = node.info.major;
+            const auto minor = node.info.minor;
+            if (major < 256 && minor < 256) {
+                raw.i_block[0] = major << 8 | minor;
+            } else {
+                raw.i_block[1] = (minor & 0xff) | (major & 0xfff) << 8 | (minor & 0xfff00) << 12;
+            }
+        } else if (ext2fs_has_feature_extents(fs_->super) && node.info.type == FileType::regular) {
+            raw.i_flags |= EXT4_EXTENTS_FL;
+        }
+        TRY_VOID(verify(ext2fs_write_new_inode(fs_, made, &raw), name));
+        if ((raw.i_flags & EXT4_EXTENTS_FL) != 0) {
+            ext2_extent_handle_t handle = nullptr;
+            TRY_VOID(verify(ext2fs_extent_open2(fs_, made, &raw, &handle), name));
+            ext2fs_extent_free(handle);
+            TRY_VOID(verify(ext2fs_write_inode(fs_, made, &raw), name));
+        }
+        ext2fs_inode_alloc_stats2(fs_, made, 1, 0);
+        return {};
+    }
+
+    Result<void> set_info(Inode inode, const FileInfo& info, std::uint32_t mode) {
+        loaded_ = 0;
+        auto large = TRY(load(inode));
+        auto& raw = *reinterpret_cast<ext2_inode*>(&large);
+        raw.i_mode = static_cast<std::uint16_t>(mode);
+        raw.i_uid = static_cast<std::uint16_t>(info.user);
+        raw.i_gid = static_cast<std::uint16_t>(info.group);
+        raw.osd2.linux2.l_i_uid_high = static_cast<std::uint16_t>(info.user >> 16);
+        raw.osd2.linux2.l_i_gid_high = static_cast<std::uint16_t>(info.group >> 16);
+        const bool has_extra = EXT2_INODE_SIZE(fs_->super) > EXT2_GOOD_OLD_INODE_SIZE && large.i_extra_isize >= 24;
+        store_time(info.modified, raw.i_mtime, has_extra ? &large.i_mtime_extra : nullptr);
+        store_time(info.accessed, raw.i_atime, has_extra ? &large.i_atime_extra : nullptr);
+        return write_inode(inode, large);
+    }
+
+    Result<void> set_attributes(Inode inode, const NewNode& node) {
+        if (node.attributes.empty()) return {};
+        ExtAttributes handle;
+        const auto place = inode_place(inode);
+        TRY_VOID(verify(ext2fs_xattrs_open(fs_, number(inode), &handle.raw), place));
+        TRY_VOID(verify(ext2fs_xattrs_read(handle.raw), place));
+        for (const auto& [name, value] : node.attributes)
+            TRY_VOID(verify(ext2fs_xattr_set(handle.raw, name.c_str(), value.data(), value.size()), place));
+        loaded_ = 0;
+        return verify(ext2fs_xattrs_write(handle.raw), place);
+    }
+
+    bool changed_ = false;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<FileSystem>> change_ext(std::shared_ptr<Disk> disk, const Content& content) {
+    auto files = std::make_unique<ExtChanges>(std::move(disk));
+    TRY_VOID(files->open(content));
+    return files;
+}
+
+}  // namespace qcow
