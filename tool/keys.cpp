@@ -155,11 +155,17 @@ Result<Secret> secret_of(const std::map<std::string, std::string>& object) {
     return format == "raw" ? Result<Secret>(std::move(value)) : decoded(value, name);
 }
 
-Result<Secret> find_secret(const std::string& id) {
+/// Nothing if no object defines it.
+Result<std::optional<Secret>> defined_secret(const std::string& id) {
     for (const auto& text : arguments().objects) {
         const auto object = QCOW_TRY(parse_object(text));
-        if (object.at("id") == id) return secret_of(object);
+        if (object.at("id") == id) return QCOW_TRY(secret_of(object));
     }
+    return std::nullopt;
+}
+
+Result<Secret> find_secret(const std::string& id) {
+    if (auto secret = QCOW_TRY(defined_secret(id))) return *std::move(secret);
     return refuse(fmt::format("secret \"{}\"", id), fmt::format("define it with --object secret,id={},file=FILE", id));
 }
 
@@ -225,6 +231,9 @@ Result<std::optional<Secret>> given_key(const std::string& file, Turn turn) {
 
 Result<Secret> find_key(const qcow::KeyRequest& request, const std::vector<std::string>& secrets) {
     if (request.depth < secrets.size() && !secrets[request.depth].empty()) return find_secret(secrets[request.depth]);
+    if (!request.secret.empty()) {
+        if (auto secret = QCOW_TRY(defined_secret(request.secret))) return *std::move(secret);
+    }
     auto& known = arguments().known;
     if (const auto found = known.find(request.file); found != known.end())
         return Secret(std::as_const(found->second).bytes());

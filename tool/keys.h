@@ -15,9 +15,9 @@ namespace tool {
 void add_key_options(CLI::App& app);
 
 /// Returns a source of keys for the layers of an image. `secrets[i]` is the id of the secret of layer i, as
-/// --image-opts gives it; empty or missing: no id is given. Then a layer takes the next key of --key and --key-fd, the
-/// last of which serves for all further layers. Without these, it takes the only secret of --object, or else a person
-/// is asked.
+/// --image-opts gives it; empty or missing: no id is given. Then a layer takes the secret that the name of its file
+/// gives, if --object defines it, or the next key of --key and --key-fd, the last of which serves for all further
+/// layers. Without these, it takes the only secret of --object, or else a person is asked.
 qcow::KeySource key_source(std::vector<std::string> secrets = {});
 
 /// Returns the secret with this id. Errors: Errc::invalid_argument: --object does not define it; those of reading it.
