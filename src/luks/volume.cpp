@@ -103,15 +103,24 @@ struct Opened {
     Secret data_key;
 };
 
-std::unexpected<Error> wrong_key(const Area& area, const Luks1Header& header) {
-    const auto used = std::ranges::count(header.slots, true, &LuksSlot::used);
-    auto why = used == 0 ? "no key slot is in use: nobody can read its data any more"
-                         : fmt::format("the key is wrong: it opens none of the {} key slots in use", used);
+/// What is wrong with the states of the slots; nothing: some are in use.
+std::optional<std::string> flaw_of_slots(const Luks1Header& header) {
+    const bool any = std::ranges::any_of(header.slots, &LuksSlot::used);
     const auto odd = std::ranges::find(header.slots, false, &LuksSlot::marked);
+    if (any && odd == header.slots.end()) return std::nullopt;
+    std::string flaw = any ? "" : "no key slot is in use: nobody can read its data any more";
     if (odd != header.slots.end()) {
-        why += fmt::format("; key slot {} is damaged: it is marked neither as used nor as unused",
-                           odd - header.slots.begin());
+        flaw += fmt::format("{}key slot {} is damaged: it is marked neither as used nor as unused", any ? "" : "; ",
+                            odd - header.slots.begin());
     }
+    return flaw;
+}
+
+std::unexpected<Error> wrong_key(const Area& area, const Luks1Header& header) {
+    const auto used = static_cast<std::size_t>(std::ranges::count(header.slots, true, &LuksSlot::used));
+    const auto flaw = flaw_of_slots(header);
+    auto why = used == 0 ? *flaw : fmt::format("the key is wrong: it opens none of the {} key slots in use", used);
+    if (used != 0 && flaw) why += "; " + *flaw;
     return fail(Errc::encrypted, area.file.name(), std::move(why));
 }
 
@@ -273,6 +282,15 @@ Result<std::shared_ptr<const SectorCipher>> unlock(const Area& area, const Secre
     const auto header = TRY(read_header(area));
     const auto opened = TRY(open_any_slot(area, header, key, max_seconds));
     return SectorCipher::make(header.cipher, header.mode, opened.data_key.bytes());
+}
+
+Result<void> verify_header(const Area& area) {
+    const auto header = TRY(read_header(area));
+    TRY(crypto::hash_size(header.hash));
+    const std::vector<std::byte> sample(header.key_bytes);
+    TRY(SectorCipher::make(header.cipher, header.mode, sample));
+    if (auto flaw = flaw_of_slots(header)) return fail(Errc::corrupt, area.file.name(), *std::move(flaw));
+    return {};
 }
 
 Result<std::uint64_t> header_bytes(const EncryptionOptions& options) {

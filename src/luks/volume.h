@@ -25,6 +25,10 @@ struct Area {
 /// work, which is found before any of it is done; Errc::corrupt, unsupported; io.
 Result<std::shared_ptr<const crypto::SectorCipher>> unlock(const Area& area, const Secret& key, double max_seconds);
 
+/// Verifies, without a key, that there can be one that opens the header: all its numbers and names, and the state of
+/// its key slots. Errors: Errc::corrupt; Errc::unsupported, also if this build does not have the cipher; io.
+Result<void> verify_header(const Area& area);
+
 /// A new header with its key material, and the cipher of the data.
 struct NewHeader {
     std::vector<std::byte> bytes;
