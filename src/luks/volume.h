@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "crypto/cipher.h"
@@ -19,6 +20,9 @@ struct Area {
     HostOffset at;
     std::uint64_t bytes = 0;  ///< at most so many
 };
+
+/// Says that a key opens none of `slots` key slots, and what may be wrong with it.
+std::string wrong_key_text(std::size_t slots, const Secret& key);
 
 /// Returns the cipher of the data. Tries the key slots in use, one derivation each.
 /// Errors: Errc::encrypted: the key is wrong; Errc::limit_exceeded: the header asks for more than `max_seconds` of

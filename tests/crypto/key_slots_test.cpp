@@ -1,6 +1,7 @@
 // Changes of the key slots of LUKS1, and headers that are hostile.
 
 #include <algorithm>
+#include <map>
 
 #include "base/endian.h"
 #include "crypto/encryption_fixture.h"
@@ -80,6 +81,36 @@ TEST_F(KeySlotsTest, AreAddedReplacedAndErased) {
         expect_refusal(joined_arguments(joined_arguments({"convert", "--key", "new"}, format), {name, "out.raw"}),
                        HasSubstr("no key slot is in use"));
     }
+}
+
+/// As QEMU, which refuses all of these, too.
+TEST_F(KeySlotsTest, OptionsThatContradictEachOther) {
+    make_qcow2("disk.qcow2");
+    const Arguments secrets = {"--object", secret_option, "--object", "secret,id=n,data=new"};
+    must_tool(joined_arguments(
+        {"amend"}, joined_arguments(secrets, {"-o", "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=10",
+                                              "disk.qcow2"})));
+    const auto before = bytes_of("disk.qcow2");
+    const std::map<std::string, std::string> refused = {
+        {"encrypt.state=inactive,encrypt.keyslot=0,encrypt.old-secret=n", "does not open key slot 0"},
+        {"encrypt.state=inactive,encrypt.keyslot=0,encrypt.new-secret=n", "encrypt.state=inactive"},
+        {"encrypt.state=inactive,encrypt.keyslot=0,encrypt.iter-time=10", "encrypt.state=inactive"},
+        {"encrypt.state=active,encrypt.new-secret=n,encrypt.old-secret=s", "encrypt.state=active"}};
+    for (const auto& [options, error] : refused) {
+        SCOPED_TRACE(options);
+        expect_refusal(joined_arguments({"amend"}, joined_arguments(secrets, {"-o", options, "disk.qcow2"})),
+                       HasSubstr(error));
+        const auto theirs = qemu_img(
+            joined_arguments({"amend"},
+                             joined_arguments(secrets, {"--image-opts", opened("qcow2", "disk.qcow2"), "-o", options})),
+            directory_.path());
+        EXPECT_EQ(theirs.status, 1) << theirs.text();
+        EXPECT_TRUE(bytes_of("disk.qcow2") == before);
+    }
+    must_tool(joined_arguments(
+        {"amend"}, joined_arguments(secrets, {"-o", "encrypt.state=inactive,encrypt.keyslot=0,encrypt.old-secret=s",
+                                              "disk.qcow2"})));
+    EXPECT_FALSE(header("disk.qcow2", luks_at("disk.qcow2")).slots[0].used);
 }
 
 /// At every moment, the old passphrase opens the image or the new one does.
