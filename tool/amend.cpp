@@ -8,6 +8,7 @@
 
 #include "command.h"
 #include "create_options.h"
+#include "failure.h"
 #include "keys.h"
 
 namespace tool {
@@ -24,22 +25,25 @@ qcow::Result<std::optional<qcow::KeySlotChange>> key_slot_change(const NewImageO
                                                                  const AmendOptions& all) {
     if (!options.has("encrypt.state")) {
         for (const auto* name : {"encrypt.keyslot", "encrypt.new-secret", "encrypt.old-secret", "encrypt.iter-time"}) {
-            if (options.has(name)) {
-                return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, fmt::format("option {}", name),
-                                                   "say with encrypt.state=active or inactive what to do"});
-            }
+            if (options.has(name))
+                return refuse(fmt::format("option {}", name), "say with encrypt.state=active or inactive what to do");
         }
         return std::nullopt;
     }
     const auto& encrypt = options.encrypt;
+    const auto refuse_with = [&](const char* name, const char* state) {
+        return refuse(fmt::format("option {}", name), fmt::format("it does not belong to encrypt.state={}", state));
+    };
+    if (encrypt.active && options.has("encrypt.old-secret")) return refuse_with("encrypt.old-secret", "active");
+    for (const auto* name : {"encrypt.new-secret", "encrypt.iter-time"})
+        if (!encrypt.active && options.has(name)) return refuse_with(name, "inactive");
     qcow::KeySlotChange change;
     change.slot = encrypt.key_slot;
     change.iter_time_ms = encrypt.options.iter_time_ms;
     change.force = all.force;
     if (encrypt.active) {
         if (encrypt.new_secret.empty()) {
-            return std::unexpected(qcow::Error{qcow::Errc::invalid_argument, "option encrypt.new-secret",
-                                               "the new key is missing; give it as a secret of --object"});
+            return refuse("option encrypt.new-secret", "the new key is missing; give it as a secret of --object");
         }
         change.new_key = QCOW_TRY(new_secret_of(encrypt.new_secret));
     } else if (!encrypt.old_secret.empty()) {
@@ -114,7 +118,8 @@ void declare_amend(CLI::App& root, int& status) {
         "                          adds the passphrase of this secret of --object; --key FILE is one that the image "
         "has\n"
         "  encrypt.state=inactive,encrypt.old-secret=ID   or   encrypt.state=inactive,encrypt.keyslot=0...7\n"
-        "                          erases the slots that this passphrase opens, or this slot\n"
+        "                          erases the slots that this passphrase opens, or this slot; with both, this slot if\n"
+        "                          this passphrase opens it\n"
         "Examples:\n"
         "  qcow amend -o compat=1.1 disk.qcow2\n"
         "  qcow amend --key old --object secret,id=n,file=new -o encrypt.state=active,encrypt.new-secret=n disk.qcow2\n"

@@ -125,7 +125,7 @@ qcow::Result<qcow::BuildJob> build_job(const BuildOptions& options) {
     job.spec = QCOW_TRY(options.filesystem.empty() ? spec_of_file(options) : spec_of_filesystem(options));
     job.target.path = options.output;
     job.target.format = format_of(options);
-    job.target.options = QCOW_TRY(parse_create_options(options.image, options.output, job.target.format));
+    job.target.options = QCOW_TRY(parse_create_options(options.image, job.target.format, options.output));
     job.target.untrusted = options.untrusted;
     job.target.keys = key_source();
     job.keys = key_source();

@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "command.h"
 #include "progress.h"
 #include "qcow/check.h"
@@ -56,6 +58,7 @@ std::string_view finding_name(qcow::CheckFinding::Kind kind) {
         case Kind::wrong_length: return "wrong-length";
         case Kind::duplicate_name: return "duplicate-name";
         case Kind::misplaced: return "misplaced";
+        case Kind::bad_encryption: return "bad-encryption";
         case Kind::backing_chain: return "backing-chain";
     }
     return "";
@@ -174,7 +177,14 @@ void print_advice(const qcow::CheckReport& report, const std::string& path) {
             "--remove-inconsistent-bitmaps {}\n",
             names_text(report.inconsistent_bitmaps), qcow::printable(path));
     }
-    if (report.corruptions > 0) {
+    const bool locked = std::ranges::any_of(report.findings, [](const qcow::CheckFinding& finding) {
+        return finding.kind == qcow::CheckFinding::Kind::bad_encryption &&
+               finding.severity == qcow::CheckFinding::Severity::corruption;
+    });
+    if (locked) {
+        fmt::print(
+            "No repair mends an encryption header, without which no key opens the image. Restore it from a backup.\n");
+    } else if (report.corruptions > 0) {
         fmt::print(
             "Do not write to the image. Restore it from a backup, copy what is readable (qcow convert --salvage), or "
             "see what a repair would lose: qcow check -r all --dry-run {}\n",
@@ -251,6 +261,8 @@ void print_repair(const qcow::RepairResult& result, bool dry_run) {
         fmt::print("{} postponed refcounts and flags {} corrected\n", result.postponed_fixed, were);
     if (result.cleared_dirty()) fmt::print("the mark \"dirty\" {} cleared\n", was);
     if (result.cleared_corrupt()) fmt::print("the mark \"corrupt\" {} cleared\n", was);
+    if (result.after.marked_corrupt && !result.before.marked_corrupt)
+        fmt::print("the image {} marked as corrupt, so that nobody writes to it\n", was);
     if (result.refcounts_rebuilt) fmt::print("the refcounts {} rebuilt\n", were);
     if (result.copied_clusters > 0)
         fmt::print("{} clusters {} copied to places of their own\n", result.copied_clusters, were);

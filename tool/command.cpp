@@ -127,7 +127,11 @@ CLI::App& declare(CLI::App& root, int& status, const std::string& name, const st
     app.footer(help);
     app.callback([&status, failure = failure_of(name), run = std::move(run)] {
         const auto result = run();
-        if (!result) complain(result.error().message());
+        if (result) {
+            warn_of_unused_keys();
+        } else {
+            complain(result.error().message());
+        }
         status = result.value_or(failure);
     });
     return app;

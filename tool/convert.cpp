@@ -50,7 +50,7 @@ qcow::Result<qcow::NewImage> new_target(const ConvertOptions& options) {
     qcow::NewImage target;
     target.path = options.target;
     target.format = qcow::format_from_name(options.target_format).value_or(qcow::Format::raw);
-    target.options = QCOW_TRY(parse_create_options(options.image, options.target, target.format));
+    target.options = QCOW_TRY(parse_create_options(options.image, target.format, options.target));
     target.untrusted = options.source.untrusted;
     target.keys = key_source();
     if (options.cache == "unsafe") target.contents = qcow::NewFile::Contents::as_they_are;

@@ -23,7 +23,7 @@ struct CreateOptions {
 };
 
 qcow::Result<int> run(const CreateOptions& options) {
-    auto made = QCOW_TRY(parse_create_options(options.image, options.path, *qcow::format_from_name(options.format)));
+    auto made = QCOW_TRY(parse_create_options(options.image, *qcow::format_from_name(options.format), options.path));
     if (!options.size.empty() && made.has("size")) {
         return std::unexpected(
             qcow::Error{qcow::Errc::invalid_argument, "size", "is given twice, as SIZE and as -o size"});

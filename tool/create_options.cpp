@@ -112,6 +112,7 @@ const std::vector<Setter>& setters() {
          [](O&, const Name& name, const Value& value) -> Set {
              if (value == "aes")
                  return refuse_option(name, "new images do not get the weak encryption \"aes\"; use luks");
+             if (value == "luks2") return refuse_option(name, "new images do not get LUKS2; luks stands for LUKS1");
              return value == "luks" ? Set() : refuse_option(name, not_one_of(value, {"luks"}));
          }},
         {"encrypt.key-secret",
@@ -257,7 +258,7 @@ qcow::Result<NewImageOptions> parse_options(const std::vector<std::string>& text
 namespace {
 
 /// Sets how the new image is encrypted, if it is.
-qcow::Result<void> set_encryption(NewImageOptions& options, const std::string& path, qcow::Format format) {
+qcow::Result<void> set_encryption(NewImageOptions& options, qcow::Format format) {
     const auto is_about_it = [](const std::string& name) { return name.starts_with("encrypt."); };
     const bool any = std::ranges::any_of(options.given, is_about_it);
     for (const auto* name : {"encrypt.state", "encrypt.new-secret", "encrypt.old-secret", "encrypt.keyslot"}) {
@@ -269,16 +270,13 @@ qcow::Result<void> set_encryption(NewImageOptions& options, const std::string& p
         return refuse_option("encrypt.format", "the image is not encrypted without it; add encrypt.format=luks");
     if (format == qcow::Format::raw)
         return refuse_option("encrypt.format", "a raw image is not encrypted; use qcow2 or luks");
-    const auto& encrypt = options.encrypt;
-    options.encryption = encrypt.options;
-    options.encryption->key = QCOW_TRY(encrypt.key_secret.empty() ? new_key(path) : new_secret_of(encrypt.key_secret));
+    options.encryption = options.encrypt.options;
     return {};
 }
 
 }  // namespace
 
-qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments, const std::string& path,
-                                                   qcow::Format format) {
+qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments, qcow::Format format) {
     auto options = QCOW_TRY(parse_options(arguments.options));
     if (!arguments.backing.empty()) options.backing_name = arguments.backing;
     if (!arguments.backing_format.empty()) options.backing_format = arguments.backing_format;
@@ -287,7 +285,16 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
         return std::unexpected(
             qcow::Error{qcow::Errc::invalid_argument, "backing file", "its format is given, but its name is missing"});
     }
-    QCOW_TRY_VOID(set_encryption(options, path, format));
+    QCOW_TRY_VOID(set_encryption(options, format));
+    return options;
+}
+
+qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments, qcow::Format format,
+                                                   const std::string& path) {
+    auto options = QCOW_TRY(parse_create_options(arguments, format));
+    if (!options.encryption) return options;
+    const auto& secret = options.encrypt.key_secret;
+    options.encryption->key = QCOW_TRY(secret.empty() ? new_key(path) : new_secret_of(secret));
     return options;
 }
 

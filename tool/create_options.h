@@ -56,9 +56,12 @@ extern const char* const new_image_help;
 /// Parses the values of -o. Errors: Errc::invalid_argument, with the wrong option and its possible values.
 qcow::Result<NewImageOptions> parse_options(const std::vector<std::string>& options);
 
-/// Parses all arguments. `path` names the new image, and `format` is its format. Gets the key of an encrypted image.
-/// Errors: those of parse_options, and a format of a backing file without its name.
-qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments, const std::string& path,
-                                                   qcow::Format format);
+/// Parses all arguments. `format` is the format of the new image. Errors: those of parse_options, and a format of a
+/// backing file without its name.
+qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments, qcow::Format format);
+
+/// The same, with the key of the new image if it is encrypted. `path` names it.
+qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& arguments, qcow::Format format,
+                                                   const std::string& path);
 
 }  // namespace tool

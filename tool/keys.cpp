@@ -10,9 +10,11 @@
 #include <cstring>
 #include <map>
 #include <optional>
+#include <set>
 #include <system_error>
 
 #include "arguments.h"
+#include "command.h"
 #include "create_options.h"
 #include "failure.h"
 #include "qcow/text.h"
@@ -34,12 +36,15 @@ struct GivenKey {
     std::string file;     // "-" for standard input
     int descriptor = -1;  // if there is no file
     std::optional<Secret> key;
+    bool used = false;
+    bool is_new = false;  // of the new image
 };
 
 /// The values of the options.
 struct Arguments {
     std::vector<std::string> objects;
-    std::vector<GivenKey> keys;  // of --key and --key-fd, as they come on the command line
+    std::set<std::string> named;  // ids of objects that are the keys of what -o says, and of nothing else
+    std::vector<GivenKey> keys;   // of --key and --key-fd, as they come on the command line
 
     // Keys by the file that they belong to: an image that is opened twice takes no second key.
     std::map<std::string, Secret> known;
@@ -127,16 +132,19 @@ Result<Secret> decoded(const Secret& text, const std::string& name) {
     return Secret(std::as_const(bytes).bytes().first(length));
 }
 
-/// The values of "secret,id=...,file=...,format=raw".
+/// The values of "secret,id=...,file=...,format=raw". What is wrong may be a part of a secret: errors do not show it.
 Result<std::map<std::string, std::string>> parse_object(const std::string& text) {
     std::map<std::string, std::string> values;
     const auto parts = parts_of(text);
-    if (parts.front() != "secret") return refuse("--object " + parts.front(), "only secret is an object here");
+    if (parts.front() != "secret")
+        return refuse("--object", R"(it does not begin with "secret,"; no other objects are known here)");
     for (const auto& part : std::span(parts).subspan(1)) {
         const auto equals = std::min(part.find('='), part.size());
         const auto name = part.substr(0, equals);
         if (name != "id" && name != "file" && name != "data" && name != "format")
-            return refuse("--object secret", fmt::format("\"{}\" is not id, file, data or format", name));
+            return refuse("--object secret",
+                          "it has a part that is none of id=, file=, data= and format=; a comma in a value is written "
+                          "twice");
         values[name] = part.substr(std::min(equals + 1, part.size()));
     }
     if (values["id"].empty()) return refuse("--object secret", "its id is missing");
@@ -149,17 +157,23 @@ Result<Secret> secret_of(const std::map<std::string, std::string>& object) {
     const bool has_file = object.contains("file");
     if (has_file == object.contains("data")) return refuse(name, "give it either a file or data");
     const auto format = object.contains("format") ? object.at("format") : "raw";
-    if (format != "raw" && format != "base64") return refuse(name, not_one_of(format, {"raw", "base64"}));
+    if (format != "raw" && format != "base64") return refuse(name, "its format is neither raw nor base64");
     auto value = has_file ? QCOW_TRY(read_key_file(object.at("file")))
                           : Secret(std::as_bytes(std::span<const char>(object.at("data"))));
     return format == "raw" ? Result<Secret>(std::move(value)) : decoded(value, name);
 }
 
-Result<Secret> find_secret(const std::string& id) {
+/// Nothing if no object defines it.
+Result<std::optional<Secret>> defined_secret(const std::string& id) {
     for (const auto& text : arguments().objects) {
         const auto object = QCOW_TRY(parse_object(text));
-        if (object.at("id") == id) return secret_of(object);
+        if (object.at("id") == id) return QCOW_TRY(secret_of(object));
     }
+    return std::nullopt;
+}
+
+Result<Secret> find_secret(const std::string& id) {
+    if (auto secret = QCOW_TRY(defined_secret(id))) return *std::move(secret);
     return refuse(fmt::format("secret \"{}\"", id), fmt::format("define it with --object secret,id={},file=FILE", id));
 }
 
@@ -202,29 +216,50 @@ Result<Secret> key_of(GivenKey& given) {
 /// Which one of several keys is meant.
 enum class Turn : std::uint8_t { next, last };
 
+/// The only secret that no option names, if there is one.
+Result<std::optional<Secret>> only_secret(const std::string& file, Turn turn) {
+    std::optional<std::map<std::string, std::string>> only;
+    for (const auto& text : arguments().objects) {
+        auto object = QCOW_TRY(parse_object(text));
+        if (arguments().named.contains(object.at("id"))) continue;
+        if (only) {
+            return refuse(file, fmt::format("there are several secrets, and nothing says which is its key; give {}",
+                                            turn == Turn::last ? "its ID with -o encrypt.key-secret=ID"
+                                                               : "the key with --key FILE in place of a secret"));
+        }
+        only = std::move(object);
+    }
+    if (!only) return std::nullopt;
+    return QCOW_TRY(secret_of(*only));
+}
+
 /// The key that options give, if they give one.
 Result<std::optional<Secret>> given_key(const std::string& file, Turn turn) {
     auto& all = arguments();
-    if (!all.keys.empty()) {
-        const auto last = all.keys.size() - 1;
-        const auto index = turn == Turn::last ? last : std::min(all.taken++, last);
-        // Those before it take the first lines of standard input.
-        for (std::size_t i = 0; i < index; ++i) {
-            if (all.keys[i].file == "-") QCOW_TRY(key_of(all.keys[i]));
-        }
-        return QCOW_TRY(key_of(all.keys[index]));
+    if (all.keys.empty()) return only_secret(file, turn);
+    const auto last = all.keys.size() - 1;
+    const auto index = turn == Turn::last ? last : std::min(all.taken++, last);
+    auto& given = all.keys[index];
+    if (turn == Turn::next && given.is_new && last > 0) {
+        return refuse(
+            file,
+            "no key is left for it: the last --key is that of the new image; before it, give a --key for each "
+            "encrypted image and layer");
     }
-    if (all.objects.size() > 1) {
-        return refuse(file,
-                      "there are several secrets; say which is its key: with --image-opts (encrypt.key-secret=ID), or "
-                      "in place of the secret with --key FILE");
+    // Those before it take the first lines of standard input.
+    for (std::size_t i = 0; i < index; ++i) {
+        if (all.keys[i].file == "-") QCOW_TRY(key_of(all.keys[i]));
     }
-    if (all.objects.empty()) return std::nullopt;
-    return QCOW_TRY(secret_of(QCOW_TRY(parse_object(all.objects.front()))));
+    given.used = true;
+    given.is_new |= turn == Turn::last;
+    return QCOW_TRY(key_of(given));
 }
 
 Result<Secret> find_key(const qcow::KeyRequest& request, const std::vector<std::string>& secrets) {
     if (request.depth < secrets.size() && !secrets[request.depth].empty()) return find_secret(secrets[request.depth]);
+    if (!request.secret.empty()) {
+        if (auto secret = QCOW_TRY(defined_secret(request.secret))) return *std::move(secret);
+    }
     auto& known = arguments().known;
     if (const auto found = known.find(request.file); found != known.end())
         return Secret(std::as_const(found->second).bytes());
@@ -241,15 +276,15 @@ void add_key_options(CLI::App& app) {
     auto& all = arguments();
     app.add_option("--object", all.objects,
                    "Define a secret: secret,id=ID,file=FILE or data=TEXT, and format=raw or base64. It is the key of\n"
-                   "encrypted images if it is the only one, else of those that name it (--image-opts)")
+                   "images whose options or names have its ID; of all, if it is the only one that -o does not name")
         ->type_name("SECRET")
         ->allow_extra_args(false);
     // In the order of the command line, of both options together.
     app.add_option_function<std::string>(
            "--key", [](const std::string& file) { arguments().keys.push_back({file, -1, {}}); },
            "Take the key of an encrypted image from this file, as it is, or from a line of standard input\n"
-           "(-). Repeated: of the next encrypted image or layer; of a new image, the last one (default:\n"
-           "ask on the terminal)")
+           "(-). Repeated: of the next encrypted image or layer; the last one is that of a new image alone\n"
+           "(default: ask on the terminal)")
         ->type_name("FILE")
         ->allow_extra_args(false)
         ->trigger_on_parse()
@@ -268,6 +303,7 @@ qcow::KeySource key_source(std::vector<std::string> secrets) {
 }
 
 Result<std::shared_ptr<const Secret>> secret_of(const std::string& id) {
+    arguments().named.insert(id);
     return std::make_shared<const Secret>(QCOW_TRY(find_secret(id)));
 }
 
@@ -289,6 +325,13 @@ Result<std::shared_ptr<const Secret>> new_key(const std::string& path) {
     }
     if (std::as_const(*key).bytes().empty()) return refuse(path, no_key);
     return std::make_shared<const Secret>(*std::move(key));
+}
+
+void warn_of_unused_keys() {
+    const auto& keys = arguments().keys;
+    const auto used = std::ranges::count(keys, true, &GivenKey::used);
+    if (used == 0 || static_cast<std::size_t>(used) == keys.size()) return;
+    complain(fmt::format("warning: of the {} keys (--key, --key-fd), only {} were needed", keys.size(), used));
 }
 
 void hide_secrets(int argc, char** argv) {

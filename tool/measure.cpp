@@ -23,7 +23,7 @@ struct MeasureOptions {
 qcow::Result<qcow::MeasureJob> measure_job(const MeasureOptions& options) {
     const bool has_source = !options.source.path.empty();
     const auto format = *qcow::format_from_name(options.target_format);
-    const auto made = QCOW_TRY(parse_create_options(options.image, "the new image", format));
+    const auto made = QCOW_TRY(parse_create_options(options.image, format));
     if (has_source && !options.size.empty())
         return refuse("", "--size and IMAGE exclude each other; measure the one or the other");
     if (!has_source && !options.source.snapshot.empty()) return refuse("", "--snapshot needs an IMAGE that has it");

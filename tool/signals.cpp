@@ -32,8 +32,12 @@ void say_incomplete(const char* path, qcow::Incomplete what) {
 constexpr int none = -1;
 std::atomic<int> silent_terminal = none;
 termios shown_terminal = {};  // written before silent_terminal is
+termios hidden_terminal = {};
 
 void show_terminal() { tcsetattr(silent_terminal, TCSAFLUSH, &shown_terminal); }
+
+/// Whoever stopped the process may have shown the terminal meanwhile. (What was typed before stays.)
+void hide_again(int) { tcsetattr(silent_terminal, TCSANOW, &hidden_terminal); }
 
 void show_and_end(int signal) {
     show_terminal();
@@ -104,6 +108,8 @@ StopOnSignals::~StopOnSignals() {
 SilentTerminal::SilentTerminal(int terminal) {
     if (tcgetattr(terminal, &shown_terminal) != 0) return;
     works_ = true;
+    hidden_terminal = shown_terminal;
+    hidden_terminal.c_lflag &= ~static_cast<tcflag_t>(ECHO);
     silent_terminal = terminal;
     struct sigaction action = {};
     action.sa_handler = show_and_end;
@@ -116,13 +122,14 @@ SilentTerminal::SilentTerminal(int terminal) {
         sigaddset(&ending, ending_signals[i]);
     }
     pthread_sigmask(SIG_UNBLOCK, &ending, &mask_);
-    termios silent = shown_terminal;
-    silent.c_lflag &= ~static_cast<tcflag_t>(ECHO);
-    tcsetattr(terminal, TCSAFLUSH, &silent);
+    action.sa_handler = hide_again;
+    sigaction(SIGCONT, &action, &before_continuing_);
+    tcsetattr(terminal, TCSAFLUSH, &hidden_terminal);
 }
 
 SilentTerminal::~SilentTerminal() {
     if (!works_) return;
+    sigaction(SIGCONT, &before_continuing_, nullptr);
     show_terminal();
     silent_terminal = none;
     for (std::size_t i = 0; i < ending_signals.size(); ++i) sigaction(ending_signals[i], &before_[i], nullptr);

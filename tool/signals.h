@@ -43,7 +43,8 @@ private:
 };
 
 /// While this lives, a terminal does not show what is typed. The signals that end the process first bring it back to
-/// what it was, also where StopOnSignals lives: nothing is being changed while somebody is asked. One at a time.
+/// what it was, also where StopOnSignals lives: nothing is being changed while somebody is asked. A process that is
+/// stopped hides again what is typed when it goes on. One at a time.
 class SilentTerminal {
 public:
     explicit SilentTerminal(int terminal);
@@ -57,6 +58,7 @@ public:
 private:
     bool works_ = false;
     std::array<struct sigaction, 3> before_ = {};
+    struct sigaction before_continuing_ = {};
     sigset_t mask_ = {};
 };
 

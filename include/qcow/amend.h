@@ -15,7 +15,7 @@ struct KeySlotChange {
     /// Set: adds this passphrase, in `slot` or in the first unused slot. ImageSpec::keys is asked for a passphrase that
     /// the image has. Unset: erases.
     std::shared_ptr<const Secret> new_key = {};
-    /// What to erase, if `slot` is unset: every slot that this passphrase opens.
+    /// What to erase: every slot that this passphrase opens; with `slot`, that one, which it has to open.
     std::shared_ptr<const Secret> old_key = {};
     std::optional<unsigned> slot = {};  ///< 0 to 7
     std::uint32_t iter_time_ms = 2000;  ///< see EncryptionOptions

@@ -39,6 +39,7 @@ struct CheckFinding {
         wrong_length,      ///< a structure is too short or too long for what it describes
         duplicate_name,    ///< several bitmaps have the same name
         misplaced,         ///< a cluster of the data file is not at its guest offset
+        bad_encryption,    ///< the header of the encryption is damaged, or this build does not have its cipher
         backing_chain,     ///< a file that the image depends on cannot be opened
     };
     /// What would repair it.

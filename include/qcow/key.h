@@ -43,6 +43,8 @@ struct KeyRequest {
     std::string file;    ///< the name of the image's Storage
     std::string method;  ///< "luks" or "aes" (the legacy encryption of qcow and qcow2)
     unsigned depth = 0;  ///< its place in the backing chain: 0 is the topmost image, 1 its backing file, ...
+    /// Location::secret of the name that leads to the image: a hint that nobody has to follow. Empty: there is none.
+    std::string secret = {};
 };
 
 /// Returns the key of an encrypted image: the passphrase, exactly as it is. Called while images are opened, at most

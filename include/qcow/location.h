@@ -31,6 +31,7 @@ struct Location {
     std::map<std::string, std::string> options = {};
     std::optional<Format> format = {};  ///< the image's format, if the name says it
     bool alone = false;                 ///< read the image without its backing file ("backing": null)
+    std::string secret = {};            ///< the id of the secret that opens the image ("encrypt.key-secret"), or empty
 };
 
 /// Parses a name that a person gives: a path, "file:PATH", or "json:{...}" as QEMU writes it. Any other colon is part

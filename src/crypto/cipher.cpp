@@ -1,6 +1,7 @@
 #include "crypto/cipher.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <array>
@@ -193,6 +194,16 @@ private:
     mutable std::array<std::vector<std::unique_ptr<Work>>, 2> idle_;
 };
 
+/// The bits that keys of a cipher have in this build.
+std::vector<std::size_t> key_lengths(std::string_view cipher) {
+    std::vector<std::size_t> lengths;
+    for (const std::size_t bits : {128, 192, 256}) {
+        const std::vector<std::byte> key(bits / 8);
+        if (find(cipher, "ecb", key, Direction::encrypt)) lengths.push_back(bits);
+    }
+    return lengths;
+}
+
 }  // namespace
 
 Result<std::shared_ptr<const SectorCipher>> SectorCipher::make(std::string_view cipher, std::string_view mode,
@@ -214,6 +225,7 @@ Result<std::shared_ptr<const SectorCipher>> SectorCipher::make(std::string_view 
             vectors = plain64;
         } else if (parsed.vectors == "essiv") {
             vectors = essiv;
+            if (parsed.hash.empty()) return unsupported("essiv needs a hash, such as essiv:sha256");
             essiv_key.emplace(TRY(hash_size(parsed.hash)));
             TRY_VOID(digest(parsed.hash, key, essiv_key->bytes()));
         } else {
@@ -222,9 +234,20 @@ Result<std::shared_ptr<const SectorCipher>> SectorCipher::make(std::string_view 
     }
     if (parsed.chaining != "xts" && parsed.chaining != "cbc" && parsed.chaining != "ecb")
         return unsupported("the modes xts, cbc and ecb are");
+    const auto essiv_key_bits = essiv_key ? essiv_key->bytes().size() * 8 : 0;
     auto made = std::make_shared<Sectors>(cipher, parsed.chaining, vectors, key, std::move(essiv_key), sector_bytes);
-    if (!made->verify()) return unsupported(missing_cipher_remedy);
-    return made;
+    if (made->verify()) return made;
+    const auto lengths = key_lengths(cipher);
+    if (lengths.empty()) return unsupported(missing_cipher_remedy);
+    const bool is_xts = parsed.chaining == "xts";
+    if (is_xts && cipher == "cast5") return unsupported("xts needs a cipher with blocks of 128 bits");
+    const auto data_bits = key.size() * 8 / (is_xts ? 2 : 1);
+    if (vectors == essiv && std::ranges::find(lengths, data_bits) != lengths.end()) {
+        return unsupported(
+            fmt::format("{} has no key of {} bits, which essiv makes with {}", cipher, essiv_key_bits, parsed.hash));
+    }
+    return unsupported(fmt::format("{} has keys of {} bits{}", cipher, fmt::join(lengths, ", "),
+                                   is_xts ? ", and two of them in xts" : ""));
 }
 
 }  // namespace qcow::crypto

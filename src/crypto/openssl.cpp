@@ -1,4 +1,5 @@
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <openssl/crypto.h>
 #include <openssl/evp.h>
 #include <openssl/rand.h>
@@ -61,9 +62,8 @@ Result<Hash> find_hash(const std::string& name) {
     if (std::ranges::find(known, name) != known.end()) {
         if (Hash hash(EVP_MD_fetch(nullptr, name.c_str(), nullptr)); hash) return hash;
     }
-    return fail(
-        Errc::unsupported, "LUKS",
-        fmt::format("the hash \"{}\" is not supported; sha1, sha256, sha512 and ripemd160 are", printable(name)));
+    return fail(Errc::unsupported, "LUKS",
+                fmt::format("the hash \"{}\" is not supported; {} are", printable(name), fmt::join(known, ", ")));
 }
 
 /// Replaces each piece of the key with its hash, so that every bit of it depends on many.

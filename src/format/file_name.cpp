@@ -227,9 +227,13 @@ Result<Location> parse_description(std::string_view text) {
         if (!result.format)
             return bad_description(fmt::format("driver \"{}\" is not supported", driver), Errc::unsupported);
     }
+    // How it is encrypted, the image says itself.
+    const std::string_view encrypt = result.format == Format::luks ? "" : "encrypt.";
     for (const auto& [key, value] : node) {
-        if (key == "driver" || key == "file" || key.starts_with("file.")) continue;
-        if (key == "backing" && value.kind == Value::Kind::null) {
+        if (key == "driver" || key == "file" || key.starts_with("file.") || key == "encrypt.format") continue;
+        if (key.starts_with(encrypt) && key.substr(encrypt.size()) == "key-secret") {
+            result.secret = TRY(text_of(node, key));
+        } else if (key == "backing" && value.kind == Value::Kind::null) {
             result.alone = true;
         } else if (!is_harmless(key)) {
             return bad_option(key);

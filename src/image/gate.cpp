@@ -75,4 +75,15 @@ Gate gate_for(const ImageSpec& spec, bool force_share) {
     return files_beneath(fs::path(spec.location.path).parent_path().string(), force_share, spec.direct);
 }
 
+KeySource keys_for(const ImageSpec& spec) {
+    if (!spec.keys) return {};
+    const auto backing = spec.backing ? spec.backing->secret : std::string();
+    return [keys = spec.keys, top = spec.location.secret, backing](const KeyRequest& request) {
+        auto named = request;
+        if (request.depth == 0) named.secret = top;
+        if (request.depth == 1 && !backing.empty()) named.secret = backing;
+        return keys(named);
+    };
+}
+
 }  // namespace qcow

@@ -51,6 +51,7 @@ struct OpenedLayer {
     bool given = false;    // by the caller, and not by a layer above
     bool guessed = false;  // what format it has
     bool alone = false;    // there is nothing below, whatever it says
+    std::string secret;    // the id of the one that its name gives
 };
 
 /// The parts of a file that tell what it is.
@@ -104,6 +105,7 @@ private:
         std::optional<Format> format = {};
         bool given = false;
         bool alone = false;
+        std::string secret = {};
     };
 
     static constexpr std::string_view loop =
@@ -134,6 +136,7 @@ private:
         OpenedLayer layer;
         layer.given = file.given;
         layer.alone = file.alone;
+        layer.secret = std::move(file.secret);
         layer.guessed = !file.format;
         layer.format = file.format ? *file.format : TRY(probe(*file.storage));
         if (layer.guessed && !layer.given) {
@@ -248,8 +251,10 @@ private:
             const auto parsed = TRY(parse_reference(role, backing.name, layer));
             auto format = layers_.size() == 1 ? options_.backing_format : std::nullopt;
             if (!format) format = backing.format ? TRY(format_of(backing, layer)) : parsed.format;
-            return Named{
-                .storage = TRY(pass_gate(role, backing.name, parsed, layer)), .format = format, .alone = parsed.alone};
+            return Named{.storage = TRY(pass_gate(role, backing.name, parsed, layer)),
+                         .format = format,
+                         .alone = parsed.alone,
+                         .secret = parsed.secret};
         };
         auto named = attempt();
         if (named) return named;
@@ -325,7 +330,7 @@ private:
             const auto& layer = layers_[depth];
             const auto method = layer.pending->encryption();
             if (!method) continue;
-            keys[depth] = TRY(options_.keys({layer.storage->name(), *method, depth}));
+            keys[depth] = TRY(options_.keys({layer.storage->name(), *method, depth, layer.secret}));
             if (*method == "aes" && depth == 0 && options_.writable) {
                 warn(
                     fmt::format("{}: its encryption (the legacy AES of qcow2) is weak; qcow convert -O qcow2 -o "
@@ -368,7 +373,7 @@ Result<std::shared_ptr<Image>> open_spec(const ImageSpec& spec, const Warn& warn
     options.backing_format = spec.backing_format;
     options.writable = spec.write.has_value();
     if (spec.write) options.write = *spec.write;
-    options.keys = spec.keys;
+    options.keys = keys_for(spec);
     options.max_kdf_seconds = spec.max_kdf_seconds;
     if (warn) options.warn = [&](const std::string& message) { warn({Warning::Kind::odd_image, message}); };
 

@@ -19,6 +19,7 @@
 #include "base/try.h"
 #include "crypto/kdf.h"
 #include "format/luks.h"
+#include "luks/volume.h"
 #include "qcow/text.h"
 
 namespace qcow::luks {
@@ -208,9 +209,7 @@ public:
                                       &length, reinterpret_cast<const char*>(key.bytes().data()), key.bytes().size());
         if (slot == -ENOMEM) return fail(Errc::no_memory, file_.name(), "too little memory to derive its key");
         if (slot == -EPERM) {
-            return fail(Errc::encrypted, file_.name(),
-                        fmt::format("the key is wrong: it opens none of the {} key slots in use",
-                                    layout.info.used_slots.size()));
+            return fail(Errc::encrypted, file_.name(), wrong_key_text(layout.info.used_slots.size(), key));
         }
         if (slot < 0) return fail(Errc::encrypted, file_.name(), reason("its key cannot be had", slot));
         const auto& text = layout.info.cipher;

@@ -103,15 +103,24 @@ struct Opened {
     Secret data_key;
 };
 
-std::unexpected<Error> wrong_key(const Area& area, const Luks1Header& header) {
-    const auto used = std::ranges::count(header.slots, true, &LuksSlot::used);
-    auto why = used == 0 ? "no key slot is in use: nobody can read its data any more"
-                         : fmt::format("the key is wrong: it opens none of the {} key slots in use", used);
+/// What is wrong with the states of the slots; nothing: some are in use.
+std::optional<std::string> flaw_of_slots(const Luks1Header& header) {
+    const bool any = std::ranges::any_of(header.slots, &LuksSlot::used);
     const auto odd = std::ranges::find(header.slots, false, &LuksSlot::marked);
+    if (any && odd == header.slots.end()) return std::nullopt;
+    std::string flaw = any ? "" : "no key slot is in use: nobody can read its data any more";
     if (odd != header.slots.end()) {
-        why += fmt::format("; key slot {} is damaged: it is marked neither as used nor as unused",
-                           odd - header.slots.begin());
+        flaw += fmt::format("{}key slot {} is damaged: it is marked neither as used nor as unused", any ? "" : "; ",
+                            odd - header.slots.begin());
     }
+    return flaw;
+}
+
+std::unexpected<Error> wrong_key(const Area& area, const Luks1Header& header, const Secret& key) {
+    const auto used = static_cast<std::size_t>(std::ranges::count(header.slots, true, &LuksSlot::used));
+    const auto flaw = flaw_of_slots(header);
+    auto why = used == 0 ? *flaw : wrong_key_text(used, key);
+    if (used != 0 && flaw) why += "; " + *flaw;
     return fail(Errc::encrypted, area.file.name(), std::move(why));
 }
 
@@ -121,7 +130,7 @@ Result<Opened> open_any_slot(const Area& area, const Luks1Header& header, const 
         if (!header.slots[i].used) continue;
         if (auto data_key = TRY(open_slot(area, header, header.slots[i], key))) return Opened{i, *std::move(data_key)};
     }
-    return wrong_key(area, header);
+    return wrong_key(area, header, key);
 }
 
 /// Returns the iterations that take this time.
@@ -174,6 +183,8 @@ Result<Luks1Header> plan(const EncryptionOptions& options) {
     header.key_bytes = bits / 8 * (options.cipher_mode == "xts" ? 2 : 1);
     if (options.ivgen != "essiv" && !options.ivgen_hash.empty())
         return bad_option("ivgen-hash-alg", "only ivgen-alg=essiv has a hash");
+    if (options.cipher_mode == "ecb" && options.ivgen == "essiv")
+        return bad_option("ivgen-alg", "ecb uses no vectors; leave the option out");
     header.mode = fmt::format("{}-{}", options.cipher_mode, options.ivgen);
     if (options.ivgen == "essiv") header.mode += ":" + (options.ivgen_hash.empty() ? "sha256" : options.ivgen_hash);
     header.hash = options.hash;
@@ -247,15 +258,20 @@ Result<void> erase_slots(Storage& file, const Area& area, Luks1Header& header, c
     std::vector<std::size_t> doomed;
     const auto used = static_cast<std::size_t>(std::ranges::count(header.slots, true, &LuksSlot::used));
     if (change.slot) {
-        if (!header.slots[*change.slot].used)
-            return bad_option("keyslot", fmt::format("key slot {} is not in use", *change.slot));
+        const auto& slot = header.slots[*change.slot];
+        if (!slot.used) return bad_option("keyslot", fmt::format("key slot {} is not in use", *change.slot));
+        if (change.old_key) {
+            TRY_VOID(verify_work(area, header, max_seconds));
+            if (!TRY(open_slot(area, header, slot, *change.old_key)))
+                return bad_option("old-secret", fmt::format("it does not open key slot {}", *change.slot));
+        }
         doomed.push_back(*change.slot);
     } else if (change.old_key) {
         TRY_VOID(verify_work(area, header, max_seconds));
         for (std::size_t i = 0; i < header.slots.size(); ++i) {
             if (header.slots[i].used && TRY(open_slot(area, header, header.slots[i], *change.old_key))) doomed.push_back(i);
         }
-        if (doomed.empty()) return wrong_key(area, header);
+        if (doomed.empty()) return wrong_key(area, header, *change.old_key);
     } else {
         return bad_option("state", "inactive needs a key slot (keyslot) or the passphrase to erase (old-secret)");
     }
@@ -269,10 +285,27 @@ Result<void> erase_slots(Storage& file, const Area& area, Luks1Header& header, c
 
 }  // namespace
 
+std::string wrong_key_text(std::size_t slots, const Secret& key) {
+    auto text = fmt::format("the key is wrong: it opens none of the {} key slots in use", slots);
+    const auto bytes = key.bytes();
+    if (!bytes.empty() && bytes.back() == std::byte{'\n'})
+        text += "; its last byte is a line feed, which is part of it (printf %s KEY > FILE writes none)";
+    return text;
+}
+
 Result<std::shared_ptr<const SectorCipher>> unlock(const Area& area, const Secret& key, double max_seconds) {
     const auto header = TRY(read_header(area));
     const auto opened = TRY(open_any_slot(area, header, key, max_seconds));
     return SectorCipher::make(header.cipher, header.mode, opened.data_key.bytes());
+}
+
+Result<void> verify_header(const Area& area) {
+    const auto header = TRY(read_header(area));
+    TRY(crypto::hash_size(header.hash));
+    const std::vector<std::byte> sample(header.key_bytes);
+    TRY(SectorCipher::make(header.cipher, header.mode, sample));
+    if (auto flaw = flaw_of_slots(header)) return fail(Errc::corrupt, area.file.name(), *std::move(flaw));
+    return {};
 }
 
 Result<std::uint64_t> header_bytes(const EncryptionOptions& options) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "crypto/cipher.h"
@@ -20,10 +21,17 @@ struct Area {
     std::uint64_t bytes = 0;  ///< at most so many
 };
 
+/// Says that a key opens none of `slots` key slots, and what may be wrong with it.
+std::string wrong_key_text(std::size_t slots, const Secret& key);
+
 /// Returns the cipher of the data. Tries the key slots in use, one derivation each.
 /// Errors: Errc::encrypted: the key is wrong; Errc::limit_exceeded: the header asks for more than `max_seconds` of
 /// work, which is found before any of it is done; Errc::corrupt, unsupported; io.
 Result<std::shared_ptr<const crypto::SectorCipher>> unlock(const Area& area, const Secret& key, double max_seconds);
+
+/// Verifies, without a key, that there can be one that opens the header: all its numbers and names, and the state of
+/// its key slots. Errors: Errc::corrupt; Errc::unsupported, also if this build does not have the cipher; io.
+Result<void> verify_header(const Area& area);
 
 /// A new header with its key material, and the cipher of the data.
 struct NewHeader {

@@ -184,7 +184,7 @@ OpenOptions open_options(const AmendJob& job, const NewNames& names, const JobCo
     open.writable = true;
     open.write = job.image.write.value_or(WriteOptions());
     open.format = job.image.location.format;
-    open.keys = job.image.keys;
+    open.keys = keys_for(job.image);
     open.max_kdf_seconds = job.image.max_kdf_seconds;
     open.follow = job.options.size.has_value() || job.options.version.has_value();
     open.gate = [gate = gate_for(job.image, false), names,

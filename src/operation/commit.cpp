@@ -269,7 +269,7 @@ Result<CommitResult> run(const CommitJob& job, const JobControl& control) {
     options.format = chain.layers[layers]->format();
     if (reference.location.alone) options.backing = nullptr;
     options.gate = gate_for(spec, false);
-    options.keys = spec.keys;
+    options.keys = keys_for({.location = reference.location, .keys = spec.keys});
     options.max_kdf_seconds = spec.max_kdf_seconds;
     options.warn = [&](const std::string& message) { warnings.add({Warning::Kind::odd_image, message}); };
     chain.layers[layers - 1]->exchange_backing(nullptr);

@@ -48,7 +48,7 @@ Result<MetadataFiles> open_metadata_files(const ImageSpec& spec, bool writable, 
 
 Result<std::shared_ptr<const crypto::SectorCipher>> find_cipher(const ImageSpec& spec, const Storage& image) {
     const auto header = TRY(format::parse_header(TRY(qcow2::read_first_cluster(image))));
-    const auto key = TRY(spec.keys({image.name(), header.crypt == format::Crypt::luks ? "luks" : "aes", 0}));
+    const auto key = TRY(keys_for(spec)({image.name(), header.crypt == format::Crypt::luks ? "luks" : "aes", 0}));
     return qcow2::unlock(header, image, key, spec.max_kdf_seconds);
 }
 

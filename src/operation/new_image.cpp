@@ -153,7 +153,7 @@ Result<ImageSpec> backing_of(const NewImage& image) {
             "its format is to be recorded; say which it is: raw, qcow or qcow2 (-F, or the option backing_fmt)");
     }
     const auto location = TRY(parse_location(image.options.backing_name, image.path));
-    ImageSpec spec{.location = {.path = location.path, .alone = location.alone}};
+    ImageSpec spec{.location = {.path = location.path, .alone = location.alone, .secret = location.secret}};
     spec.location.format = format_from_name(image.options.backing_format);
     spec.untrusted = image.untrusted;
     spec.keys = image.keys;

@@ -51,8 +51,6 @@ std::string what_text(const Flaw& flaw) {
             return fmt::format("its {} bytes at host offset {:#x} overlap other metadata at {:#x}", flaw.bytes, at,
                                flaw.limit);
         case Flaw::Kind::wrong_length:
-            if (flaw.target == Structure::encryption_header)
-                return fmt::format("{} bytes are too few for a LUKS header", flaw.bytes);
             return fmt::format("its table has {} entries, but the disk needs {}", flaw.bytes / 8, flaw.limit);
         case Flaw::Kind::too_long:
             return fmt::format("its {} entries are more than {}", flaw.bytes / 8, flaw.limit / 8);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/try.h"
+#include "luks/volume.h"
 #include "qcow2/compact_size.h"
 #include "qcow2/findings.h"
 #include "qcow2/metadata/directories.h"
@@ -156,7 +157,7 @@ public:
         walk_options.memory_bytes = options_.memory_bytes;
         walk_options.control = options_.control;
         mapped_ = TRY(walk(metadata_, file_bytes_, walk_options, *counter_));
-        return {};
+        return check_encryption();
     }
 
     Result<ComparedRefcounts> compare() {
@@ -198,6 +199,26 @@ public:
     [[nodiscard]] std::uint64_t file_bytes() const { return file_bytes_; }
 
 private:
+    /// Finds damage of the LUKS header, and what this build cannot open.
+    Result<void> check_encryption() {
+        if (metadata_.header().crypt != format::Crypt::luks) return {};
+        const auto& [at, length] = *metadata_.header().encryption;
+        const auto verified = luks::verify_header({metadata_.file(), at, length});
+        if (verified) return {};
+        const auto& error = verified.error();
+        if (error.code != Errc::corrupt && error.code != Errc::unsupported) return std::unexpected(error);
+        using Severity = CheckFinding::Severity;
+        const auto severity = error.code == Errc::corrupt ? Severity::corruption : Severity::error;
+        counter_->findings().add(severity, at.value, 1, [&] {
+            return CheckFinding{.severity = severity,
+                                .place = "encryption header",
+                                .what = error.what,
+                                .kind = CheckFinding::Kind::bad_encryption,
+                                .cluster = HostOffset{align_down(at.value, metadata_.cluster_size())}};
+        });
+        return {};
+    }
+
     const Metadata& metadata_;
     const CheckOptions& options_;
     std::uint64_t file_bytes_ = 0;

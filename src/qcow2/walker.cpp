@@ -8,7 +8,6 @@
 #include "base/bits.h"
 #include "base/endian.h"
 #include "base/going_on.h"
-#include "format/luks.h"
 #include "format/refcount.h"
 #include "qcow2/l2_walk.h"
 #include "qcow2/metadata/directories.h"
@@ -141,15 +140,8 @@ private:
     Result<void> visit_encryption_header() {
         if (!metadata_.header().encryption) return {};
         const auto [at, length] = *metadata_.header().encryption;
-        const auto place = structure(Structure::encryption_header, at);
-        if (!TRY(visit_table(place, Structure::encryption_header, at, length))) return {};
-        if (length >= format::luks1_header_bytes) return {};
-        return visitor_.flaw({.kind = Flaw::Kind::wrong_length,
-                              .place = place,
-                              .target = Structure::encryption_header,
-                              .at = at,
-                              .bytes = length,
-                              .limit = format::luks1_header_bytes});
+        TRY(visit_table(structure(Structure::encryption_header, at), Structure::encryption_header, at, length));
+        return {};
     }
 
     [[nodiscard]] bool has_autoclear(std::uint64_t bit) const { return (state_.autoclear & bit) != 0; }

@@ -1,5 +1,7 @@
 // Headers of LUKS1 that are damaged, of a disk by itself and in a qcow2 image: each error names what is wrong.
 
+#include <nlohmann/json.hpp>
+
 #include "base/bits.h"
 #include "base/endian.h"
 #include "format/header.h"
@@ -12,6 +14,7 @@ namespace {
 
 using testing::AllOf;
 using testing::HasSubstr;
+using testing::Not;
 
 enum class Where : std::uint8_t { everywhere, disk, image };
 
@@ -128,6 +131,62 @@ TEST_F(DamagedHeadersTest, HeadersThatAreCut) {
     EXPECT_THAT(refusal_of("qcow2", with(12, big_endian(512))), HasSubstr("not a multiple of the cluster size"));
     EXPECT_THAT(refusal_of("qcow2", with(0, big_endian(0x1234))), HasSubstr("the header extension for it is missing"));
     EXPECT_THAT(refusal_of("qcow2", with(20, big_endian(100'000))), HasSubstr("ends past the end of the header"));
+}
+
+/// A check needs no key, and finds all that a key would meet, but for what takes a derivation.
+TEST_F(DamagedHeadersTest, ChecksFindDamage) {
+    EXPECT_EQ(tool({"check", "image"}).status, 0);
+    const auto image = bytes_of("image");
+    for (const auto& [at, bytes, error, where] : all_damages()) {
+        if (where == Where::disk || error == "the key is wrong" || error == "--max-kdf-seconds") continue;
+        SCOPED_TRACE(error);
+        auto damaged = image;
+        put_file(directory_.file("damaged"), damaged.replace(extension().offset.value + at, bytes.size(), bytes));
+        const auto checked = tool({"check", "--json", "damaged"});
+        const auto report = nlohmann::json::parse(checked.out);
+        const auto finding = report.at("findings").at(0);
+        EXPECT_EQ(report.at("findings").size(), 1U);
+        EXPECT_EQ(finding.at("kind"), "bad-encryption");
+        EXPECT_EQ(finding.at("place"), "encryption header");
+        EXPECT_EQ(finding.at("remedy"), "nothing");
+        EXPECT_THAT(finding.at("what").get<std::string>(), HasSubstr(error));
+        // What is not supported need not be damage.
+        EXPECT_EQ(checked.status, finding.at("severity") == "corruption" ? 2 : 1);
+        const auto theirs = qemu_check("damaged", true, directory_.path());
+        EXPECT_NE(theirs.status, 0) << theirs.text();
+    }
+}
+
+TEST_F(DamagedHeadersTest, NoRepairMendsThem) {
+    auto image = bytes_of("image");
+    const auto at = extension().offset.value;
+    image.replace(at, 4, "####");
+    image[79] = '\2';  // the mark of corruption
+    put_file(directory_.file("damaged"), image);
+    for (const std::string what : {"all", "leaks"}) {
+        const auto repaired = tool({"check", "-r", what, "damaged"});
+        EXPECT_EQ(repaired.status, 2) << what;
+        EXPECT_THAT(repaired.out, AllOf(HasSubstr("nothing can be repaired"), HasSubstr("No repair mends"),
+                                        Not(HasSubstr("cleared")), Not(HasSubstr("clean\n"))));
+        EXPECT_TRUE(bytes_of("damaged") == image);
+    }
+    // It is mended from a copy.
+    put_file(directory_.file("damaged"), image.replace(at, 4, bytes_of("image").substr(at, 4)));
+    EXPECT_THAT(must_tool({"check", "-r", "all", "damaged"}).out, HasSubstr("the mark \"corrupt\" was cleared"));
+    EXPECT_EQ(must_tool({"read", "--key", "key", "damaged", "0", "512"}).out, std::string(512, '\0'));
+    // Where the extension of the qcow2 header leads elsewhere, or says another length.
+    const auto field = image.find(std::string("\x05\x37\xbe\x77", 4));
+    const std::vector<std::pair<std::uint64_t, std::string>> places = {
+        {12, big_endian(0)}, {8, big_endian(1)}, {20, big_endian(591)}, {20, big_endian(100'000)}};
+    for (const auto& [offset, bytes] : places) {
+        auto changed = bytes_of("image");
+        put_file(directory_.file("damaged"), changed.replace(field + offset, bytes.size(), bytes));
+        const auto checked = tool({"check", "damaged"});
+        EXPECT_EQ(checked.status, 2);
+        EXPECT_THAT(checked.out, HasSubstr("encryption header: "));
+        const auto theirs = qemu_check("damaged", true, directory_.path());
+        EXPECT_NE(theirs.status, 0) << theirs.text();
+    }
 }
 
 TEST_F(DamagedHeadersTest, LuksIsNotGuessed) {

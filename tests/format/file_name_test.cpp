@@ -136,6 +136,22 @@ TEST(JsonDescription, NestsAFormatAndAFile) {
     EXPECT_EQ(format_of(name), Format::qcow2);
 }
 
+TEST(JsonDescription, MayNameASecret) {
+    const auto secret = [](const char* name) { return must(parse_file_name(name)).secret; };
+    EXPECT_EQ(secret(R"(json:{"driver":"qcow2","encrypt.key-secret":"s","file.filename":"a"})"), "s");
+    EXPECT_EQ(secret(R"(json:{"driver":"qcow2","encrypt":{"format":"luks","key-secret":"s"},"file.filename":"a"})"),
+              "s");
+    EXPECT_EQ(secret(R"(json:{"encrypt.key-secret":"s","file.filename":"a"})"), "s");
+    EXPECT_EQ(secret(R"(json:{"driver":"luks","key-secret":"s","file.filename":"a"})"), "s");
+    EXPECT_EQ(secret(R"(json:{"driver":"luks","file.filename":"a"})"), "");
+    for (const auto* const name : {R"(json:{"driver":"qcow2","key-secret":"s","file.filename":"a"})",
+                                   R"(json:{"driver":"luks","encrypt.key-secret":"s","file.filename":"a"})",
+                                   R"(json:{"driver":"file","filename":"a","encrypt.key-secret":"s"})"})
+        EXPECT_TRUE(fails(parse_file_name(name), Errc::unsupported, {"key-secret"}));
+    EXPECT_TRUE(fails(parse_file_name(R"(json:{"driver":"luks","key-secret":7,"file.filename":"a"})"), Errc::corrupt,
+                      {"not a string"}));
+}
+
 TEST(JsonDescription, MayBeFlat) {
     const auto name = R"(json:{"driver": "raw", "file.driver": "file", "file.filename": "base.img"})";
     EXPECT_EQ(path_of(name), "base.img");

@@ -258,8 +258,6 @@ std::vector<Damage> damages() {
          "bitmap \"b\" (table at host offset 0x400): table",
          "its 8 bytes at host offset 0x400 overlap other metadata at 0x400", Finding::overlap, Remedy::remove_bitmap,
          refcount_block, true},
-        {"an encryption header that is too short", 128, u64(591), Kind::wrong_length, "encryption header",
-         "591 bytes are too few", Finding::wrong_length, Remedy::nothing, encryption, false},
         {"a bitmap of another disk", at(bitmap_directory, 8), u32(3), Kind::wrong_length, "bitmap \"b\"",
          "its table has 3 entries, but the disk needs 1", Finding::wrong_length, Remedy::remove_bitmap, bitmap_table,
          false},
