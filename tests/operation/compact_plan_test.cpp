@@ -27,7 +27,7 @@ CreateOptions options_to_compact(Random& random) {
     options.extended_l2 = random.chance(15);
     options.cluster_size = options.extended_l2 ? 16 * KiB : random.pick({512U, 512U, 1024U, 4096U});
     options.version = options.extended_l2 || random.chance(85) ? 3 : 2;
-    options.refcount_bits = options.version == 2 ? 16 : random.pick({8U, 16U, 16U, 64U});
+    options.refcount_bits = options.version == 2 ? 16 : random.pick({16U, 16U, 32U, 64U});
     if (options.version == 3 && random.chance(30)) options.compression = Compression::zstd;
     return options;
 }
