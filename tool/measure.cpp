@@ -66,7 +66,7 @@ void declare_measure(CLI::App& root, int& status) {
         "Prints the length in bytes of the file that qcow convert makes of IMAGE, or qcow create makes with --size.\n"
         "  required          the length of the new file\n"
         "  fully allocated   its length once all of the disk has been written\n"
-        "  bitmaps           for copies of the bitmaps of IMAGE, in addition\n"
+        "  bitmaps           for copies of the bitmaps of IMAGE, in addition; less if some bits are clean\n"
         "  data file         the length of the file of -o data_file; the other sizes are without it\n"
         "The command reads the mapping of IMAGE, and no data. qcow convert leaves out clusters of zeros, compresses "
         "with\n"

@@ -44,7 +44,7 @@ void declare_rebase(CLI::App& root, int& status) {
     auto& app = declare(
         root, status, "rebase", "Change the backing file of an image",
         "The contents of the disk stay the same: rebase first copies the data that differ between the old and the new\n"
-        "backing file into the image. If it is interrupted, the contents are still the same; run it again.\n"
+        "backing file into the image. If it is interrupted, contents and bitmaps are still the same; run it again.\n"
         "With -u, rebase only records the new name, for a backing file that was moved. Neither backing file needs to\n"
         "exist. If their contents differ, so do the contents of the disk afterwards.\n"
         "Keys of encrypted images (--key) are taken for the new backing file first, then for the image and its chain.\n"

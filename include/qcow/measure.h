@@ -24,8 +24,9 @@ struct Measurement {
     std::uint64_t required = 0;
     /// The length of the image file once every byte of its disk has been written.
     std::uint64_t fully_allocated = 0;
-    /// The space for copies of the source's bitmaps, if every bit of them has its place. Not part of `required`. Unset
-    /// if there is no source with bitmaps that can be read, or the new image cannot have bitmaps.
+    /// The space for copies of the source's bitmaps, if every bit of them has its place: an upper bound, since clusters
+    /// of clean bits are not stored. Not part of `required`. Unset if there is no source with bitmaps that can be read,
+    /// or the new image cannot have bitmaps.
     std::optional<std::uint64_t> bitmaps = {};
     /// The length of the data file. Unset if CreateOptions::data_file_name is empty.
     std::optional<std::uint64_t> data_file = {};

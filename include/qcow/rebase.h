@@ -34,7 +34,7 @@ struct RebaseResult {
 /// the old backing file and what the new one has otherwise, and then records the new one.
 ///
 /// The job can be cancelled, and the process may die, at any moment: the image has its old contents, with the old
-/// backing file or with the new one, and the job can be run again.
+/// backing file or with the new one, and the job can be run again. Its bitmaps stay valid, and record nothing.
 ///
 /// Internal snapshots that take something from the backing file do not stay the same; the job warns of them.
 ///

@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <optional>
 
+#include "base/bits.h"
 #include "base/within_memory.h"
 #include "qcow/text.h"
 
@@ -115,6 +116,8 @@ Result<std::uint64_t> size_for(const Disk& source, const CreateOptions& options)
 Result<void> verify_raw(const CreateOptions& options) {
     if (options.preallocation == Preallocation::metadata)
         return fail(Errc::invalid_argument, "option preallocation", "a raw disk has no metadata; say falloc or full");
+    if (rounded_size(options.size) > low_bits(63))
+        return fail(Errc::invalid_argument, "option size", "a disk has less than 2^63 bytes; choose a smaller size");
     CreateOptions possible;
     possible.size = options.size;
     possible.preallocation = options.preallocation;

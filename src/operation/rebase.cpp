@@ -11,6 +11,7 @@
 #include "operation/pieces.h"
 #include "qcow/files_in_use.h"
 #include "qcow/text.h"
+#include "qcow2/qcow2_image.h"
 
 namespace qcow {
 namespace {
@@ -77,7 +78,7 @@ private:
             }
             std::uint64_t end = block_end(at, begin, length);
             while (end < length && differs(memory, at, end, length)) end = block_end(at, end, length);
-            TRY_VOID(write(at + begin, old.subspan(begin, end - begin)));
+            TRY_VOID(copy_up(at + begin, old.subspan(begin, end - begin)));
             begin = end;
         }
         return {};
@@ -101,13 +102,17 @@ private:
         return there == 0 ? Result<void>() : new_backing_->read(at, to.first(there));
     }
 
-    Result<void> write(GuestOffset at, std::span<const std::byte> from) {
+    Result<void> copy_up(GuestOffset at, std::span<const std::byte> from) {
         copied_ += from.size();
-        if (marks_zeros_ && is_zero(from)) return image_.write_zeroes(at, from.size());
+        return qcow2::copy_up(image_, at, from, stored(at, from), job_.level);
+    }
+
+    [[nodiscard]] qcow2::Stored stored(GuestOffset at, std::span<const std::byte> from) const {
+        if (marks_zeros_ && is_zero(from)) return qcow2::Stored::zeros;
         const std::uint64_t block = image_.block_size();
         const bool whole =
             at.value % block == 0 && (from.size() % block == 0 || at.value + from.size() == image_.size());
-        return job_.compress && whole ? image_.write_compressed(at, from, job_.level) : image_.write(at, from);
+        return job_.compress && whole ? qcow2::Stored::compressed : qcow2::Stored::plain;
     }
 
     const RebaseJob& job_;

@@ -344,11 +344,16 @@ private:
         return {};
     }
 
-    /// Cuts the file behind the last cluster in use.
+    /// Ends the file with the last cluster in use, which a compressed stream may not fill.
     Result<void> cut() {
-        TRY_VOID(find_free_end());
-        if (free_end_) TRY_VOID(file_->resize(*free_end_));
         free_end_.reset();
+        const auto end = use_->used_end() << cluster_bits();
+        const auto size = TRY(file_->size());
+        if (size != end) {
+            auto resized = file_->resize(end);
+            // A device has the space that it has.
+            if (!resized && (size > end || resized.error().code != Errc::no_space)) return resized;
+        }
         return file_->flush();
     }
 

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <mutex>
 #include <shared_mutex>
+#include <utility>
 
 #include "disk/range.h"
 #include "format/file_name.h"
@@ -99,6 +100,15 @@ public:
 
     Result<void> expand_zeroes() { return writer_->expand_zeroes(); }
     Result<void> complete_snapshots() { return writer_->complete_snapshots(); }
+    Result<void> copy_up(GuestOffset at, std::span<const std::byte> seen, Stored stored, std::optional<int> level) {
+        constexpr auto stay = Writer::Contents::stay;
+        switch (stored) {
+            case Stored::plain: return writer_->write(at, seen, stay);
+            case Stored::compressed: return writer_->write_compressed(at, seen, level, stay);
+            case Stored::zeros: return writer_->write_zeroes(at, seen.size(), Zeroes::release, stay);
+        }
+        std::unreachable();
+    }
 
     [[nodiscard]] std::uint64_t size() const override { return metadata_.disk_size(); }
     [[nodiscard]] Format format() const override { return Format::qcow2; }
@@ -363,6 +373,11 @@ Result<void> complete_snapshots(Image& image) {
 
 Result<void> expand_zeroes(Image& image) {
     return within_memory([&] { return dynamic_cast<Qcow2Image&>(image).expand_zeroes(); });
+}
+
+Result<void> copy_up(Image& image, GuestOffset at, std::span<const std::byte> seen, Stored stored,
+                     std::optional<int> level) {
+    return within_memory([&] { return dynamic_cast<Qcow2Image&>(image).copy_up(at, seen, stored, level); });
 }
 
 }  // namespace qcow::qcow2

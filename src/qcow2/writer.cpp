@@ -68,10 +68,15 @@ Result<void> Writer::request(Work&& work) {
 }
 
 /// Comes before every change, of these guest bytes.
-Result<void> Writer::begin(GuestOffset at, std::uint64_t length) {
+Result<void> Writer::begin(GuestOffset at, std::uint64_t length, Contents contents) {
+    TRY_VOID(begin_whole());
+    return contents == Contents::change ? bitmaps_.record(at, length) : Result<void>();
+}
+
+/// Comes before every change that is not one of guest bytes, or sees to the bitmaps itself.
+Result<void> Writer::begin_whole() {
     TRY_VOID(metadata_.verify_writable());
-    if (!begun_.load(std::memory_order_acquire)) TRY_VOID(begin_first());
-    return bitmaps_.record(at, length);
+    return begun_.load(std::memory_order_acquire) ? Result<void>() : begin_first();
 }
 
 /// What has to be on disk before the first change is.
@@ -92,24 +97,26 @@ Result<void> Writer::clear_unknown_features() {
     return metadata_.change_header([&](format::HeaderState& changed) { changed.autoclear &= kept; });
 }
 
-Result<void> Writer::write(GuestOffset at, ConstBuffers from) {
+Result<void> Writer::write(GuestOffset at, ConstBuffers from, Contents contents) {
     return request([&]() -> Result<void> {
-        TRY_VOID(begin(at, from.size()));
+        TRY_VOID(begin(at, from.size(), contents));
         TRY_VOID(writes_.write(at, from));
         return metadata_.flush_if_full();
     });
 }
 
-Result<void> Writer::write_zeroes(GuestOffset at, std::uint64_t length, Disk::Zeroes zeroes) {
-    return zero(at, length, zeroes == Disk::Zeroes::keep ? Zeroing::Mode::keep : Zeroing::Mode::release);
+Result<void> Writer::write_zeroes(GuestOffset at, std::uint64_t length, Disk::Zeroes zeroes, Contents contents) {
+    return zero(at, length, zeroes == Disk::Zeroes::keep ? Zeroing::Mode::keep : Zeroing::Mode::release, contents);
 }
 
-Result<void> Writer::discard(GuestOffset at, std::uint64_t length) { return zero(at, length, Zeroing::Mode::discard); }
+Result<void> Writer::discard(GuestOffset at, std::uint64_t length) {
+    return zero(at, length, Zeroing::Mode::discard, Contents::change);
+}
 
 /// In pieces, since a scattered disk drops as many runs as it has clusters.
-Result<void> Writer::zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mode) {
+Result<void> Writer::zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mode, Contents contents) {
     return request([&]() -> Result<void> {
-        TRY_VOID(begin(at, length));
+        TRY_VOID(begin(at, length, contents));
         const std::uint64_t piece = std::max(zero_piece_bytes, parts_->metadata.geometry().l2_coverage());
         while (length > 0) {
             const auto part = std::min(length, piece - at.value % piece);
@@ -122,12 +129,13 @@ Result<void> Writer::zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mo
     });
 }
 
-Result<void> Writer::write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level) {
+Result<void> Writer::write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level,
+                                      Contents contents) {
     TRY_VOID(compressed_.verify(at, from.size()));
     const auto compressor =
         TRY(within_memory([&] { return codec::make_compressor(parts_->metadata.header().compression, level); }));
     return request([&]() -> Result<void> {
-        TRY_VOID(begin(at, from.size()));
+        TRY_VOID(begin(at, from.size(), contents));
         TRY_VOID(compressed_.write(at, from, *compressor));
         return metadata_.flush_if_full();
     });
@@ -138,7 +146,7 @@ template <class Work>
 std::invoke_result_t<Work> Writer::change_whole(Work&& work) {
     const std::lock_guard lock(whole_mutex_);
     return metadata_.attempt([&]() -> std::invoke_result_t<Work> {
-        TRY_VOID(begin({0}, 0));
+        TRY_VOID(begin_whole());
         return work();
     });
 }
@@ -199,7 +207,7 @@ Result<void> Writer::change_backing(const std::string& name, std::optional<Forma
     if (!name.empty() && parts_->data.is_raw())
         return bad("a raw external data file holds the whole disk, so that the image can have none");
     return request([&]() -> Result<void> {
-        TRY_VOID(begin({0}, 0));
+        TRY_VOID(begin_whole());
         TRY_VOID(flush());  // what was copied from the old one
         return metadata_.edit_header([&](format::HeaderEdit& header, format::HeaderState&) {
             using enum format::ExtensionType;

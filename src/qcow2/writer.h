@@ -31,11 +31,19 @@ public:
     /// Reads what writing needs. Errors: Errc::corrupt, unsupported, encrypted: why the image cannot be written.
     Result<void> open();
 
+    /// What becomes of the contents that the guest sees.
+    enum class Contents : bool {
+        change,
+        stay,  ///< what is stored was read from the image, and is still there: bitmaps record nothing
+    };
+
     // See Disk and Image. Ranges have been verified; of a discard they are whole clusters.
-    Result<void> write(GuestOffset at, ConstBuffers from);
-    Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Disk::Zeroes zeroes);
+    Result<void> write(GuestOffset at, ConstBuffers from, Contents contents = Contents::change);
+    Result<void> write_zeroes(GuestOffset at, std::uint64_t length, Disk::Zeroes zeroes,
+                              Contents contents = Contents::change);
     Result<void> discard(GuestOffset at, std::uint64_t length);
-    Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level);
+    Result<void> write_compressed(GuestOffset at, std::span<const std::byte> from, std::optional<int> level,
+                                  Contents contents = Contents::change);
     Result<void> resize(std::uint64_t size);
     Result<SnapshotInfo> create_snapshot(const std::string& name);
     Result<void> apply_snapshot(std::string_view id_or_name);
@@ -66,8 +74,9 @@ private:
     Result<void> request(Work&& work);
     template <class Work>
     std::invoke_result_t<Work> change_whole(Work&& work);
-    Result<void> zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mode);
-    Result<void> begin(GuestOffset at, std::uint64_t length);
+    Result<void> zero(GuestOffset at, std::uint64_t length, Zeroing::Mode mode, Contents contents);
+    Result<void> begin(GuestOffset at, std::uint64_t length, Contents contents);
+    Result<void> begin_whole();
     Result<void> begin_first();
     Result<void> rebuild();
     Result<void> clear_unknown_features();

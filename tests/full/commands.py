@@ -12,6 +12,22 @@ SIZE = 8 * MIB
 NO_ROOM = "No space left|File too large|Disk quota exceeded"
 
 
+def attempt(space, command, *, has_room, data=b""):
+    """Nothing if it succeeds, else what it says. Where it fails, there was no room, and it says so."""
+
+    def prepare():
+        bound_to_parent()
+        space.prepare()
+
+    done = subprocess.run(command, input=data, capture_output=True, preexec_fn=prepare, timeout=60)
+    said = (done.stdout + done.stderr).decode(errors="replace").strip()
+    if done.returncode == 0:
+        return None
+    if done.returncode != 1 or has_room or re.search(NO_ROOM, said) is None:
+        raise Complaint(f"{' '.join(command)}: exit status {done.returncode}: {said}")
+    return said
+
+
 class Commands:
     def __init__(self, space, kind, rng, *, qcow, server, scratch):
         del server  # there is none
@@ -41,21 +57,10 @@ class Commands:
         return {"commands that met a full file system": self.refused}
 
     def _command(self, has_room, *arguments, data=b""):
-        """Whether it succeeded. Where it failed, there was no room, and it says so."""
-
-        def prepare():
-            bound_to_parent()
-            self.space.prepare()
-
-        command = [self.qcow, *arguments]
-        done = subprocess.run(command, input=data, capture_output=True, preexec_fn=prepare, timeout=60)
-        said = (done.stdout + done.stderr).decode(errors="replace").strip()
-        if done.returncode == 0:
-            return True
-        self.refused += 1
-        if done.returncode != 1 or has_room or re.search(NO_ROOM, said) is None:
-            raise Complaint(f"{' '.join(command)}: exit status {done.returncode}: {said}")
-        return False
+        """Whether it succeeded."""
+        refusal = attempt(self.space, [self.qcow, *arguments], has_room=has_room, data=data)
+        self.refused += refusal is not None
+        return refusal is None
 
     def _change(self, has_room, command, value, data=b""):
         index = self.rng.randrange(self.piece.count)

@@ -138,6 +138,7 @@ TEST_F(MeasureTest, ACreatedFileIsAsLong) {
         }
     }
     EXPECT_EQ(must(measure({.options = {.size = 513}})).required, 1024U);
+    EXPECT_TRUE(fails(measure({.options = {.size = low_bits(63)}}), Errc::invalid_argument, {"2^63"}));
 }
 
 // The last refcount blocks count themselves, the table, and each other: each length of the file is another case.

@@ -220,6 +220,21 @@ TEST_F(CommitTest, SnapshotsAndBitmapsStay) {
     expect_sound("top.qcow2");
 }
 
+/// It changes, so whoever reads its bitmaps after a crash must not trust them.
+TEST_F(CommitTest, BitmapsOfTheBaseAreMarkedMeanwhile) {
+    qemu_img({"bitmap", "--add", "middle.qcow2", "changes"});
+    const auto flags = [&] {
+        const auto shown = qemu_img_json({"info", "-U", "--output=json", "middle.qcow2"}, directory_.path());
+        return shown["format-specific"]["data"]["bitmaps"][0]["flags"];
+    };
+    CommitJob job;
+    job.image.location.path = directory_.file("top.qcow2");
+    json last;
+    value_of(commit(job, {.progress = [&](auto, auto) { last = flags(); }}));
+    EXPECT_EQ(last, json::array({"in-use", "auto"}));
+    EXPECT_EQ(flags(), json::array({"auto"}));
+}
+
 /// The base is found by what its file is, and by the name that the chain has for it.
 TEST_F(CommitTest, NamesInOtherDirectories) {
     for (const auto* name : {"bases", "middles", "tops"}) std::filesystem::create_directory(directory_.file(name));

@@ -215,6 +215,44 @@ TEST_F(RebaseTest, CanBeCancelledAndRunAgain) {
     EXPECT_TRUE(contents("disk.qcow2") == before);
 }
 
+/// What the guest sees stays, so nobody has to mark them: a process that dies costs no bitmap.
+TEST_F(RebaseTest, BitmapsAreNotMarked) {
+    const auto bitmap = [&] {
+        const auto shown = qemu_img_json({"info", "-U", "--output=json", "disk.qcow2"}, directory_.path());
+        return shown["format-specific"]["data"]["bitmaps"][0];
+    };
+    const auto dirty_bytes = [&] {
+        const auto opened = value_of(open_image({.location = {.path = directory_.file("disk.qcow2")}}));
+        std::uint64_t bytes = 0;
+        value_of(opened->each_dirty("changes", {0}, opened->size(), [&](const DirtyRun& run) -> Result<void> {
+            if (run.dirty) bytes += run.length;
+            return {};
+        }));
+        return bytes;
+    };
+    for (const auto& [backing, compress] : std::vector<std::pair<std::string, bool>>{{"new.raw", true}, {"", false}}) {
+        make_overlay("disk.qcow2", {});
+        must_tool({"bitmap", "--add", "disk.qcow2", "changes"});
+        qemu_io("disk.qcow2", "qcow2", {"write -q -P 7 2M 1k"});
+        const auto before = bitmap();
+        ASSERT_EQ(before["flags"], json::array({"auto"}));
+        RebaseJob job;
+        job.image.location.path = directory_.file("disk.qcow2");
+        job.backing = backing;
+        job.backing_format = Format::raw;
+        job.compress = compress;
+        std::vector<json> meanwhile;
+        const auto done = rebase(job, {.progress = [&](auto, auto) { meanwhile.push_back(bitmap()); }});
+        ASSERT_TRUE(done.has_value()) << done.error().message();
+        EXPECT_GT(done->copied_bytes, 0U);
+        EXPECT_GT(meanwhile.size(), 1U);
+        for (const auto& seen : meanwhile) EXPECT_EQ(seen, before);
+        EXPECT_EQ(bitmap(), before);
+        EXPECT_EQ(dirty_bytes(), 64U << 10);
+        expect_sound("disk.qcow2");
+    }
+}
+
 /// QEMU makes such a chain when it is asked to.
 TEST_F(RebaseTest, ALoopCanBeBroken) {
     qemu_img({"rebase", "-u", "-b", "disk.qcow2", "-F", "qcow2", "old.qcow2"});
