@@ -13,6 +13,7 @@
 #include "base/endian.h"
 #include "format/entries.h"
 #include "format/header.h"
+#include "format/luks.h"
 
 namespace qcow::fuzz {
 namespace {
@@ -263,22 +264,26 @@ private:
         file_.write(bitmap_directory_, directory);
     }
 
+    /// A sound header, to which no passphrase is known.
     void make_encryption() {
-        Bytes luks;
-        append(luks, std::string_view("LUKS\xba\xbe\0\x01", 8));
-        append(luks, "aes");
-        luks.resize(40);
-        append(luks, "xts-plain64");
-        luks.resize(72);
-        append(luks, "sha256");
-        luks.resize(108);
-        append(luks, 32, 4);
-        luks.resize(208);
-        append(luks, 0x00ac71f3, 4);
-        luks.resize(592);
-        encryption_ = allocate(divide_up(luks.size(), cluster_size()));
-        encryption_bytes_ = luks.size();
-        file_.write(encryption_, luks);
+        format::Luks1Header luks;
+        luks.cipher = "aes";
+        luks.mode = "xts-plain64";
+        luks.hash = "sha256";
+        luks.key_bytes = 32;
+        luks.iterations = 1000;
+        luks.slots[0].used = true;
+        luks.slots[0].iterations = 1000;
+        std::uint32_t sector = 8;
+        for (auto& slot : luks.slots) {
+            slot.material_sector = sector;
+            sector += static_cast<std::uint32_t>(divide_up(luks.material_bytes(), format::luks_sector_bytes));
+        }
+        luks.payload_sector = sector;
+        encryption_bytes_ = std::uint64_t{sector} * format::luks_sector_bytes;
+        encryption_ = allocate(divide_up(encryption_bytes_, cluster_size()));
+        file_.write(encryption_, format::encode_luks1_header(luks));
+        file_.write(encryption_ + encryption_bytes_ - 1, Bytes(1));
     }
 
     /// Now that all tables are known: who refers to what how often, and which entries are COPIED.

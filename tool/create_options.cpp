@@ -53,7 +53,11 @@ qcow::Result<void> set_size(std::uint64_t& target, const Name& name, const Value
 }
 
 qcow::Result<void> set_name(std::string& target, const Name& name, const Value& value) {
-    if (value.empty()) return refuse_option(name, "the name is empty; leave out the option instead");
+    if (value.empty()) {
+        return refuse_option(name, name == "backing_file"
+                                       ? "the name is empty; qcow rebase -u -b \"\" makes an image do without one"
+                                       : "the name is empty; leave out the option instead");
+    }
     target = value;
     return {};
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <charconv>
+#include <chrono>
 #include <cstdlib>
 #include <filesystem>
 #include <optional>
@@ -61,7 +62,11 @@ int inherited_sockets() {
 class Servers {
 public:
     void set_nbd(std::unique_ptr<qcow::NbdServer> server) { nbd_ = std::move(server); }
-    void add_guest(std::unique_ptr<qcow::VhostUserServer> server) { guests_.push_back(std::move(server)); }
+    /// `may_return`: the server takes the place of one that may have been killed, so that its front end comes back.
+    void add_guest(std::unique_ptr<qcow::VhostUserServer> server, bool may_return) {
+        if (may_return) returning_.push_back(server.get());
+        guests_.push_back(std::move(server));
+    }
 
     /// Runs them until stop() is called, or until the last client has left. If there are virtual machines, NBD clients
     /// do not count. Returns the first error.
@@ -79,12 +84,24 @@ public:
             });
         }
         qcow::Result<void> result;
-        if (nbd_) result = nbd_->run();
+        if (nbd_) {
+            wait_for_guests();
+            result = nbd_->run();
+        }
         if (!result) stop();
         for (auto& thread : threads) thread.join();
         for (auto& guest : results)
             if (result) result = std::move(guest);
         return result;
+    }
+
+    /// Waits until those front ends are back that may come back, for some seconds, or until stop() is called. Their
+    /// machines have written what the images do not have yet, and nobody else may change these before they do.
+    void wait_for_guests() const {
+        const auto end = std::chrono::steady_clock::now() + patience;
+        const auto is_back = [](const auto* guest) { return guest->has_served(); };
+        while (!stopping_ && std::chrono::steady_clock::now() < end && !std::ranges::all_of(returning_, is_back))
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
 
     /// Makes run() return, also a later call of it. Async-signal-safe.
@@ -102,6 +119,9 @@ public:
 private:
     std::unique_ptr<qcow::NbdServer> nbd_;
     std::vector<std::unique_ptr<qcow::VhostUserServer>> guests_;
+    static constexpr std::chrono::seconds patience{5};  // QEMU tries every second, or as often as it is told
+
+    std::vector<const qcow::VhostUserServer*> returning_;
     std::atomic<bool> complete_ = false;  // whether the list of servers does not change any more
     std::atomic<bool> stopping_ = false;
 };
@@ -223,8 +243,12 @@ std::vector<qcow::ControlledImage> controlled(const ServeOptions& options,
 /// Serves commands in a thread of its own, until the end of its life.
 class ControlThread {
 public:
-    explicit ControlThread(qcow::ControlServer* server) : server_(server) {
-        if (server != nullptr) thread_ = std::thread([this] { result_ = server_->run(); });
+    ControlThread(qcow::ControlServer* server, const Servers& servers) : server_(server) {
+        if (server == nullptr) return;
+        thread_ = std::thread([this, &servers] {
+            servers.wait_for_guests();
+            result_ = server_->run();
+        });
     }
     ControlThread(const ControlThread&) = delete;
     ControlThread& operator=(const ControlThread&) = delete;
@@ -243,9 +267,9 @@ private:
     std::thread thread_;
 };
 
-/// Returns a server for the virtual machine of an image, which listens.
-qcow::Result<std::unique_ptr<qcow::VhostUserServer>> guest_server(const ServeOptions& options, std::size_t index,
-                                                                  std::shared_ptr<qcow::Disk> disk) {
+/// Adds a server for the virtual machine of an image, which listens.
+qcow::Result<void> add_guest(Servers& servers, const ServeOptions& options, std::size_t index,
+                             std::shared_ptr<qcow::Disk> disk) {
     auto guest = options.guest;
     guest.read_only = only_reads(options);
     guest.persistent = options.persistent;
@@ -263,8 +287,11 @@ qcow::Result<std::unique_ptr<qcow::VhostUserServer>> guest_server(const ServeOpt
     if (!made) return std::unexpected(std::move(made).error().in(image));
     auto server = *std::move(made);
     const auto fd = descriptor_of(socket);
+    // A killed server leaves its socket. One that is inherited tells nothing.
+    const bool may_return = fd || std::filesystem::exists(socket);
     QCOW_TRY_VOID(fd ? server->listen_inherited(*fd) : server->listen_unix(socket));
-    return server;
+    servers.add_guest(std::move(server), may_return);
+    return {};
 }
 
 /// The files that the server makes, and removes at its end.
@@ -311,11 +338,12 @@ qcow::Result<void> verify(const ServeOptions& options) {
     if (options.serials.size() > options.guests.size())
         return refuse("option --serial", "it is given more often than there are images");
     if (!with_nbd(options)) {
-        for (const auto& [option, given] : {std::pair{"--export-name", !options.names.empty()},
-                                            {"--description", !options.descriptions.empty()},
-                                            {"--connections", options.connections != qcow::NbdLimits().connections},
-                                            {"--bitmap", !options.bitmaps.empty()},
-                                            {"--allocation-depth", options.allocation_depth}})
+        for (const auto& [option, given] :
+             {std::pair{"--export-name", !options.names.empty() && options.control.empty()},
+              {"--description", !options.descriptions.empty()},
+              {"--connections", options.connections != qcow::NbdLimits().connections},
+              {"--bitmap", !options.bitmaps.empty()},
+              {"--allocation-depth", options.allocation_depth}})
             if (given)
                 return refuse(option, "it is for NBD clients; say where they connect: --socket, --bind or --port");
     }
@@ -354,7 +382,7 @@ qcow::Result<Served> open_images(const ServeOptions& options) {
 /// Makes the servers, which then listen.
 qcow::Result<void> add_servers(Servers& servers, const ServeOptions& options, std::vector<qcow::NbdExport> exports) {
     for (std::size_t i = 0; i < options.guests.size(); ++i)
-        servers.add_guest(QCOW_TRY(guest_server(options, i, exports[i].disk)));
+        QCOW_TRY_VOID(add_guest(servers, options, i, exports[i].disk));
     if (!with_nbd(options)) return {};
     qcow::NbdOptions nbd = {.limits = {.connections = options.connections},
                             .persistent = options.persistent || !options.guests.empty()};
@@ -380,7 +408,7 @@ qcow::Result<int> run(const ServeOptions& options) {
     const ServiceManager manager;
     QCOW_TRY_VOID(confine(options));
     manager.tell("READY=1");
-    ControlThread control_thread(control_server.get());
+    ControlThread control_thread(control_server.get(), servers);
     auto result = servers.run();
     auto controlled_well = control_thread.end();
     if (result) result = std::move(controlled_well);

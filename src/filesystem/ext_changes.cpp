@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <map>
 
 #include "base/bits.h"
 #include "filesystem/ext.h"
@@ -59,51 +60,17 @@ public:
             return fail(Errc::unsupported, type_,
                         fmt::format("it has the feature \"{}\", with which it can only be read", feature));
         }
-        return verify(ext2fs_read_bitmaps(fs_), "bitmaps");
+        TRY_VOID(verify(ext2fs_read_bitmaps(fs_), "bitmaps"));
+        return order_writes();
     }
 
 protected:
     Result<Inode> do_create(Inode directory, const std::string& name, const NewNode& node) override {
-        TRY_VOID(expect(directory, FileType::directory));
-        const auto above = TRY(load(directory));
-        if ((reinterpret_cast<const ext2_inode&>(above).i_flags & EXT4_ENCRYPT_FL) != 0)
-            return fail(Errc::encrypted, name, "the directory is encrypted (fscrypt), and takes no new files");
-        if (name.size() > EXT2_NAME_LEN)
-            return fail(Errc::invalid_argument, name, fmt::format("names in ext have at most {} bytes", EXT2_NAME_LEN));
-        ext2_ino_t taken = 0;
-        if (ext2fs_lookup(fs_, number(directory), name.data(), static_cast<int>(name.size()), nullptr, &taken) == 0)
-            return fail(Errc::invalid_argument, name, "something with this name exists");
-        TRY_VOID(begin_change());
-        ext2_ino_t made = 0;
-        const auto mode = mode_of_type(node.info.type) | (node.info.mode & 07777U);
-        TRY_VOID(verify(ext2fs_new_inode(fs_, number(directory), static_cast<int>(mode), nullptr, &made), name));
-        // The name comes first: it may need a block that is not there.
-        loaded_ = 0;
-        TRY_VOID(verify(link(number(directory), name, made, entry_of_type(node.info.type)), name));
-        if (auto done = make_node(directory, made, node, mode, name); !done) {
-            TRY_VOID(verify(ext2fs_unlink(fs_, number(directory), name.c_str(), made, 0), name));
-            return std::unexpected(std::move(done).error());
-        }
-        auto done = set_attributes(made, node);
-        if (done) done = set_info(made, node.info, mode);
-        if (done) return made;
-        TRY_VOID(do_remove(directory, name));
-        return std::unexpected(std::move(done).error());
+        return with_space([&] { return create_node(directory, name, node); });
     }
 
     Result<void> do_write(Inode inode, std::uint64_t at, std::span<const std::byte> from) override {
-        TRY_VOID(expect(inode, FileType::regular));
-        TRY_VOID(begin_change());
-        loaded_ = 0;  // libext2fs changes the inode, even if it fails
-        auto* const file = TRY(opened_file(inode));
-        TRY_VOID(verify(ext2fs_file_llseek(file, at, EXT2_SEEK_SET, nullptr), inode_place(inode)));
-        while (!from.empty()) {
-            unsigned done = 0;
-            const auto part = static_cast<unsigned>(std::min<std::size_t>(from.size(), 1 * MiB));
-            TRY_VOID(verify(ext2fs_file_write(file, from.data(), part, &done), inode_place(inode)));
-            from = from.subspan(done);
-        }
-        return verify(ext2fs_file_flush(file), inode_place(inode));
+        return with_space([&] { return write_data(inode, at, from); });
     }
 
     Result<void> do_truncate(Inode inode, std::uint64_t size) override {
@@ -174,10 +141,12 @@ protected:
     Result<void> do_close() override {
         forget_file();
         if (fs_ == nullptr) return {};
+        auto freed = free_lost();
         ext2_filsys closed = std::exchange(fs_, nullptr);
         // libext2fs writes the superblock after everything else is durable.
-        if (changed_ && !io_.failed()) set_clean(*closed, true);
-        return io_.verify(ext2fs_close_free(&closed), type_);
+        if (changed_ && freed && !io_.failed()) set_clean(*closed, true);
+        auto ended = io_.verify(ext2fs_close_free(&closed), type_);
+        return freed ? ended : freed;
     }
 
 private:
@@ -190,8 +159,8 @@ private:
         ext2fs_mark_super_dirty(&fs);
     }
 
-    /// Marks the file system as not clean, durably, before its first change. libext2fs writes in an order of its own,
-    /// so a process that dies meanwhile leaves work for e2fsck, as one does that has it mounted.
+    /// Marks the file system as not clean, durably, before its first change. A process that dies meanwhile leaves work
+    /// for e2fsck, as one does that has it mounted.
     Result<void> begin_change() {
         if (changed_) return {};
         set_clean(*fs_, false);
@@ -213,7 +182,95 @@ private:
         return {};
     }
 
-    /// Counts a name less, and frees the inode and its blocks after the last one. `name` is for messages.
+    /// Does work, and once more if it lacks space that files without a name have.
+    template <class Work>
+    std::invoke_result_t<Work> with_space(Work&& work) {
+        auto done = work();
+        if (done || done.error().code != Errc::no_space || lost_.empty()) return done;
+        TRY_VOID(free_lost());
+        return work();
+    }
+
+    Result<Inode> create_node(Inode directory, const std::string& name, const NewNode& node) {
+        TRY_VOID(expect(directory, FileType::directory));
+        const auto above = TRY(load(directory));
+        if ((reinterpret_cast<const ext2_inode&>(above).i_flags & EXT4_ENCRYPT_FL) != 0)
+            return fail(Errc::encrypted, name, "the directory is encrypted (fscrypt), and takes no new files");
+        if (name.size() > EXT2_NAME_LEN)
+            return fail(Errc::invalid_argument, name, fmt::format("names in ext have at most {} bytes", EXT2_NAME_LEN));
+        ext2_ino_t taken = 0;
+        if (ext2fs_lookup(fs_, number(directory), name.data(), static_cast<int>(name.size()), nullptr, &taken) == 0)
+            return fail(Errc::invalid_argument, name, "something with this name exists");
+        TRY_VOID(begin_change());
+        ext2_ino_t made = 0;
+        const auto mode = mode_of_type(node.info.type) | (node.info.mode & 07777U);
+        TRY_VOID(verify(ext2fs_new_inode(fs_, number(directory), static_cast<int>(mode), nullptr, &made), name));
+        // The name comes first: it may need a block that is not there.
+        loaded_ = 0;
+        TRY_VOID(verify(link(number(directory), name, made, entry_of_type(node.info.type)), name));
+        if (auto done = make_node(directory, made, node, mode, name); !done) {
+            TRY_VOID(verify(ext2fs_unlink(fs_, number(directory), name.c_str(), made, 0), name));
+            return std::unexpected(std::move(done).error());
+        }
+        auto done = set_attributes(made, node);
+        if (done) done = set_info(made, node.info, mode);
+        if (done) return made;
+        TRY_VOID(do_remove(directory, name));
+        TRY_VOID(free_lost());
+        return std::unexpected(std::move(done).error());
+    }
+
+    Result<void> write_data(Inode inode, std::uint64_t at, std::span<const std::byte> from) {
+        TRY_VOID(expect(inode, FileType::regular));
+        TRY_VOID(begin_change());
+        loaded_ = 0;  // libext2fs changes the inode, even if it fails
+        auto* const file = TRY(opened_file(inode));
+        TRY_VOID(verify(ext2fs_file_llseek(file, at, EXT2_SEEK_SET, nullptr), inode_place(inode)));
+        while (!from.empty()) {
+            unsigned done = 0;
+            const auto part = static_cast<unsigned>(std::min<std::size_t>(from.size(), 1 * MiB));
+            TRY_VOID(verify(ext2fs_file_write(file, from.data(), part, &done), inode_place(inode)));
+            from = from.subspan(done);
+        }
+        return verify(ext2fs_file_flush(file), inode_place(inode));
+    }
+
+    /// Has what an entry or an inode leads to durable before it: first the blocks that were free, then the tables of
+    /// inodes, and then all others, such as the directories that there were. So a process that dies takes no file with
+    /// it that does not change. (What else it leaves is for e2fsck.)
+    Result<void> order_writes() {
+        ext2fs_block_bitmap used = nullptr;
+        TRY_VOID(verify(ext2fs_copy_bitmap(fs_->block_map, &used), "bitmaps"));
+        const std::shared_ptr<std::remove_pointer_t<ext2fs_block_bitmap>> used_before(used, ext2fs_free_block_bitmap);
+        const std::uint64_t block_bytes = fs_->blocksize;
+        std::map<std::uint64_t, std::uint64_t> tables;  // the block behind each, by its first block
+        for (dgrp_t group = 0; group < fs_->group_desc_count; ++group) {
+            const std::uint64_t first = ext2fs_inode_table_loc(fs_, group);
+            tables[first] = first + fs_->inode_blocks_per_group;
+        }
+        const std::uint64_t begin = fs_->super->s_first_data_block;
+        const std::uint64_t end = ext2fs_blocks_count(fs_->super);
+        io_.write_in_stages(3, [used_before, block_bytes, begin, end, tables = std::move(tables)](std::uint64_t at) {
+            const std::uint64_t block = at / block_bytes;
+            if (block >= begin && block < end && ext2fs_test_block_bitmap2(used_before.get(), block) == 0) return 0U;
+            const auto behind = tables.upper_bound(block);
+            return behind != tables.begin() && block < std::prev(behind)->second ? 1U : 2U;
+        });
+        return {};
+    }
+
+    /// Frees the files that have lost their last name, once it is durable that nothing leads to them. So none of their
+    /// blocks is another file's before, and who replaces a file keeps the old one or the new one, whenever it dies.
+    Result<void> free_lost() {
+        if (lost_.empty()) return {};
+        forget_file();
+        TRY_VOID(verify(io_channel_flush(fs_->io), type_));
+        for (const auto& [inode, name] : std::exchange(lost_, {})) TRY_VOID(free_inode(inode, name));
+        lost_bytes_ = 0;
+        return {};
+    }
+
+    /// Counts a name less. `name` is for messages.
     Result<void> lose_name(Inode lost, const std::string& name) {
         const auto inode = number(lost);
         auto large = TRY(load(lost));
@@ -225,7 +282,19 @@ private:
             --raw.i_links_count;
         }
         if (raw.i_links_count > 0) return write_inode(inode, large);
+        lost_.emplace_back(lost, name);
+        lost_bytes_ += EXT2_I_SIZE(&raw);
+        return lost_.size() < most_lost && lost_bytes_ < most_lost_bytes ? Result<void>() : free_lost();
+    }
 
+    /// Frees an inode and its blocks.
+    Result<void> free_inode(Inode lost, const std::string& name) {
+        const auto inode = number(lost);
+        loaded_ = 0;
+        auto large = TRY(load(lost));
+        auto& raw = *reinterpret_cast<ext2_inode*>(&large);
+        const bool is_directory = LINUX_S_ISDIR(raw.i_mode);
+        raw.i_links_count = 0;
         raw.i_dtime = static_cast<std::uint32_t>(fs_->now != 0 ? fs_->now : time(nullptr));
         TRY_VOID(write_inode(inode, large));
         const auto freed = ext2fs_free_ext_attr(fs_, inode, &large);
@@ -320,7 +389,12 @@ private:
         return verify(ext2fs_xattrs_write(handle.raw), place);
     }
 
+    static constexpr std::size_t most_lost = 10'000;
+    static constexpr std::uint64_t most_lost_bytes = 256 * MiB;
+
     bool changed_ = false;
+    std::vector<std::pair<Inode, std::string>> lost_;  // without a name, and not freed yet
+    std::uint64_t lost_bytes_ = 0;
 };
 
 }  // namespace

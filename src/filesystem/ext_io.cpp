@@ -252,6 +252,27 @@ Result<void> ExtIo::make_room() {
 }
 
 Result<void> ExtIo::write_back() {
+    const auto is_dirty = [](const auto& entry) { return entry.second.dirty != 0; };
+    for (unsigned stage = 0; stage < stages_ && std::ranges::any_of(chunks_, is_dirty); ++stage) {
+        // Also what passed the cache.
+        if (stage > 0 && written_) TRY_VOID(disk_.flush());
+        TRY_VOID(write_stage(stage));
+    }
+    return {};
+}
+
+/// The dirty units of a chunk that belong to a stage.
+std::uint64_t ExtIo::units_of_stage(std::uint64_t start, std::uint64_t dirty, unsigned stage) const {
+    if (!stage_of_) return dirty;
+    std::uint64_t units = 0;
+    for (std::uint64_t left = dirty; left != 0; left &= left - 1) {
+        const auto unit = static_cast<unsigned>(std::countr_zero(left));
+        if (stage_of_(start + unit * unit_bytes) == stage) units |= bit(unit);
+    }
+    return units;
+}
+
+Result<void> ExtIo::write_stage(unsigned stage) {
     std::vector<std::span<const std::byte>> pieces;
     std::vector<std::pair<Chunk*, std::uint64_t>> written;  // the units that the pieces cover
     std::uint64_t begin = 0;
@@ -266,7 +287,7 @@ Result<void> ExtIo::write_back() {
         return {};
     };
     for (auto& [start, chunk] : chunks_) {
-        for (std::uint64_t left = chunk.dirty; left != 0;) {
+        for (std::uint64_t left = units_of_stage(start, chunk.dirty, stage); left != 0;) {
             const auto first = static_cast<unsigned>(std::countr_zero(left));
             const auto count = static_cast<unsigned>(std::countr_one(left >> first));
             const std::uint64_t units = (count == 64 ? all_units : low_bits(count)) << first;

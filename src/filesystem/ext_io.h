@@ -6,10 +6,12 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/bits.h"
@@ -42,6 +44,13 @@ public:
     /// Turns what a function of libext2fs returned into a Result. If the disk caused the failure, the result is the
     /// error of the disk. Otherwise it is `place`, and the text of libext2fs.
     Result<void> verify(errcode_t code, std::string_view place);
+
+    /// Blocks leave in stages from now on, each durable before the next: first those for which `stage_of` gives 0, of
+    /// the offset of their first byte, then 1 and so on below `stages`.
+    void write_in_stages(unsigned stages, std::function<unsigned(std::uint64_t at)> stage_of) {
+        stages_ = stages;
+        stage_of_ = std::move(stage_of);
+    }
 
     // What libext2fs calls. `at` and sizes in bytes.
 
@@ -77,12 +86,16 @@ private:
     Result<void> fill(std::uint64_t start, Chunk& chunk);
     Result<void> make_room();
     Result<void> write_back();
+    Result<void> write_stage(unsigned stage);
+    [[nodiscard]] std::uint64_t units_of_stage(std::uint64_t start, std::uint64_t dirty, unsigned stage) const;
     Result<void> forget(std::uint64_t at, std::uint64_t length);
 
     Disk& disk_;
     std::size_t most_chunks_;
     std::map<std::uint64_t, Chunk> chunks_;  // by the offset of their first byte
     std::uint64_t clock_ = 0;
+    unsigned stages_ = 1;
+    std::function<unsigned(std::uint64_t)> stage_of_;  // empty: all is of one stage
     std::optional<Error> error_;
     bool failed_ = false;
     bool written_ = false;  // since the last flush

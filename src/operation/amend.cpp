@@ -58,7 +58,7 @@ public:
         if (version_ != 2 && version_ != 3) add(fmt::format("compat: there is no version {}", version_));
         verify_refcounts();
         if (options_.size && *options_.size < info_.virtual_size)
-            add("size: the disk is larger; qcow resize --shrink makes it smaller");
+            add(fmt::format("size: the disk has {} bytes; qcow resize --shrink makes it smaller", info_.virtual_size));
         if (options_.data_file_name && !info_.data_file) add("data_file: the image has no external data file");
         if (options_.data_file_raw == true && !info_.data_file_raw) {
             add("data_file_raw: only a new image can get this; qcow convert -O qcow2 -o "
@@ -102,10 +102,11 @@ private:
             add("compat: version 2 has no bitmaps; remove them with qcow bitmap --remove");
         const auto size = options_.size ? rounded_size(*options_.size) : info_.virtual_size;
         for (const auto& snapshot : info_.snapshots) {
-            if (snapshot.virtual_size == size && snapshot.vm_state_bytes <= std::numeric_limits<std::uint32_t>::max())
-                continue;
-            add(fmt::format("compat: snapshot \"{}\" has another size than the disk, or a VM state of more than 4 GiB",
-                            printable(snapshot.name)));
+            const bool other_size = snapshot.virtual_size != size;
+            if (!other_size && snapshot.vm_state_bytes <= std::numeric_limits<std::uint32_t>::max()) continue;
+            add(fmt::format(
+                "compat: version 2 cannot record that snapshot \"{}\" has {}; remove it with qcow snapshot -d",
+                printable(snapshot.name), other_size ? "another size than the disk" : "a VM state of more than 4 GiB"));
         }
         const auto is_zero = [](const Extent& extent) { return extent.kind == Extent::Kind::zero; };
         if (TRY(has(image_, info_.snapshots, is_zero, false)))

@@ -413,7 +413,7 @@ std::unexpected<Error> open_error(const std::string& path, int error, int flags)
             "the device is in use: it or a partition of it is mounted, is swap space, or belongs to a volume or "
             "to another program; unmount or stop what uses it");
     }
-    return system_error("cannot open", path, error);
+    return system_error((flags & O_ACCMODE) == O_RDWR ? "cannot open for writing" : "cannot open", path, error);
 }
 
 namespace {

@@ -54,7 +54,7 @@ TEST_F(ExtChangeTest, EveryKindIsSoundAfterwards) {
 }
 
 /// Before the first change, the disk says that it is not clean. So nobody takes half of a change for a whole one, and
-/// e2fsck mends it. Files that did not change are as they were.
+/// e2fsck mends it. Files that did not change are as they were, and one that was replaced is the old or the new one.
 TEST_F(ExtChangeTest, APowerLossIsKnown) {
     for (const auto& options : ext_kinds) {
         unsigned refused = 0;
@@ -66,9 +66,48 @@ TEST_F(ExtChangeTest, APowerLossIsKnown) {
             }
             ASSERT_EQ(faults(), "");
             EXPECT_EQ(shell("debugfs -R 'cat \"/dir/a long name\"' disk.raw 2>/dev/null"), std::string(5000, 'k'));
+            EXPECT_THAT(shell("debugfs -R 'cat /value' disk.raw 2>/dev/null"),
+                        testing::AnyOf(std::string(9000, 'o'), std::string(12'000, 'n')));
         });
         EXPECT_GT(refused, 0U);
     }
+}
+
+std::string crowded_name(unsigned number) { return fmt::format("{:0110}", number); }
+
+/// Files in a directory that grows with each few of them, and not in one piece.
+void crowd(Disk& disk, unsigned from) {
+    auto files = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
+    const auto many = must(find_path(*files, "/many"));
+    for (unsigned i = from; i < from + 6; ++i) put(*files, many, crowded_name(i), std::string(2500, 'f'));
+    must(files->close());
+}
+
+/// Where the directory needs a block for the list of its pieces, too, those must not be found before the block is.
+TEST_F(ExtChangeTest, APowerLossTakesNoOtherFileOfTheDirectory) {
+    auto files = made_by("mkdir -p tree/many; mke2fs -q -t ext4 -b 1024 -d tree disk.raw 8M");
+    Files before;
+    unsigned old = 0;
+    for (bool grown = false; !grown; old += 6) {
+        ASSERT_LT(old, 600U);
+        before = copy_of(files);
+        StorageDisk disk(files.at(disk_name));
+        crowd(disk, old);
+        save(files, directory_.path());
+        grown = shell("debugfs -R 'stat /many' disk.raw 2>/dev/null").contains("ETB");
+    }
+    old -= 6;
+    ASSERT_GT(old, 0U);
+    lose_power(
+        before, "crowded directory", 30, 2, [&](Disk& disk) { crowd(disk, old); },
+        [&](const Files&) {
+            EXPECT_LE(run({"e2fsck", "-fy", disk_name}, directory_.path()).status, 1);
+            ASSERT_EQ(faults(), "");
+            auto found = must(open_file_system(
+                std::make_shared<StorageDisk>(load(directory_.file(disk_name), disk_name)), Access::read));
+            for (unsigned i = 0; i < old; ++i)
+                ASSERT_EQ(contents(*found, "/many/" + crowded_name(i)), std::string(2500, 'f')) << i;
+        });
 }
 
 /// What does not fit leaves nothing behind.

@@ -143,7 +143,14 @@ TEST_P(KilledGuestDiskTest, GoesOnWithWhatWasInFlight) {
         EXPECT_THROW(mixture.run([] { return false; }), front::Disconnected);
         killer.join();
         disk.start();
+        // The snapshot has to wait for what the guest has written.
+        std::optional<Subprocess> early;
+        const Arguments make_early = {QCOW_TOOL, "snapshot", "--control",
+                                      "control", "-c",       fmt::format("early{}", kill)};
+        if (kind.overlay) early.emplace(make_early, disk.directory().path());
+        std::this_thread::sleep_for(milliseconds(kind.overlay ? random.below(50) : 0));
         front.reconnect();  // and nobody says again how it is cached
+        EXPECT_TRUE(!early || early->finish().status == 0);
         mixture.finish();
         mixture.verify();
     }

@@ -260,7 +260,8 @@ TEST_F(AmendTest, NamesAllThatStandsInTheWay) {
     make("");
     expect_refusal_of("compat=0.10,lazy_refcounts=on", HasSubstr("lazy_refcounts"));
     expect_refusal_of("data_file=x", HasSubstr("no external data file"));
-    expect_refusal_of("size=1M", HasSubstr("qcow resize --shrink"));
+    expect_refusal_of("size=1M", AllOf(HasSubstr(" bytes;"), HasSubstr("qcow resize --shrink")));
+    expect_refusal_of("backing_file=", HasSubstr("qcow rebase -u -b \"\""));
     expect_refusal_of("backing_file=x", HasSubstr("format"));
     expect_refusal_of("backing_fmt=raw", HasSubstr("give backing_file, too"));
     expect_refusal_of("cluster_size=4k", HasSubstr("qcow convert"));
@@ -268,7 +269,7 @@ TEST_F(AmendTest, NamesAllThatStandsInTheWay) {
     qemu_img({"snapshot", "-c", "s", "disk.qcow2"});
     expect_refusal_of("compat=0.10", HasSubstr("zero clusters"));
     qemu_img({"resize", "-q", "disk.qcow2", "5M"});
-    expect_refusal_of("compat=0.10,size=6M", HasSubstr("snapshot \"s\""));
+    expect_refusal_of("compat=0.10,size=6M", HasSubstr("snapshot \"s\" has another size than the disk; remove it"));
     make("compat=0.10");
     for (const auto* option : {"refcount_bits=8", "lazy_refcounts=on", "compression_type=zstd"})
         expect_refusal_of(option, HasSubstr("version 2"));

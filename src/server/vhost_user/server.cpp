@@ -98,6 +98,8 @@ public:
         wakeup_.ring();
     }
 
+    [[nodiscard]] bool has_served() const noexcept override { return has_served_; }
+
     void announce_size() noexcept override { wakeup_.ring(); }
 
 private:
@@ -111,6 +113,7 @@ private:
     std::uint64_t announced_size_;
     Wakeup wakeup_;
     std::atomic<bool> stopping_ = false;
+    std::atomic<bool> has_served_ = false;
     std::vector<Listener> listeners_;
 };
 
@@ -170,6 +173,7 @@ Result<void> Server::serve_front_end(int socket) {
             if (options_.complain) options_.complain("another front end waits until the one that is served has left");
         }
         if (polled[0].revents != 0 && !stopping_ && !TRY(session.serve_message())) return {};
+        if (session.has_queues()) has_served_ = true;
     }
     return {};
 }

@@ -1,6 +1,7 @@
 #pragma once
 // A front end that is connected: its messages, and the queues that they set up.
 
+#include <algorithm>
 #include <memory>
 #include <span>
 #include <vector>
@@ -28,6 +29,11 @@ public:
     /// Receives a message and does what it asks for. Returns false if the front end has left. Errors: why the front end
     /// must be disconnected.
     Result<bool> serve_message();
+
+    /// Whether a queue runs.
+    [[nodiscard]] bool has_queues() const {
+        return std::ranges::any_of(queues_, [](const auto& queue) { return queue != nullptr; });
+    }
 
     /// Tells the front end that the configuration space has changed, if it wants to know.
     void announce_configuration();
