@@ -72,8 +72,8 @@ public:
     /// Makes run() return, also a later call of it. Async-signal-safe.
     virtual void stop() noexcept = 0;
 
-    /// Whether a front end has started a queue. If a killed server left one, nobody else may change the disk before that:
-    /// see Disk::survive_in.
+    /// Whether a front end has started a queue. If a killed server left one, nobody else may change the disk before
+    /// that: see Disk::survive_in.
     [[nodiscard]] virtual bool has_served() const noexcept = 0;
 
     /// Tells the front end that the size of the disk has changed, if it has. Front ends then tell the guest.
