@@ -75,9 +75,10 @@ qcow::Result<std::vector<Usage>> usages(const PartitionsOptions& options) {
         return {};
     };
     std::vector<unsigned> numbers;
-    if (!options.disk.partition)
+    if (!options.disk.partition) {
         for (const auto& p : QCOW_TRY(qcow::list_partitions(*whole)).partitions)
             if (!p.content.type.empty()) numbers.push_back(p.number);
+    }
     if (numbers.empty()) QCOW_TRY_VOID(add(options.disk.partition));
     for (const auto number : numbers) {
         auto added = add(number);

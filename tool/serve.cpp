@@ -343,9 +343,10 @@ qcow::Result<void> verify(const ServeOptions& options) {
               {"--description", !options.descriptions.empty()},
               {"--connections", options.connections != qcow::NbdLimits().connections},
               {"--bitmap", !options.bitmaps.empty()},
-              {"--allocation-depth", options.allocation_depth}})
+              {"--allocation-depth", options.allocation_depth}}) {
             if (given)
                 return refuse(option, "it is for NBD clients; say where they connect: --socket, --bind or --port");
+        }
     }
     for (const auto& path : made_sockets(options)) QCOW_TRY_VOID(verify_names_a_file(path));
     if (!options.pid_file.empty()) QCOW_TRY_VOID(verify_names_a_file(options.pid_file));

@@ -22,8 +22,10 @@ public:
     KillMoments(Random random, unsigned percent) : random_(std::move(random)), percent_(percent) {}
 
     void pass() {
-        if (!over_ && random_.chance(percent_)) moments_.push_back({log_.mark(), {memory().begin(), memory().end()}});
+        if (!over_ && random_.chance(percent_)) take();
     }
+
+    void take() { moments_.push_back({log_.mark(), {memory().begin(), memory().end()}}); }
 
     /// There are no more.
     void end() { over_ = true; }
@@ -171,7 +173,7 @@ TEST_P(SurviveTest, NothingCompleteIsLost) {
         auto random = Random::named(fmt::format("survive {}/{}", work.name, round));
         auto prepared = prepare(work.kind, random);
         const auto before = copy_of(prepared.files);
-        KillMoments moments(Random(random.below(~std::uint64_t{0})), sanitized ? 2 : 10);
+        KillMoments moments(Random(random.below(~std::uint64_t{0})), sanitized ? 3 : 10);
         model_ = std::make_unique<SectorModel>(work.kind.create.size / sector_bytes, work.mix.resized_most);
         {
             const auto image = value_of(open_kind(work.kind, killed_files(prepared.files, moments), true));
@@ -182,6 +184,7 @@ TEST_P(SurviveTest, NothingCompleteIsLost) {
                 value_of(Result<void>(call()));
                 moments.pass();
             });
+            moments.take();
             kept_ = std::move(prepared.kept);
             kept_.made = guest.snapshots();
         }
@@ -252,6 +255,7 @@ TEST(SurviveMemoryTest, MayBeAnotherOneLater) {
     Bytes found(1);
     value_of(image->read({64 << 10}, found));
     EXPECT_EQ(found[0], std::byte{2});
+    image.reset();
 }
 
 TEST(SurviveMemoryTest, IsRefusedOnceTheDiskWasWritten) {

@@ -97,8 +97,8 @@ private:
 
     mutable std::atomic<std::uint64_t> known_file_size_ = 0;  // the file has at least this many bytes
     mutable std::once_flag counted_end_once_;
-    mutable std::optional<std::uint64_t> counted_end_;
     bool l1_left_out_ = false;
+    mutable std::optional<std::uint64_t> counted_end_;
 };
 
 }  // namespace qcow::qcow2
