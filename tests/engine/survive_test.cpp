@@ -2,6 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
+#include <atomic>
+#include <thread>
+
 #include "engine/crash_states.h"
 #include "engine/works.h"
 #include "storage/redo_log.h"
@@ -256,6 +260,44 @@ TEST(SurviveMemoryTest, MayBeAnotherOneLater) {
     value_of(image->read({64 << 10}, found));
     EXPECT_EQ(found[0], std::byte{2});
     image.reset();
+}
+
+/// A front end comes and goes while others write.
+TEST(SurviveMemoryTest, ChangesWhileOthersWrite) {
+    constexpr unsigned writers = 4;
+    constexpr std::uint64_t share = 256 << 10;
+    std::array<std::vector<std::uint64_t>, 2> memories;
+    for (auto& words : memories) words.resize(RedoLog::min_bytes / 8);
+    const auto file = memory_storage();
+    value_of(create_image({file, nullptr}, {.size = writers * share, .cluster_size = 4096}));
+    const auto image = value_of(open_image(file, {.writable = true}));
+    std::atomic<unsigned> working = writers;
+    std::thread mover([&] {
+        for (unsigned i = 0; working > 0; ++i)
+            value_of(image->survive_in({std::as_writable_bytes(std::span(memories[i % 2])), nullptr}));
+    });
+    in_threads(writers, [&](unsigned writer) {
+        for (unsigned i = 0; i < 300; ++i) {
+            const GuestOffset at{writer * share + i % 64 * 4096};
+            if (i % 7 == 0) {
+                value_of(image->discard(at, 4096));
+            } else {
+                value_of(image->write(at, Bytes(4096, static_cast<std::byte>(i % 251))));
+            }
+            if (i % 50 == 0) value_of(image->flush());
+        }
+        --working;
+    });
+    mover.join();
+    for (unsigned writer = 0; writer < writers; ++writer) {
+        for (unsigned i = 300 - 64; i < 300; ++i) {
+            Bytes found(1);
+            value_of(image->read({writer * share + i % 64 * 4096}, found));
+            EXPECT_EQ(found[0], i % 7 == 0 ? std::byte{0} : static_cast<std::byte>(i % 251)) << writer << " " << i;
+        }
+    }
+    EXPECT_FALSE(damage_of(*image));
+    value_of(image->close());
 }
 
 TEST(SurviveMemoryTest, IsRefusedOnceTheDiskWasWritten) {
