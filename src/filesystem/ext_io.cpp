@@ -255,7 +255,7 @@ Result<void> ExtIo::write_back() {
     const auto is_dirty = [](const auto& entry) { return entry.second.dirty != 0; };
     for (unsigned stage = 0; stage < stages_ && std::ranges::any_of(chunks_, is_dirty); ++stage) {
         // Also what passed the cache.
-        if (stage > 0 && written_) TRY_VOID(disk_.flush());
+        if (stage > 0 && std::exchange(written_, false)) TRY_VOID(disk_.flush());
         TRY_VOID(write_stage(stage));
     }
     return {};
