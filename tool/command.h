@@ -63,7 +63,7 @@ void declare_rm(CLI::App& root, int& status);
 void declare_mkdir(CLI::App& root, int& status);
 
 /// Returns the parser of the command line. Running a command stores the exit status in `status`. If `command` is the
-/// name of one, the parser knows this command alone, which takes a tenth of the time; else it knows all of them.
+/// name of one, the parser knows this command alone, which is quicker; else it knows all of them.
 std::unique_ptr<CLI::App> make_app(int& status, std::string_view command = {});
 
 /// Declares a command that calls `run`. An error of `run` is printed, and the exit status is then failure_of(name).

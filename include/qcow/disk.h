@@ -38,7 +38,7 @@ struct Extent {
 };
 
 /// Memory that outlives the process, such as a file in memory that another process has mapped, too. It begins at a
-/// multiple of 64. `owner` keeps it mapped.
+/// multiple of eight. `owner` keeps it mapped.
 struct SurvivingMemory {
     std::span<std::byte> bytes;
     std::shared_ptr<void> owner;

@@ -19,8 +19,7 @@ std::vector<ClusterRun> data_of(const format::EntryRules& rules, std::span<const
         const L2Entry entry{words[i]};
         if (entry.compressed()) {
             const auto range = entry.compressed_range(cluster_bits);
-            const std::uint64_t first = range.offset.value >> cluster_bits;
-            runs.push_back({first, ((range.offset.value + range.length - 1) >> cluster_bits) - first + 1});
+            runs.push_back(clusters_of(range.offset, range.length, cluster_bits));
             continue;
         }
         const std::uint64_t cluster = entry.cluster().value >> cluster_bits;

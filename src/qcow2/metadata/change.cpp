@@ -34,9 +34,7 @@ void Change::give_up(const std::vector<Part>& parts) {
 }
 
 ClusterRun Change::clusters_of(HostOffset at, std::uint64_t bytes) const {
-    const unsigned bits = metadata_->metadata().header().cluster_bits;
-    const std::uint64_t first = at.value >> bits;
-    return {first, ((at.value + bytes - 1) >> bits) - first + 1};
+    return qcow2::clusters_of(at, bytes, metadata_->metadata().header().cluster_bits);
 }
 
 Result<ClusterRun> Change::take(std::uint64_t guest, std::uint64_t wanted) {

@@ -30,8 +30,7 @@ ClusterRun referenced(const Metadata& metadata, HostOffset at, format::L2Entry e
     if (rules.geometry.entry_words() == 2 && at.value / 8 % 2 != 0) return {};  // its bitmap
     if (entry.compressed()) {
         const auto range = entry.compressed_range(bits);
-        const std::uint64_t first = range.offset.value >> bits;
-        return {first, ((range.offset.value + range.length - 1) >> bits) - first + 1};
+        return clusters_of(range.offset, range.length, bits);
     }
     if (rules.external_data || !rules.has_cluster(entry)) return {};
     return {entry.cluster().value >> bits, 1};

@@ -21,6 +21,12 @@ struct ClusterRun {
     [[nodiscard]] std::uint64_t end() const { return first + count; }
 };
 
+/// The clusters that [at, at + bytes) touches; bytes > 0.
+inline ClusterRun clusters_of(HostOffset at, std::uint64_t bytes, unsigned cluster_bits) {
+    const std::uint64_t first = at.value >> cluster_bits;
+    return {first, ((at.value + bytes - 1) >> cluster_bits) - first + 1};
+}
+
 /// Reads and changes refcounts in the cache, and adds blocks and table clusters as the file grows. The table itself is
 /// in memory, 8 MiB at most. Not thread-safe.
 class Refcounts {
