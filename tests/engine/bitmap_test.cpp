@@ -563,7 +563,7 @@ CrashedBits crash(const ImageKind& kind, Random& random, const LeftOut& left_out
     CrashedBits result;
     for (std::size_t now = 1; now <= shown.events().size() && !result.wrong; ++now) {
         states.advance(now);
-        for (const unsigned percent : {0U, 50U, 50U, 100U}) {
+        for (const unsigned percent : fewer<unsigned>({50, 0, 100, 50})) {
             const auto files = states.build([&](std::size_t, std::uint64_t) { return random.chance(percent); });
             result.wrong = wrong_bits(kind, files, prepared, contents);
             if (result.wrong) break;

@@ -86,7 +86,7 @@ TEST_P(FaultTest, NothingIsLostOrCorrupt) {
         Random same(run_seed());
         run.perform(work, same);
     };
-    const auto count = fail_each(setting, operation, perform_on, (sanitized ? 2 : 6) * effort(), random);
+    const auto count = fail_each(setting, operation, perform_on, rounds(6), random);
     EXPECT_GT(count, 0U);
     std::cout << "covered " << count << " faults\n";
 }
@@ -106,7 +106,7 @@ TEST_P(FullTest, OnlyWhatNeedsRoomFails) {
         run.perform(work, same);
     };
     std::uint64_t count = 0;
-    ASSERT_NO_THROW(count = fill_at_each(setting, perform_on, (sanitized ? 2 : 6) * effort(), random));
+    ASSERT_NO_THROW(count = fill_at_each(setting, perform_on, rounds(6), random));
     std::cout << "covered " << count << " full file systems in memory\n";
 }
 
@@ -138,9 +138,11 @@ TEST_P(FaultyThreadsTest, AllComeToAnEnd) {
     auto random = Random::named(kind.name);
     const auto setting = setting_of(kind, random);
     SCOPED_TRACE(replay_hint());
+    // How far four threads come before the work ends is chance, and so is whether a fault strikes.
+    const unsigned enough = (sanitized ? 4 : 9) * effort();
     unsigned struck = 0;
-    constexpr unsigned rounds = sanitized ? 9 : 24;
-    for (unsigned i = 0; i < rounds * effort(); ++i) {
+    for (unsigned round = 0; struck < enough; ++round) {
+        ASSERT_LT(round, 20 * enough) << "only " << struck << " faults struck";
         const auto operation = random.pick({Operation::read, Operation::write, Operation::space, Operation::flush});
         FaultyRun run(setting);
         run.open();
@@ -155,7 +157,6 @@ TEST_P(FaultyThreadsTest, AllComeToAnEnd) {
         const auto wrong = run.verdict(random);
         ASSERT_FALSE(wrong) << *wrong;
     }
-    EXPECT_GT(struck, rounds / 3 * effort());
     std::cout << "covered " << struck << " faults while four threads were at work\n";
 }
 
@@ -171,9 +172,11 @@ TEST_P(FullDiskTest, WorkGoesOnWhenThereIsRoomAgain) {
     auto random = Random::named(kind.name);
     const auto setting = setting_of(kind, random);
     const auto now = value_of(setting.files.at(image_name)->size());
-    unsigned full = 0;
     SCOPED_TRACE(replay_hint());
-    for (unsigned i = 0; i < 10 * effort(); ++i) {
+    const unsigned enough = 6 * effort();
+    unsigned full = 0;
+    for (unsigned round = 0; full < enough; ++round) {
+        ASSERT_LT(round, 20 * enough) << "only " << full << " file systems were full";
         const auto room = now + random.below(std::uint64_t{200} << 10);
         SCOPED_TRACE(fmt::format("{} bytes", room));
         FaultyRun run(setting);
@@ -194,7 +197,6 @@ TEST_P(FullDiskTest, WorkGoesOnWhenThereIsRoomAgain) {
         ASSERT_FALSE(wrong) << *wrong;
         ASSERT_EQ(run.leaks(), 0U);
     }
-    EXPECT_GT(full, 5 * effort());
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, FullDiskTest,

@@ -72,7 +72,7 @@ TEST_P(LiveSnapshotTest, ItIsOnePointInTime) {
     };
     std::vector<Seen> seen;
     Random random(run_seed());
-    for (unsigned round = 0; round < (sanitized ? 10U : 30U) * effort(); ++round) {
+    for (unsigned round = 0; round < rounds(30); ++round) {
         std::array<std::uint64_t, writers> least = {};
         for (unsigned t = 0; t < writers; ++t) least[t] = done[t];
         const auto name = fmt::format("s{}", round);

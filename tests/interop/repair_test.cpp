@@ -398,7 +398,7 @@ protected:
 /// QCOW_REPAIRS: how many images.
 unsigned images_to_repair() {
     const char* given = std::getenv("QCOW_REPAIRS");
-    return given == nullptr ? 28 * effort() : static_cast<unsigned>(std::strtoul(given, nullptr, 10));
+    return given == nullptr ? rounds(28) : static_cast<unsigned>(std::strtoul(given, nullptr, 10));
 }
 
 TEST_F(RepairTest, KeepsAtLeastWhatThePeerKeeps) {
@@ -435,7 +435,7 @@ TEST_F(RepairTest, EncryptedDataStayWhatTheyAreAfterPowerLosses) {
         make("encrypted", "cluster_size=4096", commands, true, false),
         make("encrypted_subclusters", "cluster_size=16384,extended_l2=on", commands, true, false)};
     std::uint64_t copied = 0;
-    for (unsigned i = 0; i < 6 * effort(); ++i) {
+    for (unsigned i = 0; i < rounds(6); ++i) {
         const auto& subject = all[i % all.size()];
         SCOPED_TRACE(fmt::format("{} {}; {}", i, subject.name, replay_hint()));
         copied += expect_repair_survives(subject, overlap(subject), 10, true);
@@ -459,7 +459,7 @@ TEST_F(RepairTest, ADamagedHeaderDoesNotHideTheKey) {
 #endif
 
 TEST_F(RepairTest, GivesBackLeaksOnly) {
-    for (const auto& subject : subjects()) {
+    for (const auto& subject : fewer(subjects())) {
         if (subject.name == "external" || subject.image.number(subject.image.first_refcount_block(), 2) != 1) continue;
         SCOPED_TRACE(subject.name);
         // A cluster in the middle that nothing uses, and many behind the end of the file.

@@ -172,7 +172,7 @@ TEST_P(MemoryTest, RunsOutAndNothingIsLost) {
         ASSERT_TRUE(dry->errors().empty());
     }
     ASSERT_GT(allocations, steps);
-    const auto wanted = std::min<std::uint64_t>(allocations, 150 * effort());
+    const auto wanted = std::min<std::uint64_t>(allocations, rounds(150));
     for (std::uint64_t i = 0; i < wanted; ++i) {
         const auto run = begin();
         const auto after = wanted == allocations ? i : random_.below(allocations);

@@ -125,7 +125,7 @@ TEST_P(KilledGuestDiskTest, GoesOnWithWhatWasInFlight) {
     front.set_writeback(kind.writeback);
     auto random = Random::named("killed guest disk");
     unsigned snapshots = 0;
-    for (unsigned kill = 0; kill < 12 * effort(); ++kill) {
+    for (unsigned kill = 0; kill < rounds(12); ++kill) {
         std::thread killer([&, delay = random.below(150)] {
             if (kind.overlay) {
                 Subprocess snapshot({QCOW_TOOL, "snapshot", "--control", "control", "-c", std::to_string(kill)},

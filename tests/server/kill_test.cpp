@@ -210,7 +210,7 @@ class KillTest : public testing::TestWithParam<const char*> {};
 
 TEST_P(KillTest, LosesNothingThatWasFlushed) {
     KilledServer server(kind_called(GetParam()), Random::named(std::string("kill ") + GetParam()), false);
-    const auto report = server.run(12 * effort());
+    const auto report = server.run(rounds(12));
     ASSERT_FALSE(report.violation) << *report.violation << "\n" << replay_hint();
     std::cout << "covered " << report.kills << " kills of a server\ncovered " << report.requests
               << " requests to servers that were killed\n"

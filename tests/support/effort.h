@@ -1,7 +1,11 @@
 #pragma once
 // How much randomised suites do.
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdlib>
+#include <utility>
+#include <vector>
 
 namespace qcow::test {
 
@@ -20,5 +24,17 @@ inline constexpr bool sanitized = __has_feature(address_sanitizer) || __has_feat
 #else
 inline constexpr bool sanitized = false;
 #endif
+
+/// How many rounds a search takes of which a build without sanitizers takes n, times QCOW_EFFORT.
+inline unsigned rounds(unsigned n) { return std::max(1U, sanitized ? n / 4 : n) * effort(); }
+
+/// All of these; under sanitizers one in four. For cases that take the same way through the code.
+template <class T>
+std::vector<T> fewer(std::vector<T> all) {
+    if (!sanitized) return all;
+    std::vector<T> some;
+    for (std::size_t i = 0; i < all.size(); i += 4) some.push_back(std::move(all[i]));
+    return some;
+}
 
 }  // namespace qcow::test

@@ -9,6 +9,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "support/effort.h"
 #include "tool/inside_fixture.h"
 
 namespace qcow::test {
@@ -416,7 +417,7 @@ TEST_F(InsideTest, DamageEndsInAnErrorOrAResult) {
     for (const auto* const name : {"ext2.raw", "ext4.raw", "fat.raw", "ntfs.raw", "squash.raw", "iso.raw", "tar.raw"}) {
         const auto whole = read_file(directory_ / name);
         // Metadata: what is not zero at the front, and for NTFS in the middle.
-        for (int round = 0; round < 25; ++round) {
+        for (unsigned round = 0; round < rounds(25); ++round) {
             auto bytes = whole;
             for (int i = 0; i < 20; ++i) {
                 std::size_t at = 0;

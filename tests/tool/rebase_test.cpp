@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "qcow/rebase.h"
+#include "support/effort.h"
 #include "tool/tool_fixture.h"
 
 namespace qcow::test {
@@ -58,7 +59,7 @@ TEST_F(RebaseTest, TheContentsStay) {
                                           {"-o", "extended_l2=on"},
                                           {"-o", "compat=0.10"},
                                           {"-o", "compression_type=zstd"}};
-    for (const auto& kind : kinds) {
+    for (const auto& kind : fewer(kinds)) {
         for (const bool compress : {false, true}) {
             make_overlay("disk.qcow2", kind);
             const auto before = contents("disk.qcow2");

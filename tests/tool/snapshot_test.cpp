@@ -88,7 +88,7 @@ TEST_F(SnapshotTest, EachGoesOnFromTheOther) {
         SCOPED_TRACE(options);
         qemu_img({"create", "-q", "-f", "qcow2", "-o", options, "disk.qcow2", "3M"});
         std::map<std::string, std::string> known;
-        for (unsigned step = 0; step < 12 * effort(); ++step) {
+        for (unsigned step = 0; step < rounds(12); ++step) {
             const bool by_qemu = random.chance(50);
             const auto name =
                 known.empty()

@@ -7,6 +7,7 @@
 #include <csignal>
 #include <thread>
 
+#include "support/effort.h"
 #include "support/loop_device.h"
 #include "tool/tool_fixture.h"
 
@@ -114,7 +115,7 @@ TEST_F(TargetsTest, CreateDoesNotOverwriteAChainThatItNeedNotOpen) {
 
 TEST_F(TargetsTest, NamesOfEveryKindLeadToTheSameFile) {
     const auto refused = HasSubstr("would overwrite");
-    for (const auto& base : spellings("base.qcow2")) {
+    for (const auto& base : fewer(spellings("base.qcow2"))) {
         SCOPED_TRACE(base);
         expect_nothing_touched({"create", "-b", base, "-F", "qcow2", "base.qcow2"}, refused);
         expect_nothing_touched({"create", "-u", "-b", base, "-F", "qcow2", "base.qcow2", "4M"}, refused);

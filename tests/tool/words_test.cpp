@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "support/effort.h"
 #include "tool/qemu_words.h"
 #include "tool/tool_fixture.h"
 
@@ -27,7 +28,7 @@ protected:
         std::vector<std::string> result;
         std::istringstream rest(joined);
         for (std::string text; std::getline(rest, text, '|');) result.push_back(text);
-        return result;
+        return fewer(std::move(result));
     }
 
     /// What the image that was made is like, or that none was. Sizes are compared in sectors, of which QEMU makes

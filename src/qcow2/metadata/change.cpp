@@ -8,6 +8,15 @@
 #include "base/within_memory.h"
 
 namespace qcow::qcow2 {
+namespace {
+
+/// What was taken must not be lost because memory runs out. The capacity doubles, so that n parts cost n steps.
+template <class T>
+void reserve_one(std::vector<T>& parts) {
+    if (parts.size() == parts.capacity()) parts.reserve(2 * parts.size() + 1);
+}
+
+}  // namespace
 
 Change::Change(Change&& other) noexcept
     : metadata_(other.metadata_),
@@ -38,7 +47,7 @@ ClusterRun Change::clusters_of(HostOffset at, std::uint64_t bytes) const {
 }
 
 Result<ClusterRun> Change::take(std::uint64_t guest, std::uint64_t wanted) {
-    taken_.reserve(taken_.size() + 1);
+    reserve_one(taken_);
     const auto run = TRY(metadata_->allocator_.take(guest, wanted));
     INVARIANT(run.count > 0 && run.count <= wanted);
     taken_.push_back({run});
@@ -46,7 +55,7 @@ Result<ClusterRun> Change::take(std::uint64_t guest, std::uint64_t wanted) {
 }
 
 Result<HostOffset> Change::take_stream(std::uint64_t length) {
-    taken_.reserve(taken_.size() + 1);
+    reserve_one(taken_);
     const HostOffset at = TRY(metadata_->allocator_.take_bytes(length));
     taken_.push_back({clusters_of(at, length)});
     return at;
@@ -55,7 +64,7 @@ Result<HostOffset> Change::take_stream(std::uint64_t length) {
 Result<HostOffset> Change::take_table(MetadataMap::Kind kind, std::uint64_t clusters) {
     auto& allocator = metadata_->allocator_;
     const std::uint64_t cluster_size = metadata_->metadata().cluster_size();
-    taken_.reserve(taken_.size() + 1);
+    reserve_one(taken_);
     const auto run = clusters == 1 ? ClusterRun{TRY(allocator.take_table()).value / cluster_size, 1}
                                    : TRY(allocator.take_contiguous(clusters));
     taken_.push_back({run});
