@@ -45,6 +45,7 @@ qcow::Result<std::optional<qcow::KeySlotChange>> key_slot_change(const NewImageO
         if (encrypt.new_secret.empty()) {
             return refuse("option encrypt.new-secret", "the new key is missing; give it as a secret of --object");
         }
+        warn_of_iter_time(change.iter_time_ms);
         change.new_key = QCOW_TRY(new_secret_of(encrypt.new_secret));
     } else if (!encrypt.old_secret.empty()) {
         change.old_key = QCOW_TRY(secret_of(encrypt.old_secret));
