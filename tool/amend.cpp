@@ -120,7 +120,7 @@ void declare_amend(CLI::App& root, int& status) {
         "has\n"
         "  encrypt.state=inactive,encrypt.old-secret=ID   or   encrypt.state=inactive,encrypt.keyslot=0...7\n"
         "                          erases the slots that this passphrase opens, or this slot; with both, this slot if\n"
-        "                          this passphrase opens it\n"
+        "                          this passphrase opens it. Run again, it erases what an interruption left\n"
         "Examples:\n"
         "  qcow amend -o compat=1.1 disk.qcow2\n"
         "  qcow amend --key old --object secret,id=n,file=new -o encrypt.state=active,encrypt.new-secret=n disk.qcow2\n"

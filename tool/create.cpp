@@ -54,6 +54,7 @@ void declare_create(CLI::App& root, int& status) {
                         std::string(new_image_help) +
                             "\nExamples:\n"
                             "  qcow create disk.qcow2 20G\n"
+                            "  qcow create --key FILE -o encrypt.format=luks disk.qcow2 20G    encrypted\n"
                             "  qcow create -b base.qcow2 -F qcow2 overlay.qcow2    as large as base.qcow2",
                         [options] { return run(*options); });
     app.add_option("IMAGE", options->path,

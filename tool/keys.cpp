@@ -400,6 +400,8 @@ void warn_of_unused_keys() {
                          used == 1 ? "was" : "were"));
 }
 
+void forget_keys() { arguments() = {}; }
+
 std::vector<std::string> take_arguments(int argc, char** argv) {
     std::vector<std::string> taken;
     for (int i = 1; i < argc; ++i) {

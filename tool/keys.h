@@ -53,6 +53,9 @@ void warn_of_iter_time(std::uint32_t iter_time_ms);
 /// Warns of values of --key and --key-fd that were not needed.
 void warn_of_unused_keys();
 
+/// Wipes the keys: another process has opened the image with them, and has warned of those that were not needed.
+void forget_keys();
+
 /// Returns the arguments of the command line, the name of the program left out. The secrets of --object (data=) are
 /// moved into locked memory, and a number takes the place of each. On the command line they are overwritten, so that
 /// lists of processes do not show them.
