@@ -45,6 +45,7 @@ qcow::Result<std::optional<qcow::KeySlotChange>> key_slot_change(const NewImageO
         if (encrypt.new_secret.empty()) {
             return refuse("option encrypt.new-secret", "the new key is missing; give it as a secret of --object");
         }
+        warn_of_iter_time(change.iter_time_ms);
         change.new_key = QCOW_TRY(new_secret_of(encrypt.new_secret));
     } else if (!encrypt.old_secret.empty()) {
         change.old_key = QCOW_TRY(secret_of(encrypt.old_secret));
@@ -119,7 +120,7 @@ void declare_amend(CLI::App& root, int& status) {
         "has\n"
         "  encrypt.state=inactive,encrypt.old-secret=ID   or   encrypt.state=inactive,encrypt.keyslot=0...7\n"
         "                          erases the slots that this passphrase opens, or this slot; with both, this slot if\n"
-        "                          this passphrase opens it\n"
+        "                          this passphrase opens it. Run again, it erases what an interruption left\n"
         "Examples:\n"
         "  qcow amend -o compat=1.1 disk.qcow2\n"
         "  qcow amend --key old --object secret,id=n,file=new -o encrypt.state=active,encrypt.new-secret=n disk.qcow2\n"

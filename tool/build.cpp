@@ -128,6 +128,7 @@ qcow::Result<qcow::BuildJob> build_job(const BuildOptions& options) {
     job.target.options = QCOW_TRY(parse_create_options(options.image, job.target.format, options.output));
     job.target.untrusted = options.untrusted;
     job.target.keys = key_source();
+    job.target.verify = [target = job.target] { return verify_keys_are_needed(target); };
     job.keys = key_source();
     if (options.filesystem.empty()) job.inputs = options.sources;
     job.compress = options.compress;

@@ -207,13 +207,13 @@ void add_open_options(CLI::App& app, Source& source) {
 void add_encryption_options(CLI::App& app, std::string& max_kdf_seconds) {
     add_key_options(app);
     app.add_option("--max-kdf-seconds", max_kdf_seconds,
-                   "Refuse an encrypted image whose key takes longer to derive (default: 60)")
+                   "Refuse an encrypted image if deriving the keys of its layers takes longer in all (default: 60)")
         ->type_name("NUMBER")
         ->check(whole_number(1, 1'000'000));
 }
 
-void set_keys(qcow::ImageSpec& spec, const std::string& max_kdf_seconds, std::vector<std::string> secrets) {
-    spec.keys = key_source(std::move(secrets));
+void set_keys(qcow::ImageSpec& spec, const std::string& max_kdf_seconds, std::vector<LayerKey> keys) {
+    spec.keys = key_source(std::move(keys));
     if (!max_kdf_seconds.empty()) spec.max_kdf_seconds = static_cast<double>(parse_size(max_kdf_seconds));
 }
 
@@ -240,15 +240,8 @@ namespace {
 /// What --image-opts says of an image and the layers below it.
 struct ImageOptions {
     std::vector<qcow::Location> layers;
-    std::vector<std::string> secrets;  // ids, by layer
+    std::vector<LayerKey> keys;  // by layer
 };
-
-/// Whether an option of QEMU's says what holds without it: there is only one kind of file, and an image says itself how
-/// it is encrypted.
-bool says_nothing_new(std::string_view name, std::string_view value) {
-    return (name == "file.driver" && value == "file") ||
-           (name == "encrypt.format" && (value == "luks" || value == "aes"));
-}
 
 qcow::Result<ImageOptions> parse_image_options(const std::string& text) {
     ImageOptions result;
@@ -263,7 +256,7 @@ qcow::Result<ImageOptions> parse_image_options(const std::string& text) {
         for (; name.starts_with("backing."); name.remove_prefix(8)) ++depth;
         if (depth >= 100) return refuse("the chain is too long");
         if (result.layers.size() <= depth) result.layers.resize(depth + 1);
-        if (result.secrets.size() <= depth) result.secrets.resize(depth + 1);
+        if (result.keys.size() <= depth) result.keys.resize(depth + 1);
         auto& layer = result.layers[depth];
         if (name == "driver") {
             layer.format = qcow::format_from_name(value);
@@ -271,8 +264,10 @@ qcow::Result<ImageOptions> parse_image_options(const std::string& text) {
         } else if (name == "file.filename" || name == "filename") {
             layer.path = value;
         } else if (name == "encrypt.key-secret" || name == "key-secret") {
-            result.secrets[depth] = value;
-        } else if (!says_nothing_new(name, value)) {
+            result.keys[depth].secret = value;
+        } else if (name == "encrypt.format" && (value == "luks" || value == "aes")) {
+            result.keys[depth].method = value;
+        } else if (name != "file.driver" || value != "file") {  // there is only one kind of file
             return refuse(
                 "it is none of driver, file.filename and encrypt.key-secret, each with backing. in front for the "
                 "backing file");
@@ -289,13 +284,13 @@ qcow::Result<ImageOptions> parse_image_options(const std::string& text) {
 
 qcow::Result<qcow::ImageSpec> spec_of(const Source& source) {
     qcow::ImageSpec spec{.location = source.location};
-    std::vector<std::string> secrets;
+    std::vector<LayerKey> keys;
     if (source.image_opts) {
         auto options = QCOW_TRY(parse_image_options(source.path));
         spec.location = options.layers.front();
         if (options.layers.size() > 1 && !options.layers[1].path.empty()) spec.backing = options.layers[1];
         if (options.layers.size() > 1) spec.backing_format = options.layers[1].format;
-        secrets = std::move(options.secrets);
+        keys = std::move(options.keys);
     }
     if (!source.format.empty()) spec.location.format = qcow::format_from_name(source.format);
     spec.location.alone |= source.no_backing;
@@ -303,7 +298,7 @@ qcow::Result<qcow::ImageSpec> spec_of(const Source& source) {
     if (!source.backing_format.empty()) spec.backing_format = qcow::format_from_name(source.backing_format);
     spec.force_share = source.force_share;
     spec.untrusted = source.untrusted;
-    if (!source.examines) set_keys(spec, source.max_kdf_seconds, std::move(secrets));
+    if (!source.examines) set_keys(spec, source.max_kdf_seconds, std::move(keys));
     return spec;
 }
 

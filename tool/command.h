@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include "arguments.h"
+#include "keys.h"
 #include "qcow/files_in_use.h"
 #include "qcow/image_spec.h"
 #include "qcow/try.h"
@@ -146,7 +147,7 @@ void add_force_share_option(CLI::App& app, bool& force_share);
 void add_encryption_options(CLI::App& app, std::string& max_kdf_seconds);
 
 /// Sets up an image to be read or written if it is encrypted, with this value of --max-kdf-seconds.
-void set_keys(qcow::ImageSpec& spec, const std::string& max_kdf_seconds, std::vector<std::string> secrets = {});
+void set_keys(qcow::ImageSpec& spec, const std::string& max_kdf_seconds, std::vector<LayerKey> keys = {});
 
 /// Adds --untrusted, an option of all commands that open an image.
 void add_untrusted_option(CLI::App& app, bool& untrusted);

@@ -53,6 +53,7 @@ qcow::Result<qcow::NewImage> new_target(const ConvertOptions& options) {
     target.options = QCOW_TRY(parse_create_options(options.image, target.format, options.target));
     target.untrusted = options.source.untrusted;
     target.keys = key_source();
+    target.verify = [target] { return verify_keys_are_needed(target); };
     if (options.cache == "unsafe") target.contents = qcow::NewFile::Contents::as_they_are;
     return target;
 }

@@ -30,12 +30,15 @@ qcow::Result<int> run(const CreateOptions& options) {
     }
     if (!options.size.empty()) made.size = parse_size(options.size);
     QCOW_TRY_VOID(verify_names_a_file(options.path));
-    const qcow::CreateJob job{.image = {.path = options.path,
-                                        .format = *qcow::format_from_name(options.format),
-                                        .options = made,
-                                        .untrusted = options.untrusted},
-                              .size_of_backing = !made.has("size") && options.size.empty(),
-                              .unchecked = options.unchecked};
+    qcow::CreateJob job{.image = {.path = options.path,
+                                  .format = *qcow::format_from_name(options.format),
+                                  .options = made,
+                                  .untrusted = options.untrusted},
+                        .size_of_backing = !made.has("size") && options.size.empty(),
+                        .unchecked = options.unchecked};
+    // A key that is not for the new image is for its backing file. Without one, nobody is asked.
+    if (!made.encryption && keys_are_given()) job.image.keys = key_source();
+    job.image.verify = [image = job.image] { return verify_keys_are_needed(image); };
     const CleanUpOnSignals clean_up;
     const auto created = QCOW_TRY(qcow::create(job, {.warn = warn_on_stderr("-f")}));
     if (!options.quiet)
@@ -51,6 +54,7 @@ void declare_create(CLI::App& root, int& status) {
                         std::string(new_image_help) +
                             "\nExamples:\n"
                             "  qcow create disk.qcow2 20G\n"
+                            "  qcow create --key FILE -o encrypt.format=luks disk.qcow2 20G    encrypted\n"
                             "  qcow create -b base.qcow2 -F qcow2 overlay.qcow2    as large as base.qcow2",
                         [options] { return run(*options); });
     app.add_option("IMAGE", options->path,
@@ -76,7 +80,7 @@ void declare_create(CLI::App& root, int& status) {
                  "Do not trust the backing file: open the files that it names only if they are regular files in or "
                  "below its directory");
     add_key_options(app);
-    app.add_flag("-q,--quiet", options->quiet, "Print nothing");
+    app.add_flag("-q,--quiet", options->quiet, "Print only warnings and errors");
 }
 
 }  // namespace tool

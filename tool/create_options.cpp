@@ -297,6 +297,7 @@ qcow::Result<NewImageOptions> parse_create_options(const NewImageArguments& argu
                                                    const std::string& path) {
     auto options = QCOW_TRY(parse_create_options(arguments, format));
     if (!options.encryption) return options;
+    warn_of_iter_time(options.encryption->iter_time_ms);
     const auto& secret = options.encrypt.key_secret;
     options.encryption->key = QCOW_TRY(secret.empty() ? new_key(path) : new_secret_of(secret));
     return options;

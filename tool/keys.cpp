@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -28,7 +29,8 @@ using qcow::Errc;
 using qcow::Result;
 using qcow::Secret;
 
-constexpr std::size_t max_key_bytes = 8192;
+constexpr std::size_t max_key_bytes = 8 << 20;  // as cryptsetup
+constexpr std::size_t first_piece = 4096;       // of a key of unknown length
 constexpr auto no_key = "the new key is empty, so that anybody could open the image";
 
 /// Where an option says that a key is, and the key, once it was read: a pipe gives it only once.
@@ -42,9 +44,10 @@ struct GivenKey {
 
 /// The values of the options.
 struct Arguments {
-    std::vector<std::string> objects;
-    std::set<std::string> named;  // ids of objects that are the keys of what -o says, and of nothing else
-    std::vector<GivenKey> keys;   // of --key and --key-fd, as they come on the command line
+    std::vector<std::string> objects;  // with numbers in place of secrets
+    std::vector<Secret> data;          // the secrets of objects, as they are written
+    std::set<std::string> named;       // ids of objects that are the keys of what -o says, and of nothing else
+    std::vector<GivenKey> keys;        // of --key and --key-fd, as they come on the command line
 
     // Keys by the file that they belong to: an image that is opened twice takes no second key.
     std::map<std::string, Secret> known;
@@ -76,18 +79,25 @@ std::unexpected<qcow::Error> system_error(const std::string& name) {
     return std::unexpected(qcow::Error{kind, name, std::generic_category().message(code)});
 }
 
-/// From now on, a crash leaves no memory image with keys in a file.
+/// From now on, a crash leaves no memory image with keys, neither in a file nor in a program that gets it, and other
+/// programs of the user cannot look into this one.
 void forbid_core_dumps() {
     const rlimit none = {};
     static_cast<void>(setrlimit(RLIMIT_CORE, &none));
+    static_cast<void>(prctl(PR_SET_DUMPABLE, 0, 0, 0, 0));
 }
 
 /// Reads up to the end, or to the end of the first line, which is left out.
 Result<Secret> read_secret(int fd, const std::string& name, bool one_line) {
     forbid_core_dumps();
-    Secret buffer(max_key_bytes + 1);
+    Secret buffer(first_piece);
     std::size_t length = 0;
-    while (length < buffer.bytes().size()) {
+    while (length <= max_key_bytes) {
+        if (length == buffer.bytes().size()) {
+            Secret larger(2 * length);
+            std::ranges::copy(buffer.bytes(), larger.bytes().begin());
+            buffer = std::move(larger);
+        }
         const auto got = ::read(fd, buffer.bytes().data() + length, one_line ? 1 : buffer.bytes().size() - length);
         if (got < 0 && errno == EINTR) continue;
         if (got < 0) return system_error(name);
@@ -132,7 +142,16 @@ Result<Secret> decoded(const Secret& text, const std::string& name) {
     return Secret(std::as_const(bytes).bytes().first(length));
 }
 
-/// The values of "secret,id=...,file=...,format=raw". What is wrong may be a part of a secret: errors do not show it.
+constexpr std::string_view data_part = "data=";
+
+/// Where the part of a list ends that begins at `begin`: at a comma that is not written twice.
+std::size_t end_of_part(std::string_view text, std::size_t begin) {
+    auto at = text.find(',', begin);
+    while (at < text.size() && text.substr(at + 1).starts_with(',')) at = text.find(',', at + 2);
+    return std::min(at, text.size());
+}
+
+/// A number stands for data: see take_arguments. What is wrong may be a part of a secret: errors do not show it.
 Result<std::map<std::string, std::string>> parse_object(const std::string& text) {
     std::map<std::string, std::string> values;
     const auto parts = parts_of(text);
@@ -151,22 +170,45 @@ Result<std::map<std::string, std::string>> parse_object(const std::string& text)
     return values;
 }
 
-Result<Secret> secret_of(const std::map<std::string, std::string>& object) {
+/// The value of data=, in which a comma is written twice.
+Secret data_of(const std::string& number) {
+    const auto& written = std::as_const(arguments().data.at(std::stoul(number))).bytes();
+    Secret value(written.size());
+    std::size_t length = 0;
+    for (std::size_t i = 0; i < written.size(); ++i) {
+        value.bytes()[length++] = written[i];
+        if (written[i] == std::byte{','}) ++i;
+    }
+    return Secret(std::as_const(value).bytes().first(length));
+}
+
+using Object = std::map<std::string, std::string>;
+
+Result<std::vector<Object>> parse_objects() {
+    std::vector<Object> objects;
+    std::set<std::string> ids;
+    for (const auto& text : arguments().objects) {
+        objects.push_back(QCOW_TRY(parse_object(text)));
+        const auto& id = objects.back().at("id");
+        if (!ids.insert(id).second) return refuse(fmt::format("--object secret \"{}\"", id), "this id is given twice");
+    }
+    return objects;
+}
+
+Result<Secret> secret_of(const Object& object) {
     const auto name = fmt::format("--object secret \"{}\"", object.at("id"));
     forbid_core_dumps();
     const bool has_file = object.contains("file");
     if (has_file == object.contains("data")) return refuse(name, "give it either a file or data");
     const auto format = object.contains("format") ? object.at("format") : "raw";
     if (format != "raw" && format != "base64") return refuse(name, "its format is neither raw nor base64");
-    auto value = has_file ? QCOW_TRY(read_key_file(object.at("file")))
-                          : Secret(std::as_bytes(std::span<const char>(object.at("data"))));
+    auto value = has_file ? QCOW_TRY(read_key_file(object.at("file"))) : data_of(object.at("data"));
     return format == "raw" ? Result<Secret>(std::move(value)) : decoded(value, name);
 }
 
 /// Nothing if no object defines it.
 Result<std::optional<Secret>> defined_secret(const std::string& id) {
-    for (const auto& text : arguments().objects) {
-        const auto object = QCOW_TRY(parse_object(text));
+    for (const auto& object : QCOW_TRY(parse_objects())) {
         if (object.at("id") == id) return QCOW_TRY(secret_of(object));
     }
     return std::nullopt;
@@ -179,8 +221,6 @@ Result<Secret> find_secret(const std::string& id) {
 
 /// Asks on the terminal, which does not show what is typed.
 Result<std::optional<Secret>> ask(const std::string& question) {
-    // Where messages go to a file, nobody would see the question.
-    if (isatty(STDERR_FILENO) == 0) return std::nullopt;
     const Descriptor terminal(::open("/dev/tty", O_RDWR | O_CLOEXEC));
     const auto put = [&](const std::string& text) {
         static_cast<void>(!::write(terminal.get(), text.data(), text.size()));
@@ -218,9 +258,8 @@ enum class Turn : std::uint8_t { next, last };
 
 /// The only secret that no option names, if there is one.
 Result<std::optional<Secret>> only_secret(const std::string& file, Turn turn) {
-    std::optional<std::map<std::string, std::string>> only;
-    for (const auto& text : arguments().objects) {
-        auto object = QCOW_TRY(parse_object(text));
+    std::optional<Object> only;
+    for (auto& object : QCOW_TRY(parse_objects())) {
         if (arguments().named.contains(object.at("id"))) continue;
         if (only) {
             return refuse(file, fmt::format("there are several secrets, and nothing says which is its key; give {}",
@@ -255,8 +294,14 @@ Result<std::optional<Secret>> given_key(const std::string& file, Turn turn) {
     return QCOW_TRY(key_of(given));
 }
 
-Result<Secret> find_key(const qcow::KeyRequest& request, const std::vector<std::string>& secrets) {
-    if (request.depth < secrets.size() && !secrets[request.depth].empty()) return find_secret(secrets[request.depth]);
+Result<Secret> find_key(const qcow::KeyRequest& request, const std::vector<LayerKey>& layers) {
+    const auto layer = request.depth < layers.size() ? layers[request.depth] : LayerKey{};
+    if (!layer.method.empty() && layer.method != request.method) {
+        return refuse(request.file, fmt::format("its header says that its encryption is {}, and encrypt.format={} says "
+                                                "something else",
+                                                request.method, layer.method));
+    }
+    if (!layer.secret.empty()) return find_secret(layer.secret);
     if (!request.secret.empty()) {
         if (auto secret = QCOW_TRY(defined_secret(request.secret))) return *std::move(secret);
     }
@@ -298,8 +343,8 @@ void add_key_options(CLI::App& app) {
         ->check(whole_number(0, 1 << 20));
 }
 
-qcow::KeySource key_source(std::vector<std::string> secrets) {
-    return [secrets = std::move(secrets)](const qcow::KeyRequest& request) { return find_key(request, secrets); };
+qcow::KeySource key_source(std::vector<LayerKey> layers) {
+    return [layers = std::move(layers)](const qcow::KeyRequest& request) { return find_key(request, layers); };
 }
 
 Result<std::shared_ptr<const Secret>> secret_of(const std::string& id) {
@@ -327,21 +372,61 @@ Result<std::shared_ptr<const Secret>> new_key(const std::string& path) {
     return std::make_shared<const Secret>(*std::move(key));
 }
 
+bool keys_are_given() { return !arguments().keys.empty(); }
+
+qcow::Result<void> verify_keys_are_needed(const qcow::NewImage& image) {
+    if (image.options.encryption || std::ranges::count(arguments().keys, false, &GivenKey::used) == 0) return {};
+    const auto* const remedy = image.format == qcow::Format::raw
+                                   ? "a raw image is not encrypted; make it luks, or qcow2 with"
+                                   : "the new image is not encrypted without";
+    return refuse(image.path,
+                  fmt::format("--key or --key-fd gives a key that nothing needs: {} -o encrypt.format=luks", remedy));
+}
+
+void warn_of_iter_time(std::uint32_t iter_time_ms) {
+    if (iter_time_ms / 1000.0 < qcow::default_kdf_seconds) return;
+    complain(
+        fmt::format("warning: encrypt.iter-time={}: commands refuse the image without --max-kdf-seconds, which is "
+                    "{:.0f} by default",
+                    iter_time_ms, qcow::default_kdf_seconds));
+}
+
 void warn_of_unused_keys() {
     const auto& keys = arguments().keys;
     const auto used = std::ranges::count(keys, true, &GivenKey::used);
-    if (used == 0 || static_cast<std::size_t>(used) == keys.size()) return;
-    complain(fmt::format("warning: of the {} keys (--key, --key-fd), only {} were needed", keys.size(), used));
+    if (static_cast<std::size_t>(used) == keys.size()) return;
+    if (used == 0) return complain("warning: no key (--key, --key-fd) was needed");
+    complain(fmt::format("warning: of the {} keys (--key, --key-fd), only {} {} needed", keys.size(), used,
+                         used == 1 ? "was" : "were"));
 }
 
-void hide_secrets(int argc, char** argv) {
-    constexpr std::string_view data = "data=";
+void forget_keys() { arguments() = {}; }
+
+std::vector<std::string> take_arguments(int argc, char** argv) {
+    std::vector<std::string> taken;
     for (int i = 1; i < argc; ++i) {
         const std::string_view text = argv[i];
-        const auto begin = text.find(data);
-        if (text.find("secret,") == std::string_view::npos || begin == std::string_view::npos) continue;
-        std::memset(argv[i] + begin + data.size(), '*', text.size() - begin - data.size());
+        const bool is_object = text.starts_with("--object=") || (i > 1 && std::string_view(argv[i - 1]) == "--object");
+        auto& all = taken.emplace_back(is_object ? "" : text);
+        std::size_t hidden = text.size();  // to the end: a person may have forgotten to write a comma twice
+        for (std::size_t begin = 0; is_object && begin < text.size();) {
+            const auto end = end_of_part(text, begin);
+            const auto part = text.substr(begin, end - begin);
+            if (part.starts_with(data_part)) {
+                const auto value = part.substr(data_part.size());
+                all += fmt::format("{}{}", data_part, arguments().data.size());
+                forbid_core_dumps();
+                arguments().data.emplace_back(std::as_bytes(std::span(value)));
+                hidden = std::min(hidden, begin + data_part.size());
+            } else {
+                all += part;
+            }
+            if (end < text.size()) all += ',';
+            begin = end + 1;
+        }
+        std::memset(argv[i] + hidden, '*', text.size() - hidden);
     }
+    return taken;
 }
 
 }  // namespace tool

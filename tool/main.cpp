@@ -47,8 +47,7 @@ int run(int argc, char** argv) {
         return tool::failed;
     }
     try {
-        std::vector<std::string> arguments(argv + 1, argv + argc);
-        tool::hide_secrets(argc, argv);
+        auto arguments = tool::take_arguments(argc, argv);
         tool::mark_positionals(arguments);
         std::ranges::reverse(arguments);  // CLI11 takes them from the end
         app.parse(std::move(arguments));

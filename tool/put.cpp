@@ -15,6 +15,7 @@
 #include "command.h"
 #include "confined.h"
 #include "inside.h"
+#include "keys.h"
 #include "qcow/text.h"
 
 namespace tool {
@@ -74,10 +75,12 @@ qcow::Result<int> change_files(const PutOptions& options,
     confined.access = qcow::Access::write;
     confined.open = [&]() -> qcow::Result<std::shared_ptr<qcow::Disk>> {
         image = QCOW_TRY(open(spec_of(options.disk)));
+        warn_of_unused_keys();
         return qcow::file_system_disk(image, options.partition);
     };
     confined.close = [&] { return image->close(); };
     auto files = open_confined(confined);
+    forget_keys();
     if (!files) {
         // What concerns the image names it.
         const auto place = place_of(options.disk.path, options.partition);

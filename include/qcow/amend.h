@@ -12,13 +12,14 @@ namespace qcow {
 
 /// A change of the key slots of LUKS1. The key of the data stays.
 struct KeySlotChange {
-    /// Set: adds this passphrase, in `slot` or in the first unused slot. ImageSpec::keys is asked for a passphrase that
-    /// the image has. Unset: erases.
+    /// Set: adds this passphrase, in `slot` or in the first unused slot. It is not empty. ImageSpec::keys is asked for
+    /// a passphrase that the image has. Unset: erases.
     std::shared_ptr<const Secret> new_key = {};
-    /// What to erase: every slot that this passphrase opens; with `slot`, that one, which it has to open.
+    /// What to erase: every slot that this passphrase opens; with `slot`, that one, which it has to open. Excludes
+    /// `new_key`. If both are unset, `slot` is erased, even if it is not in use.
     std::shared_ptr<const Secret> old_key = {};
     std::optional<unsigned> slot = {};  ///< 0 to 7
-    std::uint32_t iter_time_ms = 2000;  ///< see EncryptionOptions
+    std::uint32_t iter_time_ms = 2000;  ///< see EncryptionOptions; for `new_key`
     /// Allows to replace a used slot, and to erase the last one: nobody can ever read the data then.
     bool force = false;
 
@@ -53,9 +54,10 @@ struct AmendJob {
     AmendOptions options = {};
 };
 
-/// Changes the options of a qcow2 image, or the key slots of a LUKS1 image. The key material of an erased slot is
-/// overwritten with random bytes, durably, before the header forgets the slot. (Copies of the old bytes may remain in
-/// snapshots of the file system, and in devices that write elsewhere.) The contents of its disk stay, except for a
+/// Changes the options of a qcow2 image, or the key slots of a LUKS1 image. First the
+/// header forgets an erased slot, then its key material is overwritten with random bytes, both durably. The same job
+/// overwrites what an interrupted one has left in unused slots. (Copies of the old bytes may remain in snapshots of the
+/// file system, and in devices that write elsewhere.) The contents of its disk stay, except for a
 /// larger size and another backing file.
 ///
 /// The job first verifies that all of the options can be had. Its message names everything that stands in the way. Then
@@ -66,10 +68,10 @@ struct AmendJob {
 /// elsewhere, which takes space. A table of feature names, and features that only version 3 has and that do not matter
 /// to readers, are left out.
 ///
-/// Errors, before anything changes: Errc::unsupported: the image is not qcow2; Errc::invalid_argument: an option cannot
-/// be had, or a file would have two roles; Errc::corrupt: the refcounts cannot be counted. Later: Errc::cancelled;
-/// those of Image::resize and Disk::write.
-/// Thread safety: jobs may run at the same time. What one writes, another must not use.
+/// Errors, before anything changes: Errc::unsupported: the image is not qcow2, or for key slots neither that nor LUKS1;
+/// Errc::invalid_argument: an option cannot be had, or a file would have two roles; Errc::corrupt: the refcounts cannot
+/// be counted. Later: Errc::cancelled; those of Image::resize and Disk::write. Thread safety: jobs may run at the same
+/// time. What one writes, another must not use.
 QCOW_API Result<void> amend(const AmendJob& job, const JobControl& control = {});
 
 }  // namespace qcow

@@ -2,6 +2,7 @@
 // Making new images: empty, or with the contents of a Disk.
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -22,14 +23,14 @@ enum class Preallocation : std::uint8_t {
 
 /// How a new image is encrypted: with LUKS1. The defaults are QEMU's.
 struct EncryptionOptions {
-    /// The passphrase of the first key slot. Required.
+    /// The passphrase of the first key slot. Required, and not empty.
     std::shared_ptr<const Secret> key = {};
     std::string cipher = "aes-256";     ///< aes-128, aes-192, aes-256, serpent-..., twofish-..., cast5-128
     std::string cipher_mode = "xts";    ///< xts, cbc or ecb
     std::string ivgen = "plain64";      ///< plain, plain64 or essiv
     std::string ivgen_hash = {};        ///< for essiv; empty: sha256
-    std::string hash = "sha256";        ///< of the key derivation: sha1, sha256, sha512, ripemd160
-    std::uint32_t iter_time_ms = 2000;  ///< how long deriving the key takes on this processor, in milliseconds
+    std::string hash = "sha256";        ///< of the key derivation: sha1, sha224, sha256, sha384, sha512, ripemd160
+    std::uint32_t iter_time_ms = 2000;  ///< how long deriving the key takes on this processor, in milliseconds; not 0
 
     friend bool operator==(const EncryptionOptions&, const EncryptionOptions&) = default;
 };
@@ -70,8 +71,9 @@ QCOW_API Result<void> create_image(const NewImageFiles& files, const CreateOptio
 /// Preallocation::metadata. Errors: Errc::invalid_argument for others; Errc::io, no_space.
 QCOW_API Result<void> create_raw_image(const std::shared_ptr<Storage>& file, const CreateOptions& options);
 
-/// Makes an encrypted disk of zeros in `file`: see NewImageFiles. The options are `size`, `encryption` and
-/// `preallocation`, except Preallocation::metadata. Errors: as for create_raw_image.
+/// Makes an encrypted disk in `file`: see NewImageFiles. The options are `size`, `encryption` and `preallocation`,
+/// except Preallocation::metadata. With Preallocation::full the disk reads as zeros; else it may read as anything,
+/// since no zeros are encrypted. Errors: as for create_raw_image.
 QCOW_API Result<void> create_luks_image(const std::shared_ptr<Storage>& file, const CreateOptions& options);
 
 /// Describes a new image and its name. Plain data.
@@ -84,6 +86,8 @@ struct NewImage {
     CreateOptions options = {};
     bool untrusted = false;  ///< the backing file is not trusted: see ImageSpec::untrusted
     KeySource keys = {};     ///< of the layers of the backing file: see OpenOptions::keys
+    /// Called once all that the job reads is open, before it writes anything. An error ends the job. Empty: nothing.
+    std::function<Result<void>()> verify = {};
     NewFile::Contents contents = NewFile::Contents::durable;
 };
 

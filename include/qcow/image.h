@@ -116,7 +116,7 @@ struct OpenOptions {
     /// opening it for writing give Errc::encrypted. A wrong key gives Errc::encrypted, too, except for the legacy
     /// encryption ("aes"), which cannot tell: its data are then garbage.
     KeySource keys = {};
-    double max_kdf_seconds = default_kdf_seconds;  ///< see default_kdf_seconds; for each layer
+    double max_kdf_seconds = default_kdf_seconds;  ///< see default_kdf_seconds
     /// Receives warnings about what is odd but not wrong, one sentence each.
     std::function<void(const std::string&)> warn = {};
 };
@@ -323,7 +323,7 @@ protected:
 ///
 /// Errors: Errc::corrupt; Errc::unsupported; Errc::refused_by_policy, or another error of the gate;
 /// Errc::limit_exceeded: the chain has more than 4096 files, or more than the process may have open;
-/// Errc::invalid_argument: see OpenOptions::backing; Errc::encrypted: an encrypted image cannot be written; Errc::io.
+/// Errc::invalid_argument: see OpenOptions::backing; Errc::encrypted: a key is missing or wrong; Errc::io.
 QCOW_API Result<std::shared_ptr<Image>> open_image(std::shared_ptr<Storage> storage, const OpenOptions& options = {});
 
 }  // namespace qcow

@@ -42,17 +42,22 @@ QCOW_API void wipe(std::span<std::byte> bytes) noexcept;
 struct KeyRequest {
     std::string file;    ///< the name of the image's Storage
     std::string method;  ///< "luks" or "aes" (the legacy encryption of qcow and qcow2)
-    unsigned depth = 0;  ///< its place in the backing chain: 0 is the topmost image, 1 its backing file, ...
+    /// Its place in the chain that is opened: 0 is the image that is opened, 1 its backing file, ... A job may open
+    /// several chains, and counts from 0 in each: create() opens the backing file, rebase() the new backing file and
+    /// then the image, commit() the image and then its base. The image that is meant is told by `file`.
+    unsigned depth = 0;
     /// Location::secret of the name that leads to the image: a hint that nobody has to follow. Empty: there is none.
     std::string secret = {};
 };
 
-/// Returns the key of an encrypted image: the passphrase, exactly as it is. Called while images are opened, at most
-/// once for each of their layers. An error makes opening fail. Must not throw.
+/// Returns the key of an encrypted image: the passphrase, exactly as it is. Called while an image is opened, at most
+/// once for each of its layers, and only after it is verified that the work which its header asks for is allowed. A job
+/// that opens a layer twice asks twice. An error makes opening fail. Must not throw.
 using KeySource = std::function<Result<Secret>(const KeyRequest&)>;
 
-/// Bounds the time that the key of an image may take, in seconds of one processor. The headers of images say how much
-/// work it is. A header that asks for more is refused with Errc::limit_exceeded before anything is computed.
+/// Bounds the time that the keys of an image and of all its layers may take, in seconds of one processor. The headers
+/// of images say how much work it is. A header that asks for more is refused with Errc::limit_exceeded before anything
+/// is computed.
 inline constexpr double default_kdf_seconds = 60;
 
 }  // namespace qcow

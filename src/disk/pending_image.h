@@ -31,6 +31,10 @@ public:
     /// The method of the encryption, as KeyRequest::method.
     [[nodiscard]] virtual std::optional<std::string> encryption() const { return std::nullopt; }
 
+    /// The seconds of one processor that trying a key takes at most, as the header asks for it. Errors: Errc::corrupt,
+    /// unsupported, limit_exceeded; io.
+    [[nodiscard]] virtual Result<double> key_seconds() const { return 0.0; }
+
     /// What the image is to work with. Absent neighbours that the header names make reads of what they hold fail.
     struct Neighbours {
         std::shared_ptr<Layer> backing;

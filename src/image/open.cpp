@@ -18,6 +18,7 @@
 #include "format/luks.h"
 #include "image/gate.h"
 #include "luks/luks_image.h"
+#include "luks/volume.h"
 #include "qcow/text.h"
 #include "qcow1/qcow1_image.h"
 #include "qcow2/qcow2_image.h"
@@ -323,9 +324,22 @@ private:
         return std::unexpected(error.place.starts_with(file) ? std::move(error) : std::move(error).in(file));
     }
 
+    /// A person is not to type a key that is then refused.
+    Result<void> verify_work_of_keys() const {
+        double all = 0;
+        for (const auto& layer : layers_) {
+            const auto seconds = layer.pending->key_seconds();
+            if (!seconds) return named(seconds.error(), layer.storage->name());
+            TRY_VOID(luks::verify_work(*layer.storage, *seconds, options_.max_kdf_seconds, all));
+            all += *seconds;
+        }
+        return {};
+    }
+
     /// The keys of the layers, from the top down.
     Result<std::vector<std::optional<Secret>>> ask_for_keys() {
         std::vector<std::optional<Secret>> keys(layers_.size());
+        if (options_.keys) TRY_VOID(verify_work_of_keys());
         for (unsigned depth = 0; options_.keys && depth < layers_.size(); ++depth) {
             const auto& layer = layers_[depth];
             const auto method = layer.pending->encryption();

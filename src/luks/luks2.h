@@ -27,6 +27,10 @@ struct Luks2 {
 /// needs something else that is not known; Errc::corrupt, limit_exceeded; io.
 Result<Luks2> read_luks2(const Storage& file);
 
+/// The seconds of one processor that trying a key takes at most. Errors: those of read_luks2; Errc::limit_exceeded: the
+/// header asks for more than half of the machine's memory.
+Result<double> luks2_key_seconds(const Storage& file);
+
 /// Returns the cipher of the data. Errors: those of read_luks2; Errc::encrypted: the key is wrong;
 /// Errc::limit_exceeded: the header asks for more than `max_seconds` of work, or for more than half of the machine's
 /// memory, which is found before any of it is done.

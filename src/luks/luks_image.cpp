@@ -76,8 +76,9 @@ protected:
     Result<void> do_resize(std::uint64_t size) override {
         if (volume_.bytes || !is_aligned(size, volume_.sector_bytes)) {
             return fail(Errc::unsupported, storage().name(),
-                        volume_.bytes ? std::string("its LUKS2 header gives its length, which stays")
-                                      : fmt::format("its length is a multiple of {} bytes", volume_.sector_bytes));
+                        volume_.bytes
+                            ? std::string("its LUKS2 header gives its length, which stays")
+                            : fmt::format("its length has to be a multiple of {} bytes", volume_.sector_bytes));
         }
         const auto old = this->size();
         TRY_VOID(FlatLayer::do_resize(size));
@@ -106,6 +107,11 @@ public:
         : storage_(std::move(storage)), volume_(std::move(volume)) {}
 
     [[nodiscard]] std::optional<std::string> encryption() const override { return "luks"; }
+
+    [[nodiscard]] Result<double> key_seconds() const override {
+        if (volume_.info.method == "luks2") return luks2_key_seconds(*storage_);
+        return luks::key_seconds({*storage_, {0}, volume_.payload.value});
+    }
 
     Result<std::shared_ptr<Layer>> open(Neighbours neighbours) override {
         std::shared_ptr<const crypto::SectorCipher> cipher;

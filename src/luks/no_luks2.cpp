@@ -15,6 +15,7 @@ std::unexpected<Error> unsupported() {
 }  // namespace
 
 Result<Luks2> read_luks2(const Storage&) { return unsupported(); }
+Result<double> luks2_key_seconds(const Storage&) { return unsupported(); }
 Result<std::shared_ptr<const crypto::SectorCipher>> unlock_luks2(const Storage&, const Secret&, double) {
     return unsupported();
 }

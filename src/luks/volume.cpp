@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "base/bits.h"
+#include "base/going_on.h"
 #include "base/try.h"
 #include "crypto/kdf.h"
 #include "format/luks.h"
@@ -29,6 +30,13 @@ std::unexpected<Error> bad_option(std::string_view name, std::string what) {
     return fail(Errc::invalid_argument, fmt::format("option encrypt.{}", name), std::move(what));
 }
 
+Result<void> verify_new_key(const Secret& key, std::uint32_t iter_time_ms) {
+    if (key.bytes().empty())
+        return bad_option("key-secret", "the new key is empty, so that anybody could open the image");
+    if (iter_time_ms == 0) return bad_option("iter-time", "it is at least 1 millisecond");
+    return {};
+}
+
 Result<Luks1Header> read_header(const Area& area) {
     std::vector<std::byte> bytes(format::luks1_header_bytes);
     const auto there = TRY(area.file.read(area.at, bytes));
@@ -46,7 +54,7 @@ Result<std::uint64_t> blocks_of(const std::string& hash, std::uint64_t key_bytes
     return divide_up(key_bytes, TRY(crypto::hash_size(hash)));
 }
 
-Result<void> verify_work(const Area& area, const Luks1Header& header, double max_seconds) {
+Result<double> work_of(const Luks1Header& header) {
     const auto blocks = TRY(blocks_of(header.hash, header.key_bytes));
     const auto digest_blocks = TRY(blocks_of(header.hash, header.digest.size()));
     double iterations = 0;
@@ -55,12 +63,7 @@ Result<void> verify_work(const Area& area, const Luks1Header& header, double max
         iterations += static_cast<double>(slot.iterations) * static_cast<double>(blocks);
         iterations += static_cast<double>(header.iterations) * static_cast<double>(digest_blocks);
     }
-    const double seconds = iterations / TRY(crypto::pbkdf2_speed(header.hash));
-    if (seconds <= max_seconds) return {};
-    return fail(Errc::limit_exceeded, area.file.name(),
-                fmt::format("its LUKS header asks for {:.0f} seconds of work to try the key, and {:.0f} are allowed; "
-                            "--max-kdf-seconds allows more",
-                            seconds, max_seconds));
+    return iterations / TRY(crypto::pbkdf2_speed(header.hash));
 }
 
 /// The cipher that hides the key material of a slot.
@@ -125,7 +128,7 @@ std::unexpected<Error> wrong_key(const Area& area, const Luks1Header& header, co
 }
 
 Result<Opened> open_any_slot(const Area& area, const Luks1Header& header, const Secret& key, double max_seconds) {
-    TRY_VOID(verify_work(area, header, max_seconds));
+    TRY_VOID(verify_work(area.file, TRY(work_of(header)), max_seconds));
     for (std::size_t i = 0; i < header.slots.size(); ++i) {
         if (!header.slots[i].used) continue;
         if (auto data_key = TRY(open_slot(area, header, header.slots[i], key))) return Opened{i, *std::move(data_key)};
@@ -201,18 +204,38 @@ Result<Luks1Header> plan(const EncryptionOptions& options) {
     return header;
 }
 
-/// Overwrites the key material first, so that a crash leaves a slot that does not open and not one that does.
-Result<void> erase_slot(Storage& file, HostOffset at, Luks1Header& header, std::size_t index) {
-    auto& slot = header.slots[index];
+/// Overwrites the key material of an unused slot.
+Result<void> overwrite_material(Storage& file, HostOffset at, const Luks1Header& header, const LuksSlot& slot) {
     std::vector<std::byte> noise(stored_material_bytes(header));
     crypto::fill_random(noise);
-    TRY_VOID(file.write(material_at(at, slot), noise));
-    TRY_VOID(file.flush());
+    return file.write(material_at(at, slot), noise);
+}
+
+/// Writes the header first: a crash leaves a slot that is not in use, whose key material is worth nothing without its
+/// salt. Were it the other way round, a slot could seem to be in use that nothing opens.
+Result<void> erase_slot(Storage& file, HostOffset at, Luks1Header& header, std::size_t index) {
+    auto& slot = header.slots[index];
     slot.used = false;
     slot.iterations = 0;
     slot.salt = {};
     TRY_VOID(file.write(at, format::encode_luks1_header(header)));
+    TRY_VOID(file.flush());
+    TRY_VOID(overwrite_material(file, at, header, slot));
     return file.flush();
+}
+
+/// Overwrites, durably, the key material that interrupted changes left in unused slots.
+Result<void> finish_erasing(Storage& file, HostOffset at, const Luks1Header& header) {
+    Secret material(stored_material_bytes(header));
+    bool changed = false;
+    for (const auto& slot : header.slots) {
+        if (slot.used || !slot.marked) continue;
+        TRY(file.read(material_at(at, slot), material.bytes()));
+        if (is_zero(material.bytes())) continue;
+        TRY_VOID(overwrite_material(file, at, header, slot));
+        changed = true;
+    }
+    return changed ? file.flush() : Result<void>();
 }
 
 /// Fills an unused slot, durably. Its key material comes first, so that a crash leaves it unused.
@@ -228,7 +251,7 @@ Result<void> write_slot(Storage& file, HostOffset at, Luks1Header& header, std::
 }
 
 Result<void> add_slot(Storage& file, const Area& area, Luks1Header& header, const KeySlotChange& change,
-                      const Secret& existing, double max_seconds) {
+                      const Secret& existing, double max_seconds, const JobControl& control) {
     const auto unused =
         static_cast<std::size_t>(std::ranges::find(header.slots, false, &LuksSlot::used) - header.slots.begin());
     const bool full = unused == header.slots.size();
@@ -244,6 +267,7 @@ Result<void> add_slot(Storage& file, const Area& area, Luks1Header& header, cons
             "it is safe to interrupt; erase one, and add the passphrase then");
     }
     const auto opened = TRY(open_any_slot(area, header, existing, max_seconds));
+    TRY_VOID(verify_goes_on(control));
     // The old passphrase goes when the new one opens a slot, and that one stays until the other has it.
     if (replaces) {
         TRY_VOID(write_slot(file, area.at, header, unused, opened.data_key, change));
@@ -254,20 +278,18 @@ Result<void> add_slot(Storage& file, const Area& area, Luks1Header& header, cons
 }
 
 Result<void> erase_slots(Storage& file, const Area& area, Luks1Header& header, const KeySlotChange& change,
-                         double max_seconds) {
+                         double max_seconds, const JobControl& control) {
     std::vector<std::size_t> doomed;
-    const auto used = static_cast<std::size_t>(std::ranges::count(header.slots, true, &LuksSlot::used));
     if (change.slot) {
         const auto& slot = header.slots[*change.slot];
-        if (!slot.used) return bad_option("keyslot", fmt::format("key slot {} is not in use", *change.slot));
         if (change.old_key) {
-            TRY_VOID(verify_work(area, header, max_seconds));
-            if (!TRY(open_slot(area, header, slot, *change.old_key)))
+            TRY_VOID(verify_work(area.file, TRY(work_of(header)), max_seconds));
+            if (!slot.used || !TRY(open_slot(area, header, slot, *change.old_key)))
                 return bad_option("old-secret", fmt::format("it does not open key slot {}", *change.slot));
         }
         doomed.push_back(*change.slot);
     } else if (change.old_key) {
-        TRY_VOID(verify_work(area, header, max_seconds));
+        TRY_VOID(verify_work(area.file, TRY(work_of(header)), max_seconds));
         for (std::size_t i = 0; i < header.slots.size(); ++i) {
             if (header.slots[i].used && TRY(open_slot(area, header, header.slots[i], *change.old_key))) doomed.push_back(i);
         }
@@ -275,15 +297,30 @@ Result<void> erase_slots(Storage& file, const Area& area, Luks1Header& header, c
     } else {
         return bad_option("state", "inactive needs a key slot (keyslot) or the passphrase to erase (old-secret)");
     }
-    if (doomed.size() == used && !change.force) {
+    const auto opens = [&](std::size_t i) { return header.slots[i].used; };
+    const auto used = std::ranges::count(header.slots, true, &LuksSlot::used);
+    const auto erased = std::ranges::count_if(doomed, opens);
+    if (erased > 0 && erased == used && !change.force) {
         return fail(Errc::invalid_argument, area.file.name(),
                     "these are its last key slots, without which nobody can read its data again; --force erases them");
     }
+    TRY_VOID(verify_goes_on(control));
     for (const auto index : doomed) TRY_VOID(erase_slot(file, area.at, header, index));
     return {};
 }
 
 }  // namespace
+
+Result<void> verify_work(const Storage& file, double seconds, double max_seconds, double others) {
+    if (seconds + others <= max_seconds) return {};
+    const auto of_others = others > 0 ? fmt::format(", the images above it for {:.0f}", others) : "";
+    return fail(Errc::limit_exceeded, file.name(),
+                fmt::format("its LUKS header asks for {:.0f} seconds of work to try the key{}, and {:.0f} are allowed; "
+                            "--max-kdf-seconds allows more",
+                            seconds, of_others, max_seconds));
+}
+
+Result<double> key_seconds(const Area& area) { return work_of(TRY(read_header(area))); }
 
 std::string wrong_key_text(std::size_t slots, const Secret& key) {
     auto text = fmt::format("the key is wrong: it opens none of the {} key slots in use", slots);
@@ -314,6 +351,7 @@ Result<std::uint64_t> header_bytes(const EncryptionOptions& options) {
 
 Result<NewHeader> make_header(const EncryptionOptions& options) {
     if (!options.key) return bad_option("key-secret", "the key is missing");
+    TRY_VOID(verify_new_key(*options.key, options.iter_time_ms));
     auto header = TRY(plan(options));
     Secret data_key(header.key_bytes);
     crypto::fill_random(data_key.bytes());
@@ -333,13 +371,17 @@ Result<NewHeader> make_header(const EncryptionOptions& options) {
 }
 
 Result<void> change_slots(Storage& file, HostOffset at, std::uint64_t bytes, const KeySlotChange& change,
-                          const Secret* existing, double max_seconds) {
+                          const Secret* existing, double max_seconds, const JobControl& control) {
     const Area area{file, at, bytes};
+    if (change.new_key) TRY_VOID(verify_new_key(*change.new_key, change.iter_time_ms));
+    if (change.new_key && change.old_key) return bad_option("old-secret", "it excludes a new key");
     auto header = TRY(read_header(area));
     if (change.slot && *change.slot >= header.slots.size())
         return bad_option("keyslot", fmt::format("{} is not a number from 0 to 7", *change.slot));
-    if (!change.new_key) return erase_slots(file, area, header, change, max_seconds);
-    return add_slot(file, area, header, change, *existing, max_seconds);
+    TRY_VOID(verify_goes_on(control));
+    TRY_VOID(finish_erasing(file, at, header));
+    if (!change.new_key) return erase_slots(file, area, header, change, max_seconds, control);
+    return add_slot(file, area, header, change, *existing, max_seconds, control);
 }
 
 Result<std::shared_ptr<const SectorCipher>> legacy_cipher(const Secret& key) {

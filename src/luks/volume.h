@@ -21,6 +21,13 @@ struct Area {
     std::uint64_t bytes = 0;  ///< at most so many
 };
 
+/// The seconds of one processor that trying a key takes at most: every slot in use is tried. Errors: Errc::corrupt,
+/// unsupported; io.
+Result<double> key_seconds(const Area& area);
+
+/// Errors: Errc::limit_exceeded where the work of a header, and that of `others` of its chain, is more than allowed.
+Result<void> verify_work(const Storage& file, double seconds, double max_seconds, double others = 0);
+
 /// Says that a key opens none of `slots` key slots, and what may be wrong with it.
 std::string wrong_key_text(std::size_t slots, const Secret& key);
 
@@ -46,10 +53,11 @@ Result<std::uint64_t> header_bytes(const EncryptionOptions& options);
 /// an eighth of it more. Errors: Errc::invalid_argument, unsupported.
 Result<NewHeader> make_header(const EncryptionOptions& options);
 
-/// Changes key slots, durably. `file` is the writable file of the area. `existing` opens the image; only adding needs
-/// it. See KeySlotChange. Errors: Errc::encrypted, invalid_argument; those of unlock; Errc::io.
+/// Changes key slots, durably, and first overwrites key material that an interrupted change left in unused ones. Can be
+/// stopped until the change begins. `file` is the writable file of the area. `existing` opens the image; only adding
+/// needs it. See KeySlotChange. Errors: Errc::encrypted, invalid_argument, cancelled; those of unlock; Errc::io.
 Result<void> change_slots(Storage& file, HostOffset at, std::uint64_t bytes, const KeySlotChange& change,
-                          const Secret* existing, double max_seconds);
+                          const Secret* existing, double max_seconds, const JobControl& control);
 
 /// The cipher of the legacy encryption of qcow and qcow2. Any key is accepted: the format cannot tell a wrong one.
 Result<std::shared_ptr<const crypto::SectorCipher>> legacy_cipher(const Secret& key);

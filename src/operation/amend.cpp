@@ -207,7 +207,9 @@ struct KeySlots {
     std::uint64_t bytes = 0;
 };
 
-Result<KeySlots> find_key_slots(const std::shared_ptr<Storage>& file, const OpenOptions& open) {
+/// Also sees to it that they can be changed without harm.
+Result<KeySlots> find_key_slots(const std::shared_ptr<Storage>& file, const OpenOptions& open,
+                                const JobControl& control) {
     auto examine = open;
     examine.writable = false;
     examine.follow = false;
@@ -224,28 +226,30 @@ Result<KeySlots> find_key_slots(const std::shared_ptr<Storage>& file, const Open
         return KeySlots{{0}, std::uint64_t{header.payload_sector} * format::luks_sector_bytes};
     }
     if (image->format() == Format::qcow2) {
-        // Key material must not lie over data or tables.
-        TRY_VOID(qcow2::verify_structures(file));
+        TRY_VOID(qcow2::prepare_key_slots(file, control));
         const auto header = TRY(format::parse_header(TRY(qcow2::read_first_cluster(*file))));
         if (header.encryption) return KeySlots{header.encryption->offset, header.encryption->length};
     }
     return fail(Errc::invalid_argument, file->name(), "it is not encrypted with LUKS, and has no key slots");
 }
 
-Result<void> change_key_slots(const AmendJob& job, const OpenOptions& open, const std::shared_ptr<Storage>& file) {
+Result<void> change_key_slots(const AmendJob& job, const OpenOptions& open, const std::shared_ptr<Storage>& file,
+                              const JobControl& control) {
     AmendOptions alone;
     alone.key_slot = job.options.key_slot;
     if (job.options != alone)
         return fail(Errc::invalid_argument, file->name(), "key slots are changed by themselves; leave out the others");
-    const auto slots = TRY(find_key_slots(file, open));
+    const auto slots = TRY(find_key_slots(file, open, control));
     const auto& change = *job.options.key_slot;
     std::optional<Secret> existing;
     if (change.new_key) {
         if (!open.keys) return fail(Errc::encrypted, file->name(), "adding a key needs one that the image has");
+        const auto seconds = TRY(luks::key_seconds({*file, slots.at, slots.bytes}));
+        TRY_VOID(luks::verify_work(*file, seconds, open.max_kdf_seconds));
         existing = TRY(open.keys({file->name(), "luks", 0}));
     }
     return luks::change_slots(*file, slots.at, slots.bytes, change, existing ? &*existing : nullptr,
-                              open.max_kdf_seconds);
+                              open.max_kdf_seconds, control);
 }
 
 Result<void> run(const AmendJob& job, const JobControl& control) {
@@ -254,7 +258,7 @@ Result<void> run(const AmendJob& job, const JobControl& control) {
     const auto names = TRY(new_names(job));
     if (names.data_file) options.data_file_name = names.data_file;
     const auto storage = TRY(open_storage(job.image.location, {.writable = true, .direct = job.image.direct}));
-    if (job.options.key_slot) return change_key_slots(job, open_options(job, names, control), storage);
+    if (job.options.key_slot) return change_key_slots(job, open_options(job, names, control), storage, control);
     {
         const auto image = TRY(open_image(storage, open_options(job, names, control)));
         if (image->format() != Format::qcow2) return fail(Errc::unsupported, path, "only qcow2 images have options");

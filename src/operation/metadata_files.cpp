@@ -11,6 +11,7 @@
 #include "format/file_name.h"
 #include "format/header.h"
 #include "image/gate.h"
+#include "luks/volume.h"
 #include "qcow2/data_file.h"
 #include "qcow2/metadata/directories.h"
 #include "qcow2/repair_directories.h"
@@ -48,6 +49,10 @@ Result<MetadataFiles> open_metadata_files(const ImageSpec& spec, bool writable, 
 
 Result<std::shared_ptr<const crypto::SectorCipher>> find_cipher(const ImageSpec& spec, const Storage& image) {
     const auto header = TRY(format::parse_header(TRY(qcow2::read_first_cluster(image))));
+    if (const auto& luks = header.encryption) {
+        const auto seconds = TRY(luks::key_seconds({image, luks->offset, luks->length}));
+        TRY_VOID(luks::verify_work(image, seconds, spec.max_kdf_seconds));
+    }
     const auto key = TRY(keys_for(spec)({image.name(), header.crypt == format::Crypt::luks ? "luks" : "aes", 0}));
     return qcow2::unlock(header, image, key, spec.max_kdf_seconds);
 }

@@ -180,6 +180,7 @@ Result<void> add_alone(FilesInUse& in_use, FilesInUse::Use use, const ImageSpec&
 Result<void> make_files(const NewImage& image, const std::string& role, FilesInUse& in_use, Warnings& warnings,
                         const Fill& fill) {
     using enum NewFile::Existing;
+    if (image.verify) TRY_VOID(image.verify());
     auto image_file = TRY(begin(image.path, role, replaced, in_use, warnings));
     std::optional<NewFile> data_file;
     std::string data_file_path;

@@ -2,15 +2,17 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <functional>
+#include <vector>
 
 #include "base/going_on.h"
 #include "format/header_edit.h"
 #include "format/refcount.h"
 #include "qcow2/image_check.h"
 #include "qcow2/metadata/directories.h"
-#include "qcow2/metadata/metadata_map.h"
 #include "qcow2/repair_plan.h"
 #include "qcow2/repair_refcounts.h"
 
@@ -93,19 +95,74 @@ Result<void> change_features(Storage& file, const AmendOptions& options) {
     });
 }
 
+/// Overwrites the clusters of one copy of an encryption header that nothing uses.
+Result<void> overwrite_copy(Storage& file, const Metadata& metadata, const ReferenceMap& references,
+                            std::uint64_t first) {
+    const auto count = metadata.geometry().clusters(metadata.header().encryption->length);
+    const auto end = std::min(references.clusters(), first + count);
+    const auto size = TRY(file.size());
+    for (auto cluster = first; cluster < end; ++cluster) {
+        const HostOffset at{cluster * metadata.cluster_size()};
+        if (references.at(cluster).word != 0 || at.value >= size) continue;
+        const std::vector<std::byte> zeros(std::min(metadata.cluster_size(), size - at.value));
+        TRY_VOID(file.write(at, zeros));
+    }
+    return file.flush();
+}
+
+/// An interrupted compaction leaves a copy of the key slots in clusters that nothing uses. A slot that is erased later
+/// would live on in it.
+Result<void> overwrite_copies(Storage& file, const Metadata& metadata, const ReferenceMap& references) {
+    constexpr std::size_t magic_bytes = 6;
+    constexpr std::size_t uuid_at = 168;
+    std::array<std::byte, 208> ours = {};
+    std::array<std::byte, 208> theirs = {};
+    TRY(file.read(metadata.header().encryption->offset, ours));
+    const auto size = TRY(file.size());
+    std::uint64_t next = 0;
+    for (std::uint64_t cluster = 0; cluster < references.clusters(); cluster = next) {
+        const HostOffset at{cluster * metadata.cluster_size()};
+        next = cluster + 1;
+        if (at.value >= size) break;
+        if (references.at(cluster).word != 0) continue;
+        const auto run = TRY(file.run(at, size - at.value));
+        if (!run.data) {
+            next = std::max(next, cluster + run.length / metadata.cluster_size());
+            continue;
+        }
+        TRY(file.read(at, theirs));
+        const bool is_copy = std::equal(ours.begin(), ours.begin() + magic_bytes, theirs.begin()) &&
+                             std::equal(ours.begin() + uuid_at, ours.end(), theirs.begin() + uuid_at);
+        if (is_copy) TRY_VOID(overwrite_copy(file, metadata, references, cluster));
+    }
+    return {};
+}
+
 }  // namespace
 
-Result<void> verify_structures(const std::shared_ptr<Storage>& file) {
+Result<void> prepare_key_slots(const std::shared_ptr<Storage>& file, const JobControl& control) {
     const auto header = TRY(read_header(*file));
     if (auto sound = format::verify_not_marked_corrupt(header); !sound)
         return std::unexpected(std::move(sound).error().in(file->name()));
-    if (header.encryption && !lies_within(header.encryption->offset.value, header.encryption->length,
-                                          TRY(file->size()))) {
+    if (!header.encryption) return {};
+    if (!lies_within(header.encryption->offset.value, header.encryption->length, TRY(file->size()))) {
         return fail(Errc::corrupt, file->name(),
                     "its encryption header does not lie within the file; check the image before it is written");
     }
     const auto metadata = metadata_of(file, header);
-    return MetadataMap(header.cluster_bits).load(*metadata);
+    CheckOptions options;
+    options.control.stop = control.stop;
+    const auto diagnosis = TRY(diagnose(*metadata, nullptr, options));
+    for (const auto& found : diagnosis.report.findings) {
+        // The key slots themselves are what changes.
+        if (found.severity != CheckFinding::Severity::corruption || found.kind == CheckFinding::Kind::bad_encryption)
+            continue;
+        return fail(Errc::corrupt, file->name(),
+                    fmt::format("{}: {}, so that a change of key slots could destroy data; repair it with qcow check "
+                                "-r all, or copy its contents with qcow convert",
+                                found.place, found.what));
+    }
+    return overwrite_copies(*file, *metadata, *diagnosis.references);
 }
 
 Result<void> verify_refcounts_fit(const std::shared_ptr<Storage>& file, unsigned bits, const JobControl& control) {

@@ -8,9 +8,11 @@
 
 namespace qcow::qcow2 {
 
-/// Verifies what opening for writing does, but for the guest's data and their key: that the image is not marked as
-/// corrupt, and that its structures lie within the file and do not overlap. Errors: Errc::corrupt, unsupported, io.
-Result<void> verify_structures(const std::shared_ptr<Storage>& file);
+/// Verifies, without a key, that changes of key slots harm nothing: that the image is not marked as corrupt, its
+/// refcounts count what there is, and nothing else lies in the clusters of its encryption header. Then overwrites,
+/// durably, copies of that header in clusters that nothing uses. An image without such a header stays as it is.
+/// Errors: Errc::corrupt, unsupported, cancelled, io.
+Result<void> prepare_key_slots(const std::shared_ptr<Storage>& file, const JobControl& control);
 
 /// Verifies that no cluster has more references than refcounts of so many bits can express. The image is sound.
 /// Errors: Errc::invalid_argument: a cluster has; corrupt, io.

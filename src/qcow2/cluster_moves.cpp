@@ -137,6 +137,7 @@ public:
         TRY_VOID(metadata_.file().flush());
         TRY_VOID(redirect_header());
         for (auto& block : counted_.blocks) block = redirection_.new_place(block);
+        TRY_VOID(overwrite_key_slots());
         return free_sources();
     }
 
@@ -317,6 +318,14 @@ private:
             }
         }
         return changed ? write_header(metadata_.file(), TRY(edit.steps())) : Result<void>();
+    }
+
+    /// A key slot that is erased later would live on in their old place.
+    Result<void> overwrite_key_slots() {
+        const auto& encryption = metadata_.header().encryption;
+        if (!encryption || redirection_.new_place(encryption->offset) == encryption->offset) return {};
+        TRY_VOID(copying_.write(encryption->offset, std::vector<std::byte>(encryption->length)));
+        return copying_.flush();
     }
 
     Result<void> free_sources() {

@@ -59,7 +59,7 @@ struct Copying {
     };
     /// Copies bytes.
     std::function<Result<void>(HostOffset from, HostOffset to, std::uint64_t length, Contents contents)> copy;
-    /// Writes the data of a compressed cluster.
+    /// Writes the data of a compressed cluster, or over what nothing leads to.
     std::function<Result<void>(HostOffset to, std::span<const std::byte> stream)> write;
     /// Makes all of that durable.
     std::function<Result<void>()> flush;
@@ -75,10 +75,11 @@ struct CountedImage {
 /// 1. The targets get the refcounts of the sources, and their contents.
 /// 2. All entries that lead to a source lead to its target, in the tables of the image, its snapshots and its bitmaps,
 ///    and in the copies of those that move.
-/// 3. So do the fields of the header.
+/// 3. So do the fields of the header. The old place of key slots is overwritten.
 /// 4. The sources are free.
-/// Until the last step a source and its target have the same contents. So after a crash each entry leads to one of two
-/// good copies, and no refcount is lower than the number of references. A refcount may be higher.
+/// Until the last step a source that something leads to has the same contents as its target. So after a crash each
+/// entry leads to one of two good copies, and no refcount is lower than the number of references. A refcount may be
+/// higher.
 ///
 /// Errors: io, no_space, no_memory; corrupt where the image is not sound.
 Result<void> carry_out(const Metadata& metadata, const Moves& moves, const CountedImage& counted,

@@ -255,10 +255,8 @@ private:
 
     Result<void> carry_out(Moves& moves) {
         moves.sort();
-        const auto key_slots = image_->header().encryption;
         TRY_VOID(qcow2::carry_out(*image_, moves, {use_->references(), use_->blocks()}, copying_, job_.workers));
         TRY_VOID(open());
-        if (key_slots && image_->header().encryption->offset != key_slots->offset) TRY_VOID(destroy(*key_slots));
         use_->follow(moves);
         for (const auto& move : moves.clusters) result_.moved_clusters += move.count;
         result_.moved_streams += moves.streams.size();
@@ -279,13 +277,6 @@ private:
             control_.progress(done_bytes_, total_bytes_);
         }
         return {};
-    }
-
-    /// Overwrites key slots that are free now: otherwise one that is erased later would not be gone.
-    Result<void> destroy(const format::EncryptionExtension& key_slots) {
-        if (planned_ != nullptr) return {};
-        TRY_VOID(file_->write(key_slots.offset, std::vector<std::byte>(key_slots.length)));
-        return file_->flush();
     }
 
     [[nodiscard]] std::uint64_t batch_length(const Moves& moves) const {

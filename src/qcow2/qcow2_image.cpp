@@ -343,6 +343,11 @@ public:
         return header_.crypt == format::Crypt::aes ? "aes" : "luks";
     }
 
+    [[nodiscard]] Result<double> key_seconds() const override {
+        if (!header_.encryption) return 0.0;
+        return luks::key_seconds({*storage_, header_.encryption->offset, header_.encryption->length});
+    }
+
     Result<std::shared_ptr<Layer>> open(Neighbours neighbours) override {
         std::shared_ptr<const crypto::SectorCipher> cipher;
         if (neighbours.key) cipher = TRY(unlock(header_, *storage_, *neighbours.key, neighbours.max_kdf_seconds));

@@ -7,6 +7,8 @@
 #include "crypto/encryption_fixture.h"
 #include "format/header.h"
 #include "format/luks.h"
+#include "luks/volume.h"
+#include "qcow/amend.h"
 #include "qcow/create.h"
 #include "support/result.h"
 
@@ -75,7 +77,9 @@ TEST_F(KeySlotsTest, AreAddedReplacedAndErased) {
                        HasSubstr("the key is wrong"));
         expect_refusal(amend({}, "encrypt.state=inactive,encrypt.keyslot=1"), HasSubstr("last key slots"));
         expect_refusal(amend(new_key, "encrypt.state=inactive,encrypt.old-secret=n"), HasSubstr("last key slots"));
-        expect_refusal(amend({}, "encrypt.state=inactive,encrypt.keyslot=5"), HasSubstr("not in use"));
+        must_tool(amend({}, "encrypt.state=inactive,encrypt.keyslot=5"));
+        EXPECT_EQ(header(name, at).slots[5].iterations, 0U);
+        EXPECT_TRUE(header(name, at).slots[1].used);
         expect_refusal(amend({}, "encrypt.keyslot=1"), HasSubstr("encrypt.state=active or inactive"));
         must_tool(amend({}, "encrypt.state=inactive,encrypt.keyslot=1", true));
         expect_refusal(joined_arguments(joined_arguments({"convert", "--key", "new"}, format), {name, "out.raw"}),
@@ -192,6 +196,190 @@ TEST_F(KeySlotsTest, DamagedImagesStayAsTheyAre) {
         too_long.replace(extension + 16, 8, number(length, 8));
         refused("disk.qcow2", too_long);
     }
+}
+
+/// Nor is anything where a table leads into the key material, whatever the refcounts say.
+TEST_F(KeySlotsTest, GuestDataInTheirClustersStay) {
+    make_qcow2("disk.qcow2");
+    const auto number = [](std::uint64_t value, unsigned width) {
+        const auto bytes = big_endian_bytes(value, width);
+        return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    };
+    const auto whole = bytes_of("disk.qcow2");
+    const auto be64 = [&](std::uint64_t at) { return load_be<std::uint64_t>(file("disk.qcow2"), at); };
+    const auto l2 = be64(be64(40)) & 0x00fffffffffffe00;
+    const auto refcounts = be64(be64(48));
+    const auto cluster = luks_at("disk.qcow2") / 65536 + 0x1d;  // key material of slot 7
+    const auto leading = number((cluster * 65536) | std::uint64_t{1} << 63, 8);
+    auto copied = whole;
+    copied.replace(l2 + 24, 8, leading);
+    auto counted = whole;
+    counted.replace(l2 + 24, 8, number(cluster * 65536, 8));
+    counted.replace(refcounts + 2 * cluster, 2, number(2, 2));
+    auto uncounted = whole;
+    uncounted.replace(refcounts + 2 * cluster, 2, number(0, 2));
+    for (const auto& bytes : {copied, counted, uncounted}) {
+        put_file(directory_.file("disk.qcow2"), bytes);
+        for (const Arguments& options :
+             {Arguments{"--key", "key", "--object", "secret,id=n,data=new", "-o",
+                        "encrypt.state=active,encrypt.new-secret=n,encrypt.keyslot=7,encrypt.iter-time=10"},
+              Arguments{"--force", "-o", "encrypt.state=inactive,encrypt.keyslot=0"}}) {
+            expect_refusal(joined_arguments({"amend"}, joined_arguments(options, {"disk.qcow2"})),
+                           HasSubstr("qcow check -r all"));
+            EXPECT_TRUE(bytes_of("disk.qcow2") == bytes);
+        }
+    }
+}
+
+/// Wherever it is killed, a slot that is in use opens the image, and running it again erases what is left.
+TEST_F(KeySlotsTest, ErasingMayBeKilled) {
+    make_qcow2("disk.qcow2");
+    std::ofstream(directory_.file("new")) << "new";
+    must_tool({"amend", "--key", "key", "--object", "secret,id=n,data=new", "-o",
+               "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=10", "disk.qcow2"});
+    const auto before = bytes_of("disk.qcow2");
+    const auto at = luks_at("disk.qcow2");
+    const auto erased = material("disk.qcow2", at, 0);
+    const Arguments by_number = {"-o", "encrypt.state=inactive,encrypt.keyslot=0", "disk.qcow2"};
+    const Arguments by_passphrase = {"--object", secret_option, "-o", "encrypt.state=inactive,encrypt.old-secret=s",
+                                     "disk.qcow2"};
+    for (const std::string call : {"pwritev", "fdatasync"}) {
+        unsigned kills = 0;
+        for (bool done = false; !done; ++kills) {
+            SCOPED_TRACE(fmt::format("{} {}", call, kills + 1));
+            put_file(directory_.file("disk.qcow2"), before);
+            done = run({"sh", "-c",
+                        fmt::format("ASAN_OPTIONS=detect_leaks=0 exec strace -f -o /dev/null -e trace={0} -e "
+                                    "inject={0}:signal=KILL:when={1} {2} amend -o "
+                                    "encrypt.state=inactive,encrypt.keyslot=0 disk.qcow2",
+                                    call, kills + 1, QCOW_TOOL)},
+                       directory_.path())
+                       .status == 0;
+            const auto opens = [&](const std::string& key) {
+                return tool({"compare", "--key", key, "-F", "raw", "disk.qcow2", "disk.raw"}).status == 0;
+            };
+            const auto killed = bytes_of("disk.qcow2");
+            const bool used = header("disk.qcow2", at).slots[0].used;
+            EXPECT_EQ(opens("key"), used);
+            if (!used) {
+                expect_refusal({"amend", "-o", "encrypt.state=inactive,encrypt.keyslot=1", "disk.qcow2"},
+                               HasSubstr("last key slots"));
+            }
+            for (const auto& again : {by_number, by_passphrase}) {
+                put_file(directory_.file("disk.qcow2"), killed);
+                // By its passphrase, a slot that is not in use is not found. What is left of it goes all the same.
+                EXPECT_EQ(tool(joined_arguments({"amend"}, again)).status, used || again == by_number ? 0 : 1);
+                EXPECT_FALSE(opens("key"));
+                EXPECT_TRUE(opens("new"));
+                const auto after = material("disk.qcow2", at, 0);
+                for (std::size_t i = 0; i + 16 <= erased.size(); i += 16)
+                    ASSERT_FALSE(std::equal(erased.begin() + i, erased.begin() + i + 16, after.begin() + i)) << i;
+            }
+        }
+        EXPECT_GE(kills, 3U);
+    }
+}
+
+/// Compaction moves them. Wherever it is killed, no other copy of a slot outlives its erasure.
+TEST_F(KeySlotsTest, CopiesOfAKilledCompactionAreErased) {
+    make_qcow2("disk.qcow2");
+    std::ofstream(directory_.file("new")) << "new";
+    auto bytes = bytes_of("disk.qcow2");
+    const auto at = luks_at("disk.qcow2");
+    const auto key_material = material("disk.qcow2", at, 0);
+    const std::string wanted(reinterpret_cast<const char*>(key_material.data()), key_material.size());
+    const auto extension = bytes.find("\x05\x37\xbe\x77");
+    const auto length = align_down(load_be<std::uint64_t>(file("disk.qcow2"), extension + 16) + 65535, 65536);
+    const auto end = align_down(bytes.size() + 65535, 65536);
+    bytes.resize(end);
+    bytes += bytes.substr(at, length);
+    bytes.resize(end + length);
+    bytes.replace(at, length, length, '\0');
+    const auto place = big_endian_bytes(end, 8);
+    bytes.replace(extension + 8, 8, reinterpret_cast<const char*>(place.data()), 8);
+    put_file(directory_.file("disk.qcow2"), bytes);
+    must_tool({"check", "-q", "-r", "all", "disk.qcow2"});
+    const auto before = bytes_of("disk.qcow2");
+    unsigned kills = 0;
+    for (bool done = false; !done; ++kills) {
+        SCOPED_TRACE(fmt::format("killed at flush {}", kills + 1));
+        put_file(directory_.file("disk.qcow2"), before);
+        done = run({"sh", "-c",
+                    fmt::format("ASAN_OPTIONS=detect_leaks=0 exec strace -f -o /dev/null -e trace=fdatasync -e "
+                                "inject=fdatasync:signal=KILL:when={} {} compact -q --key key disk.qcow2",
+                                kills + 1, QCOW_TOOL)},
+                   directory_.path())
+                   .status == 0;
+        must_tool({"amend", "--key", "key", "--object", "secret,id=n,data=new", "-o",
+                   "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=10", "disk.qcow2"});
+        must_tool({"amend", "-o", "encrypt.state=inactive,encrypt.keyslot=0", "disk.qcow2"});
+        EXPECT_EQ(tool({"compare", "--key", "new", "-F", "raw", "disk.qcow2", "disk.raw"}).status, 0);
+        const auto after = bytes_of("disk.qcow2");
+        for (std::size_t i = 0; i < wanted.size(); i += 512)
+            ASSERT_EQ(after.find(wanted.substr(i, 64)), std::string::npos) << i;
+    }
+    EXPECT_GE(kills, 4U);
+    EXPECT_LT(bytes_of("disk.qcow2").size(), before.size());
+}
+
+/// What the tool refuses before, the library refuses, too.
+TEST_F(KeySlotsTest, ChangesThatTheLibraryRefuses) {
+    make_qcow2("disk.qcow2");
+    const auto before = bytes_of("disk.qcow2");
+    const auto secret = [](const char* text) { return std::make_shared<const Secret>(text_bytes(text)); };
+    const auto change = [&](const KeySlotChange& slots, std::stop_token stop = {}) {
+        AmendJob job;
+        job.image.location.path = directory_.file("disk.qcow2");
+        job.image.keys = [](const KeyRequest&) { return Secret(text_bytes("x")); };
+        job.options.key_slot = slots;
+        const auto changed = amend(job, {.stop = std::move(stop)});
+        EXPECT_TRUE(bytes_of("disk.qcow2") == before);
+        return changed ? Errc::io : changed.error().code;
+    };
+    EXPECT_EQ(change({.new_key = secret("")}), Errc::invalid_argument);
+    EXPECT_EQ(change({.new_key = secret("n"), .iter_time_ms = 0}), Errc::invalid_argument);
+    EXPECT_EQ(change({.new_key = secret("n"), .old_key = secret("x")}), Errc::invalid_argument);
+    std::stop_source stop;
+    stop.request_stop();
+    EXPECT_EQ(change({.new_key = secret("n"), .iter_time_ms = 1}, stop.get_token()), Errc::cancelled);
+    EXPECT_EQ(change({.slot = 0, .force = true}, stop.get_token()), Errc::cancelled);
+    CreateOptions options{.size = 64 * KiB};
+    options.encryption.emplace();
+    options.encryption->key = secret("");
+    EXPECT_EQ(create_luks_image(memory_storage(), options).error().code, Errc::invalid_argument);
+    options.encryption->key = secret("x");
+    options.encryption->iter_time_ms = 0;
+    EXPECT_EQ(create_luks_image(memory_storage(), options).error().code, Errc::invalid_argument);
+}
+
+/// All layers together may take as long as one image, and nobody is asked for a key before that is known.
+TEST_F(KeySlotsTest, TheTimeOfAChainIsBounded) {
+    make_qcow2("base.qcow2");
+    must_tool({"create", "-q", "--key", "key", "-b", "base.qcow2", "-F", "qcow2", "-o",
+               "encrypt.format=luks,encrypt.iter-time=10", "top.qcow2"});
+    const auto seconds = [&](const std::string& name) {
+        const auto storage = must(open_file(directory_.file(name)));
+        return must(luks::key_seconds({*storage, {luks_at(name)}, must(storage->size())}));
+    };
+    unsigned asked = 0;
+    const auto open_chain = [&](double allowed) {
+        return open_image(ImageSpec{.location = {.path = directory_.file("top.qcow2")},
+                                    .keys =
+                                        [&](const KeyRequest&) {
+                                            ++asked;
+                                            return Secret(text_bytes("x"));
+                                        },
+                                    .max_kdf_seconds = allowed});
+    };
+    const auto base = seconds("base.qcow2");
+    const auto top = seconds("top.qcow2");
+    const auto refused = open_chain(std::max(base, top) * 1.01);
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code, Errc::limit_exceeded);
+    EXPECT_THAT(refused.error().message(), HasSubstr("base.qcow2"));
+    EXPECT_EQ(asked, 0U);
+    EXPECT_TRUE(open_chain((base + top) * 1.01));
+    EXPECT_EQ(asked, 2U);
 }
 
 TEST_F(KeySlotsTest, QemuChangesThemToo) {

@@ -83,7 +83,7 @@ TEST_F(KeysTest, KeysAreTypedUnseen) {
     must_tool({"create", "-q", "-o", "encrypt.format=luks,encrypt.iter-time=10", "--key", "key", "image", "1M"});
     const char* const script = R"(
 import fcntl, os, pty, signal, sys, termios, time
-def run(answer, *command):
+def run(answer, *command, messages=None):
     terminal, end = pty.openpty()
     pid = os.fork()
     if pid == 0:
@@ -91,6 +91,8 @@ def run(answer, *command):
         fcntl.ioctl(end, termios.TIOCSCTTY, 0)
         for number in range(3):
             os.dup2(end, number)
+        if messages:
+            os.dup2(os.open(messages, os.O_WRONLY | os.O_CREAT), 2)
         os.execv(sys.argv[1], ("qcow",) + command)
     def shows():
         return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
@@ -119,6 +121,7 @@ def run(answer, *command):
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status)
 assert run(b"x\n", "read", "image", "0", "512") == 0
 assert run(b"y\n", "read", "image", "0", "512") == -1
+assert run(b"x\n", "read", "image", "0", "512", messages="log") == 0
 for command in ("read", "image", "0", "512"), ("zero", "image", "0", "512"):
     assert run(b"\x03", *command) == signal.SIGINT, command
 print("good")
@@ -177,6 +180,71 @@ TEST_F(KeysTest, MoreOrFewerThanThereAreLayers) {
     const auto read = tool({"read", "--key", "other", "--key", "key", "--key", "new", "over.qcow2", "0", "1"});
     EXPECT_EQ(read.status, 0);
     EXPECT_THAT(read.err, HasSubstr("of the 3 keys (--key, --key-fd), only 2 were needed"));
+}
+
+/// Who gives a key for what is made wants it to be encrypted.
+TEST_F(KeysTest, NewImagesAreNotPlainDespiteAKey) {
+    make_qcow2("disk.qcow2");
+    std::filesystem::create_directory(directory_.file("tree"));
+    const auto remedy = HasSubstr("encrypt.format=luks");
+    expect_refusal({"create", "--key", "key", "new", "1M"}, remedy);
+    expect_refusal({"create", "--key-fd", "0", "new", "1M"}, remedy);
+    expect_refusal({"create", "-f", "raw", "--key", "key", "new", "1M"}, remedy);
+    expect_refusal({"convert", "-f", "raw", "-O", "qcow2", "--key", "key", "disk.raw", "new"}, remedy);
+    expect_refusal({"convert", "-f", "raw", "--key", "key", "disk.raw", "new"}, remedy);
+    expect_refusal({"convert", "-O", "qcow2", "--key", "key", "--key", "wrong", "disk.qcow2", "new"}, remedy);
+    expect_refusal({"build", "--fs", "ext4", "--key", "key", "-O", "qcow2", "-o", "new", "tree"}, remedy);
+    EXPECT_FALSE(std::filesystem::exists(directory_.file("new")));
+    // A key that opens what is read is in use.
+    EXPECT_EQ(must_tool({"convert", "-O", "qcow2", "--key", "key", "disk.qcow2", "plain.qcow2"}).err, "");
+    EXPECT_EQ(must_tool({"create", "-q", "--key", "key", "-b", "disk.qcow2", "-F", "qcow2", "over.qcow2"}).err, "");
+    EXPECT_EQ(must_tool({"convert", "-O", "qcow2", "--key", "key", "-B", "disk.qcow2", "-F", "qcow2", "plain.qcow2",
+                         "differs.qcow2"})
+                  .err,
+              "");
+    const auto read = tool({"read", "--key", "key", "plain.qcow2", "0", "1"});
+    EXPECT_EQ(read.status, 0);
+    EXPECT_THAT(read.err, HasSubstr("warning: no key (--key, --key-fd) was needed"));
+}
+
+TEST_F(KeysTest, OptionsThatContradictTheImageOrEachOther) {
+    make_qcow2("disk.qcow2");
+    const auto read = [](const std::string& options) {
+        return Arguments{"read",
+                         "--object",
+                         secret_option,
+                         "--image-opts",
+                         "driver=qcow2,file.filename=disk.qcow2,encrypt.key-secret=s," + options,
+                         "0",
+                         "1"};
+    };
+    must_tool(read("encrypt.format=luks"));
+    expect_refusal(read("encrypt.format=aes"), AllOf(HasSubstr("luks"), HasSubstr("encrypt.format=aes")));
+    expect_refusal({"read", "--object", secret_option, "--object", "secret,id=s,data=y", "disk.qcow2", "0", "1"},
+                   HasSubstr("given twice"));
+}
+
+/// As long as cryptsetup takes them.
+TEST_F(KeysTest, KeyFilesMayBeLong) {
+    auto random = Random::named("long key");
+    put_file(directory_.file("long"), random.bytes(300'000));
+    must_tool({"create", "-q", "-f", "luks", "--key", "long", "-o", "iter-time=10", "new.luks", "1M"});
+    must_tool({"read", "-f", "luks", "--key", "long", "new.luks", "0", "1"});
+    must_run({"cryptsetup", "open", "--test-passphrase", "--type", "luks1", "--key-file", "long", "new.luks"},
+             directory_.path());
+    std::filesystem::resize_file(directory_.file("long"), 8 * MiB + 1);
+    expect_refusal({"read", "-f", "luks", "--key", "long", "new.luks", "0", "1"}, HasSubstr("more than 8388608 bytes"));
+}
+
+TEST_F(KeysTest, DataAreTakenAsTheyAre) {
+    for (const std::string key : {"a,b", ",", "a=b,data=c"}) {
+        std::string written;
+        for (const char c : key) written += c == ',' ? ",," : std::string(1, c);
+        put_file(directory_.file("same"), key);
+        must_tool({"create", "-q", "--object=secret,data=" + written + ",id=a", "-o",
+                   "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=a", "new.qcow2", "1M"});
+        must_tool({"read", "--key", "same", "new.qcow2", "0", "1"});
+    }
 }
 
 TEST_F(KeysTest, ALineFeedAtTheEndIsMentioned) {

@@ -19,7 +19,12 @@ Subprocess::Subprocess(const std::vector<std::string>& argv, const std::filesyst
     std::vector<char*> words;
     for (const auto& word : argv) words.push_back(const_cast<char*>(word.c_str()));
     words.push_back(nullptr);
-    const int error = posix_spawnp(&pid_, words[0], &actions, nullptr, words.data(), environ);
+    // Without a terminal: nothing is to ask a person who runs the tests for a key.
+    posix_spawnattr_t attributes;
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSID);
+    const int error = posix_spawnp(&pid_, words[0], &actions, &attributes, words.data(), environ);
+    posix_spawnattr_destroy(&attributes);
     posix_spawn_file_actions_destroy(&actions);
     close(pipes[0][0]);
     close(pipes[1][1]);
