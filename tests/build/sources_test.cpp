@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "filesystem/file_runs.h"
 #include "support/loop_device.h"
 #include "tool/tool_fixture.h"
 
@@ -41,6 +42,29 @@ protected:
         EXPECT_THAT(built.err, HasSubstr(what));
     }
 };
+
+TEST(FileRuns, ListsHaveALimit) {
+    constexpr std::uint64_t block = 4096;
+    // Every second block holds data: the first or the second one.
+    for (const std::uint64_t first : {0, 1}) {
+        for (const std::uint64_t blocks : {65'535, 65'536, 65'537, 131'073}) {
+            std::uint64_t at = 0;
+            while (at < blocks * block) {
+                FileRuns runs(at, blocks * block);
+                for (auto data = first; data < blocks && !runs.full(); data += 2)
+                    ASSERT_TRUE(runs.add(data * block, block, GuestOffset{data * block}));
+                const auto list = std::move(runs).finished();
+                ASSERT_LE(list.size(), FileSystem::most_extents);
+                for (const auto& extent : list) {
+                    ASSERT_EQ(extent.at, at);
+                    ASSERT_EQ(extent.stored.has_value(), (at / block + first) % 2 == 0);
+                    ASSERT_EQ(extent.length, block);
+                    at += block;
+                }
+            }
+        }
+    }
+}
 
 TEST_F(SourcesTest, ADirectoryThatCannotBeReadIsNamed) {
     shell("mkdir -p tree/a tree/b; echo > tree/a/x; mkdir -m 000 tree/z");
