@@ -162,8 +162,9 @@ private:
         }
         if (S_ISLNK(inode.mode)) inode.make_rare().target = target_of_entry(entry);
         if (S_ISCHR(inode.mode) || S_ISBLK(inode.mode)) {
-            inode.make_rare().major = static_cast<unsigned>(archive_entry_rdevmajor(entry));
-            inode.make_rare().minor = static_cast<unsigned>(archive_entry_rdevminor(entry));
+            const auto device = device_of_entry(entry);
+            inode.make_rare().major = device.major;
+            inode.make_rare().minor = device.minor;
         }
         const char* name = nullptr;
         const void* value = nullptr;

@@ -335,5 +335,44 @@ TEST_F(SourcesTest, ATimeOfAFileIsMoreThanTheTimeOfAll) {
     EXPECT_THAT(stat("/b"), HasSubstr("mtime: 0x00000005"));
 }
 
+TEST_F(SourcesTest, OnlyDisksHavePartitions) {
+    shell("mkdir tree; tar -cf tree.tar tree");
+    for (const auto* const source : {"tree:99", "tree.tar:3"}) {
+        const auto built = tool({"build", "--fs", "ext4", source, "-o", "disk.raw"});
+        EXPECT_EQ(built.status, 1) << built.text();
+        EXPECT_THAT(built.err, HasSubstr("has no partitions; leave out"));
+    }
+}
+
+TEST_F(SourcesTest, DeviceNumbersFitOrAreRefused) {
+    const auto build_device = [&](const std::string& major, const std::string& minor) {
+        shell("python3 -c \"import tarfile; i = tarfile.TarInfo('c'); i.type = tarfile.CHRTYPE; i.devmajor = " + major +
+              "; i.devminor = " + minor + "; tarfile.open('c.tar', 'w', format=tarfile.GNU_FORMAT).addfile(i)\"");
+        return tool({"build", "-q", "--fs", "ext4", "c.tar", "-o", "disk.raw"});
+    };
+    EXPECT_EQ(build_device("4095", "1048575").status, 0);
+    EXPECT_THAT(shell("debugfs -R 'ls -l /' disk.raw; debugfs -R 'stat /c' disk.raw 2>&1"), HasSubstr("4095:1048575"));
+    for (const auto& [major, minor] :
+         {std::pair("4096", "0"), {"1", "1048576"}, {"2**32", "2**32"}, {"5000", "2000000"}}) {
+        const auto refused = build_device(major, minor);
+        EXPECT_EQ(refused.status, 1) << refused.text();
+        EXPECT_THAT(refused.err, AllOf(HasSubstr("/c: "), HasSubstr("ext cannot hold a device")));
+    }
+}
+
+TEST_F(SourcesTest, AJournalThatWasNotReplayedIsSaid) {
+    shell("mkdir tree; mke2fs -q -t ext4 source.raw 8M; debugfs -w -R 'feature needs_recovery' source.raw");
+    const auto built = tool({"build", "-q", "--fs", "ext4", "source.raw", "-o", "disk.raw"});
+    EXPECT_EQ(built.status, 0) << built.text();
+    EXPECT_THAT(built.err, HasSubstr("source.raw: the journal was not replayed"));
+}
+
+TEST_F(SourcesTest, TheLimitOfEachFatIsNamed) {
+    shell("mkdir tree; truncate -s 200M tree/large");
+    const auto built = tool({"build", "--fs", "fat12", "tree", "-o", "disk.raw"});
+    EXPECT_EQ(built.status, 1) << built.text();
+    EXPECT_THAT(built.err, HasSubstr("no size for FAT12, which has 1 to 4084 clusters of 512 to 32768 bytes"));
+}
+
 }  // namespace
 }  // namespace qcow::test
