@@ -12,6 +12,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "qcow/disk.h"
@@ -193,7 +194,12 @@ public:
 
     // Changes. Only ext2, ext3, ext4 and FAT, on a disk that is open for writing, and opened with Access::write.
 
-    /// Makes a file without contents, and returns it. Errors: Errc::invalid_argument: the name is taken.
+    // Errors: Errc::invalid_argument: this is not to be changed, or the file system cannot hold such a thing;
+    // Errc::not_found: the file was removed; Errc::no_space: nothing stays halfway, except what write() wrote. Other
+    // failures halfway leave ext marked as not clean, for e2fsck.
+
+    /// Makes a file without contents, and returns it. Errors: Errc::invalid_argument: the name is taken, the type is
+    /// unknown, a link has no target, or an attribute is none that Linux has; Errc::unsupported: FAT has no attributes.
     Result<Inode> create(Inode directory, const std::string& name, const NewNode& node);
     /// Writes contents of a regular file, and makes it as long as necessary.
     Result<void> write(Inode inode, std::uint64_t at, std::span<const std::byte> from);
@@ -202,9 +208,10 @@ public:
     /// Removes a name, and the file if it has no other. Errors: Errc::invalid_argument: a directory that is not empty.
     Result<void> remove(Inode directory, const std::string& name);
     /// Gives the file `from` the name `to` of a file in the same directory, and removes that file as remove() does.
-    /// Needs no space. Errors: Errc::invalid_argument: one of the two is a directory.
+    /// Needs no space. If both are the same file, nothing changes. Errors: Errc::invalid_argument: one of the two is a
+    /// directory.
     Result<void> replace(Inode directory, const std::string& from, const std::string& to);
-    /// Completes the changes, and makes them durable. The file system cannot be used any more.
+    /// Completes the changes, and makes them durable. Every later call is an error: Errc::invalid_argument.
     Result<void> close();
 
 protected:
@@ -221,8 +228,16 @@ protected:
     virtual Result<void> do_write(Inode inode, std::uint64_t at, std::span<const std::byte> from);
     virtual Result<void> do_truncate(Inode inode, std::uint64_t size);
     virtual Result<void> do_remove(Inode directory, const std::string& name);
-    virtual Result<void> do_replace(Inode directory, const std::string& from, const std::string& to);
+    /// Two files, and none is a directory.
+    virtual Result<void> do_replace(Inode directory, const DirectoryEntry& from, const DirectoryEntry& to);
     virtual Result<void> do_close();
+
+private:
+    /// Does the work of a public function, unless the file system was closed.
+    template <class Work>
+    std::invoke_result_t<Work> run(Work&& work);
+
+    bool closed_ = false;
 };
 
 enum class Access : std::uint8_t {
