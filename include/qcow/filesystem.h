@@ -285,6 +285,13 @@ QCOW_API Result<void> walk(FileSystem& files, Inode start, const WalkOptions& op
 
 // ---- Files for this machine ----
 
+/// A file that is extracted, with all below it.
+struct ExtractItem {
+    Inode inode = 0;
+    std::string name;        ///< its new name; empty: what is in a directory becomes the contents of the target itself
+    std::string shown = {};  ///< what stands in front of the paths below it in errors; empty: nothing
+};
+
 struct ExtractOptions {
     /// The disk that the file system was opened on. Contents that lie in it as they are, are read from it by several
     /// threads.
@@ -303,24 +310,24 @@ struct ExtractReport {
     std::vector<std::string> not_kept;  ///< kinds of properties that this process may not set: "owners", "device nodes"
 };
 
-/// Copies the file `from`, and all below it, to `name` in the directory `target` of this machine. Keeps owners, modes,
-/// times, hard links, symbolic links, holes, device nodes and extended attributes, as far as this process may set them.
+/// Copies files to the directory `target` of this machine. Keeps owners, modes, times, hard links, symbolic links,
+/// holes, device nodes and extended attributes, as far as this process may set them.
 /// Nothing outside of `target` is made or changed: no symbolic link is followed, and nothing that exists is replaced.
 /// Directories that exist get the new entries.
 /// Errors: those of FileSystem; Errc::refused_by_policy: a name that would lead out of the target;
 /// Errc::invalid_argument: something with the name exists; Errc::io, no_space, access_denied.
-QCOW_API Result<ExtractReport> extract(FileSystem& files, Inode from, const std::string& target,
-                                       const std::string& name, const ExtractOptions& options = {});
+QCOW_API Result<ExtractReport> extract(FileSystem& files, const std::vector<ExtractItem>& items,
+                                       const std::string& target, const ExtractOptions& options = {});
 
 /// Reads the contents of a file, in order: each piece is at most 1 MiB. `disk` as for ExtractOptions.
 QCOW_API Result<void> read_contents(FileSystem& files, Inode inode, Disk* disk, unsigned workers,
                                     const std::function<Result<void>(std::span<const std::byte>)>& take);
 
-/// Writes the file `from`, and all below it, as a tar archive (pax format) to a file descriptor. `name` is the name of
-/// `from` in the archive; if it is empty, the names in a directory have nothing in front. Options as for extract.
-/// Sockets are left out. Errors: Errc::unsupported: the library was built without libarchive; those of FileSystem;
+/// Writes files as one tar archive (pax format) to a file descriptor. If the name of an item is empty, the names in the
+/// directory have nothing in front. Options as for extract. Sockets are left out. Errors: Errc::unsupported: the
+/// library was built without libarchive; Errc::invalid_argument: two items have the same name; those of FileSystem;
 /// Errc::io.
-QCOW_API Result<ExtractReport> write_tar(FileSystem& files, Inode from, const std::string& name, int descriptor,
+QCOW_API Result<ExtractReport> write_tar(FileSystem& files, const std::vector<ExtractItem>& items, int descriptor,
                                          const ExtractOptions& options = {});
 
 }  // namespace qcow
