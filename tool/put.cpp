@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <set>
 #include <utility>
 
 #include "command.h"
@@ -314,17 +315,20 @@ qcow::Result<int> run_put(const PutOptions& options) {
 
 // ---- rm ----
 
-// NOLINTNEXTLINE(misc-no-recursion): a loop in a damaged file system ends, because what was entered is empty then
-qcow::Result<void> remove_below(qcow::FileSystem& files, qcow::Inode directory, const std::string& path, unsigned depth,
-                                Work& work) {
+/// `entered` gets the directories.
+// NOLINTNEXTLINE(misc-no-recursion): no directory is entered twice, and the depth has a limit
+qcow::Result<void> remove_below(qcow::FileSystem& files, qcow::Inode directory, const std::string& path,
+                                std::set<qcow::Inode>& entered, Work& work, unsigned depth = 0) {
     constexpr unsigned deepest = 1000;
     if (depth > deepest) return refuse_path(path, "the directories are too deep");
+    if (!entered.insert(directory).second) return refuse_path(path, "the directory has two places in the file system");
     for (const auto& entry : QCOW_TRY(within(path, files.list(directory)))) {
         QCOW_TRY_VOID(verify_goes_on(work.stop));
         const auto place = below(path, entry.name);
         const auto type =  // not all file systems have it in the entry
             entry.type == qcow::FileType::unknown ? QCOW_TRY(within(place, files.stat(entry.inode))).type : entry.type;
-        if (type == qcow::FileType::directory) QCOW_TRY_VOID(remove_below(files, entry.inode, place, depth + 1, work));
+        if (type == qcow::FileType::directory)
+            QCOW_TRY_VOID(remove_below(files, entry.inode, place, entered, work, depth + 1));
         QCOW_TRY_VOID(within(place, files.remove(directory, entry.name)));
         work.changed = true;
     }
@@ -342,7 +346,8 @@ qcow::Result<int> run_rm(const PutOptions& options) {
                 return std::unexpected(error_of(qcow::Errc::not_found, path, "there is no such file in the disk"));
             if (entry->type == qcow::FileType::directory) {
                 if (options.recursive) {
-                    QCOW_TRY_VOID(remove_below(files, entry->inode, path, 0, work));
+                    std::set<qcow::Inode> entered;
+                    QCOW_TRY_VOID(remove_below(files, entry->inode, path, entered, work));
                 } else if (!QCOW_TRY(within(path, files.list(entry->inode))).empty()) {
                     return refuse_path(path, "the directory is not empty; --recursive removes what is in it, too");
                 }

@@ -128,7 +128,8 @@ private:
                 std::move(filled).error().in(fmt::format("{}: {}", printable(path_), printable(path))));
         }
         if (S_ISREG(inode.mode) && archive_entry_size(entry) > 0) TRY_VOID(read_contents(inode));
-        if (is_root && !inode.is_directory()) return {};
+        if (is_root && !inode.is_directory())
+            return fail(Errc::corrupt, printable(path_), "an entry that is no directory has no name");
         auto& place = *TRY(tree_.place(path));
         // A directory may come behind what is in it.
         if (place != nullptr && place->is_directory() && inode.is_directory()) {

@@ -344,6 +344,15 @@ TEST_F(SourcesTest, OnlyDisksHavePartitions) {
     }
 }
 
+TEST_F(SourcesTest, FilesInArchivesHaveNames) {
+    shell(
+        "python3 -c \"import io, tarfile; i = tarfile.TarInfo(''); i.size = 1; "
+        "tarfile.open('odd.tar', 'w').addfile(i, io.BytesIO(b'x'))\"");
+    const auto built = tool({"build", "--fs", "ext4", "odd.tar", "-o", "disk.raw"});
+    EXPECT_EQ(built.status, 1) << built.text();
+    EXPECT_THAT(built.err, HasSubstr("an entry that is no directory has no name"));
+}
+
 TEST_F(SourcesTest, DeviceNumbersFitOrAreRefused) {
     const auto build_device = [&](const std::string& major, const std::string& minor) {
         shell("python3 -c \"import tarfile; i = tarfile.TarInfo('c'); i.type = tarfile.CHRTYPE; i.devmajor = " + major +

@@ -151,6 +151,12 @@ TEST_F(PutTest, SignalsLeaveAWholeFileSystem) {
     must_run({"e2fsck", "-fn", "disk.raw"}, directory_.path());
 }
 
+TEST_F(PutTest, LoopsOfDirectoriesAreNamed) {
+    shell("mkdir -p tree/a/b; mke2fs -q -t ext4 -d tree disk.raw 8M; debugfs -w -R 'link a a/b/again' disk.raw");
+    expect_refusal({"rm", "-r", "-f", "raw", "disk.raw", "/a"},
+                   HasSubstr("/a/b/again: the directory has two places in the file system"));
+}
+
 TEST_F(PutTest, FatHasNoAttributes) {
     shell("mkfs.fat -C disk.raw 8192 > made; echo 1 > marked; setfattr -n user.mark -v x marked; cp -a marked again");
     const auto put = tool({"put", "-f", "raw", "disk.raw", "marked", "again", "/"});
