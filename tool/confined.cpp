@@ -356,10 +356,10 @@ protected:
         return command(request);
     }
 
-    Result<void> do_replace(Inode directory, const std::string& from, const std::string& to) override {
+    Result<void> do_replace(Inode directory, const DirectoryEntry& from, const DirectoryEntry& to) override {
         auto request = message(Request::replace, directory);
-        request.text(from);
-        request.text(to);
+        request.text(from.name);
+        request.text(to.name);
         return command(request);
     }
 

@@ -24,13 +24,6 @@ struct GetOptions {
     unsigned workers = 0;
 };
 
-/// A file in the disk, and where it goes.
-struct Item {
-    qcow::Inode inode = 0;
-    std::string shown;  // for messages
-    std::string name;   // its last name; empty: the root
-};
-
 std::string last_name(std::string path) {
     while (path.ends_with('/')) path.pop_back();
     return path.substr(path.rfind('/') + 1);
@@ -41,13 +34,14 @@ bool is_directory(const std::string& path) {
     return stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
 }
 
-qcow::Result<std::vector<Item>> items_of(Inside& inside, const GetOptions& options, std::size_t paths) {
-    std::vector<Item> items;
+/// The files in the disk. The root has no name.
+qcow::Result<std::vector<qcow::ExtractItem>> items_of(Inside& inside, const GetOptions& options, std::size_t paths) {
+    std::vector<qcow::ExtractItem> items;
     for (std::size_t i = 0; i < paths; ++i) {
         const auto& path = options.paths[i];
         auto name = last_name(path);
         if (name == "." || name == "..") name.clear();
-        items.push_back({QCOW_TRY(find_shown_path(*inside.files, path, false)), path, name});
+        items.push_back({QCOW_TRY(find_shown_path(*inside.files, path, false)), name, path});
     }
     for (const auto inode : options.inodes) {
         const auto shown = fmt::format("inode-{}", inode);
@@ -56,24 +50,23 @@ qcow::Result<std::vector<Item>> items_of(Inside& inside, const GetOptions& optio
     return items;
 }
 
-/// Where items go: a directory of this machine, and a name in it if the item gets another one.
-struct Target {
-    std::string directory;
-    std::optional<std::string> name;
-};
-
-qcow::Result<Target> target_of(const std::string& target, const std::vector<Item>& items) {
-    if (is_directory(target)) return Target{target, {}};
+/// Returns the directory of this machine that items go to. A single item may get another name.
+qcow::Result<std::string> target_of(const std::string& target, std::vector<qcow::ExtractItem>& items) {
+    if (target == "-") {
+        return refuse("-", "standard output takes no files; `qcow cat` writes one to it, and --tar an archive");
+    }
+    if (is_directory(target)) return target;
     if (items.size() > 1 || target.ends_with('/'))
         return refuse(qcow::printable(target), "there is no such directory; make it first");
     if (items.front().name.empty()) {
         // A whole file system becomes a new directory.
         if (mkdir(target.c_str(), 0777) != 0) return refuse(qcow::printable(target), "cannot make this directory");
-        return Target{target, {}};
+        return target;
     }
     const auto slash = target.rfind('/');
-    if (slash == std::string::npos) return Target{".", target};
-    return Target{slash == 0 ? "/" : target.substr(0, slash), target.substr(slash + 1)};
+    items.front().name = target.substr(slash + 1);
+    if (slash == std::string::npos) return ".";
+    return slash == 0 ? "/" : target.substr(0, slash);
 }
 
 qcow::Result<int> run(const GetOptions& options) {
@@ -82,8 +75,8 @@ qcow::Result<int> run(const GetOptions& options) {
     if (paths == 0 && options.inodes.empty())
         return refuse("get", "name a file in the disk and a target, or give --inode");
     auto inside = QCOW_TRY(open_inside(options.disk));
-    const auto items = QCOW_TRY(items_of(inside, options, paths));
-    Target target;
+    auto items = QCOW_TRY(items_of(inside, options, paths));
+    std::string target;
     if (options.tar) {
         if (isatty(STDOUT_FILENO) != 0) {
             return refuse("standard output",
@@ -97,38 +90,25 @@ qcow::Result<int> run(const GetOptions& options) {
         target = QCOW_TRY(target_of(options.paths.back(), items));
     }
 
-    std::uint64_t failures = 0;
-    std::vector<std::string> not_kept;
+    qcow::ExtractReport report;
     {
         Progress progress("getting", options.progress);
         const CleanUpOnSignals clean_up;
         const auto info = inside.files->info();
         const auto total = info ? info->bytes - std::min(info->bytes, info->free_bytes.value_or(0)) : 0;
-        std::uint64_t before = 0;  // bytes of the items that are done
-        for (const auto& item : items) {
-            qcow::ExtractOptions how;
-            how.disk = inside.disk.get();
-            how.workers = options.workers;
-            how.failed = [&](const std::string& path, const qcow::Error& error) {
-                complain_about(path.empty() ? item.shown : item.shown + (item.shown.ends_with('/') ? "" : "/") + path,
-                               error);
-            };
-            how.progress = [&](std::uint64_t bytes) { progress.update(std::min(before + bytes, total), total); };
-            const auto report =
-                QCOW_TRY(options.tar ? qcow::write_tar(*inside.files, item.inode, item.name, STDOUT_FILENO, how)
-                                     : qcow::extract(*inside.files, item.inode, target.directory,
-                                                     target.name.value_or(item.name), how));
-            before += report.bytes;
-            failures += report.failed;
-            for (const auto& what : report.not_kept)
-                if (std::ranges::find(not_kept, what) == not_kept.end()) not_kept.push_back(what);
-        }
+        qcow::ExtractOptions how;
+        how.disk = inside.disk.get();
+        how.workers = options.workers;
+        how.failed = complain_about;
+        how.progress = [&](std::uint64_t bytes) { progress.update(std::min(bytes, total), total); };
+        report = QCOW_TRY(options.tar ? qcow::write_tar(*inside.files, items, STDOUT_FILENO, how)
+                                      : qcow::extract(*inside.files, items, target, how));
     }
-    if (!not_kept.empty()) {
-        complain(
-            fmt::format("warning: this user may not set, or the target does not have: {}", fmt::join(not_kept, ", ")));
+    if (!report.not_kept.empty()) {
+        complain(fmt::format("warning: this user may not set, or the target does not have: {}",
+                             fmt::join(report.not_kept, ", ")));
     }
-    return failures == 0 ? ok : failed;
+    return report.failed == 0 ? ok : failed;
 }
 
 }  // namespace
@@ -144,7 +124,7 @@ void declare_get(CLI::App& root, int& status) {
         "Examples:\n"
         "  qcow get disk.qcow2:2 /etc/fstab .\n"
         "  qcow get disk.qcow2:2 / tree                       the whole file system\n"
-        "  qcow get --tar disk.qcow2:2 /var | zstd > var.tar.zst\n"
+        "  qcow get --tar disk.qcow2:2 /var /home | zstd > data.tar.zst\n"
         "  qcow get --inode 1234 disk.qcow2:2 .               as inode-1234",
         [options] { return run(*options); });
     add_disk_options(app, options->disk);

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <set>
+#include <utility>
 
 #include "command.h"
 #include "confined.h"
@@ -150,8 +152,9 @@ std::vector<qcow::Attribute> attributes_of(const std::string& path) {
 /// Copies files of this machine into the file system.
 class Putting {
 public:
-    Putting(qcow::FileSystem& files, const PutOptions& options, const qcow::FilesInUse& in_use, Work& work)
-        : files_(files), options_(options), in_use_(in_use), work_(work) {}
+    Putting(qcow::FileSystem& files, const PutOptions& options, const qcow::FilesInUse& in_use, Work& work,
+            bool keeps_attributes)
+        : files_(files), options_(options), in_use_(in_use), work_(work), keeps_attributes_(keeps_attributes) {}
 
     /// Copies a file of this machine, and all below it, to `path` in the disk: to the name in this directory.
     // NOLINTNEXTLINE(misc-no-recursion): as deep as the directories of this machine
@@ -204,7 +207,7 @@ private:
         }
     }
 
-    qcow::Result<qcow::NewNode> node_of(const std::string& source, const struct stat& status) const {
+    qcow::Result<qcow::NewNode> node_of(const std::string& source, const struct stat& status) {
         qcow::NewNode node;
         auto& info = node.info;
         info.type = type_of(status.st_mode);
@@ -223,6 +226,11 @@ private:
             node.link_target = std::move(target);
         }
         node.attributes = attributes_of(source);
+        if (!keeps_attributes_ && !node.attributes.empty()) {
+            if (!std::exchange(warned_, true))
+                complain("warning: FAT has no extended attributes; those of the files are left out");
+            node.attributes.clear();
+        }
         return node;
     }
 
@@ -278,6 +286,8 @@ private:
     const PutOptions& options_;
     const qcow::FilesInUse& in_use_;  // those of the disk
     Work& work_;
+    bool keeps_attributes_;
+    bool warned_ = false;  // that it does not
 };
 
 qcow::Result<int> run_put(const PutOptions& options) {
@@ -286,7 +296,7 @@ qcow::Result<int> run_put(const PutOptions& options) {
     return change_files(options, [&](qcow::FileSystem& files, Work& work) -> qcow::Result<void> {
         const auto sources = std::span(options.paths).first(options.paths.size() - 1);
         const auto& target = options.paths.back();
-        Putting putting(files, options, in_use, work);
+        Putting putting(files, options, in_use, work, QCOW_TRY(files.info()).type != "vfat");
         const auto place = qcow::find_path(files, target);
         const bool into = place && QCOW_TRY(files.stat(*place)).type == qcow::FileType::directory;
         if (!into && (sources.size() > 1 || target.ends_with('/')))
@@ -308,17 +318,20 @@ qcow::Result<int> run_put(const PutOptions& options) {
 
 // ---- rm ----
 
-// NOLINTNEXTLINE(misc-no-recursion): a loop in a damaged file system ends, because what was entered is empty then
-qcow::Result<void> remove_below(qcow::FileSystem& files, qcow::Inode directory, const std::string& path, unsigned depth,
-                                Work& work) {
+/// `entered` gets the directories.
+// NOLINTNEXTLINE(misc-no-recursion): no directory is entered twice, and the depth has a limit
+qcow::Result<void> remove_below(qcow::FileSystem& files, qcow::Inode directory, const std::string& path,
+                                std::set<qcow::Inode>& entered, Work& work, unsigned depth = 0) {
     constexpr unsigned deepest = 1000;
     if (depth > deepest) return refuse_path(path, "the directories are too deep");
+    if (!entered.insert(directory).second) return refuse_path(path, "the directory has two places in the file system");
     for (const auto& entry : QCOW_TRY(within(path, files.list(directory)))) {
         QCOW_TRY_VOID(verify_goes_on(work.stop));
         const auto place = below(path, entry.name);
         const auto type =  // not all file systems have it in the entry
             entry.type == qcow::FileType::unknown ? QCOW_TRY(within(place, files.stat(entry.inode))).type : entry.type;
-        if (type == qcow::FileType::directory) QCOW_TRY_VOID(remove_below(files, entry.inode, place, depth + 1, work));
+        if (type == qcow::FileType::directory)
+            QCOW_TRY_VOID(remove_below(files, entry.inode, place, entered, work, depth + 1));
         QCOW_TRY_VOID(within(place, files.remove(directory, entry.name)));
         work.changed = true;
     }
@@ -334,8 +347,14 @@ qcow::Result<int> run_rm(const PutOptions& options) {
             const auto entry = QCOW_TRY(within(path, entry_of(files, directory, name)));
             if (!entry)
                 return std::unexpected(error_of(qcow::Errc::not_found, path, "there is no such file in the disk"));
-            if (entry->type == qcow::FileType::directory && options.recursive)
-                QCOW_TRY_VOID(remove_below(files, entry->inode, path, 0, work));
+            if (entry->type == qcow::FileType::directory) {
+                if (options.recursive) {
+                    std::set<qcow::Inode> entered;
+                    QCOW_TRY_VOID(remove_below(files, entry->inode, path, entered, work));
+                } else if (!QCOW_TRY(within(path, files.list(entry->inode))).empty()) {
+                    return refuse_path(path, "the directory is not empty; --recursive removes what is in it, too");
+                }
+            }
             QCOW_TRY_VOID(within(path, files.remove(directory, name)));
             work.changed = true;
         }
@@ -364,7 +383,12 @@ qcow::Result<int> run_mkdir(const PutOptions& options) {
         for (const auto& path : options.paths) {
             if (!options.parents) {
                 const auto [above, name] = split_path(path);
-                QCOW_TRY(within(path, make_directory(files, QCOW_TRY(qcow::find_path(files, above)), name)));
+                const auto directory = qcow::find_path(files, above);
+                if (!directory && directory.error().code == qcow::Errc::not_found) {
+                    return std::unexpected(error_of(qcow::Errc::not_found, above,
+                                                    "there is no such directory in the disk; --parents makes it, too"));
+                }
+                QCOW_TRY(within(path, make_directory(files, QCOW_TRY(directory), name)));
                 work.changed = true;
                 continue;
             }

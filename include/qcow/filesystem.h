@@ -12,6 +12,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "qcow/disk.h"
@@ -193,7 +194,12 @@ public:
 
     // Changes. Only ext2, ext3, ext4 and FAT, on a disk that is open for writing, and opened with Access::write.
 
-    /// Makes a file without contents, and returns it. Errors: Errc::invalid_argument: the name is taken.
+    // Errors: Errc::invalid_argument: this is not to be changed, or the file system cannot hold such a thing;
+    // Errc::not_found: the file was removed; Errc::no_space: nothing stays halfway, except what write() wrote. Other
+    // failures halfway leave ext marked as not clean, for e2fsck.
+
+    /// Makes a file without contents, and returns it. Errors: Errc::invalid_argument: the name is taken, the type is
+    /// unknown, a link has no target, or an attribute is none that Linux has; Errc::unsupported: FAT has no attributes.
     Result<Inode> create(Inode directory, const std::string& name, const NewNode& node);
     /// Writes contents of a regular file, and makes it as long as necessary.
     Result<void> write(Inode inode, std::uint64_t at, std::span<const std::byte> from);
@@ -202,9 +208,10 @@ public:
     /// Removes a name, and the file if it has no other. Errors: Errc::invalid_argument: a directory that is not empty.
     Result<void> remove(Inode directory, const std::string& name);
     /// Gives the file `from` the name `to` of a file in the same directory, and removes that file as remove() does.
-    /// Needs no space. Errors: Errc::invalid_argument: one of the two is a directory.
+    /// Needs no space. If both are the same file, nothing changes. Errors: Errc::invalid_argument: one of the two is a
+    /// directory.
     Result<void> replace(Inode directory, const std::string& from, const std::string& to);
-    /// Completes the changes, and makes them durable. The file system cannot be used any more.
+    /// Completes the changes, and makes them durable. Every later call is an error: Errc::invalid_argument.
     Result<void> close();
 
 protected:
@@ -221,8 +228,16 @@ protected:
     virtual Result<void> do_write(Inode inode, std::uint64_t at, std::span<const std::byte> from);
     virtual Result<void> do_truncate(Inode inode, std::uint64_t size);
     virtual Result<void> do_remove(Inode directory, const std::string& name);
-    virtual Result<void> do_replace(Inode directory, const std::string& from, const std::string& to);
+    /// Two files, and none is a directory.
+    virtual Result<void> do_replace(Inode directory, const DirectoryEntry& from, const DirectoryEntry& to);
     virtual Result<void> do_close();
+
+private:
+    /// Does the work of a public function, unless the file system was closed.
+    template <class Work>
+    std::invoke_result_t<Work> run(Work&& work);
+
+    bool closed_ = false;
 };
 
 enum class Access : std::uint8_t {
@@ -270,6 +285,13 @@ QCOW_API Result<void> walk(FileSystem& files, Inode start, const WalkOptions& op
 
 // ---- Files for this machine ----
 
+/// A file that is extracted, with all below it.
+struct ExtractItem {
+    Inode inode = 0;
+    std::string name;        ///< its new name; empty: what is in a directory becomes the contents of the target itself
+    std::string shown = {};  ///< what stands in front of the paths below it in errors; empty: nothing
+};
+
 struct ExtractOptions {
     /// The disk that the file system was opened on. Contents that lie in it as they are, are read from it by several
     /// threads.
@@ -288,24 +310,24 @@ struct ExtractReport {
     std::vector<std::string> not_kept;  ///< kinds of properties that this process may not set: "owners", "device nodes"
 };
 
-/// Copies the file `from`, and all below it, to `name` in the directory `target` of this machine. Keeps owners, modes,
-/// times, hard links, symbolic links, holes, device nodes and extended attributes, as far as this process may set them.
+/// Copies files to the directory `target` of this machine. Keeps owners, modes, times, hard links, symbolic links,
+/// holes, device nodes and extended attributes, as far as this process may set them.
 /// Nothing outside of `target` is made or changed: no symbolic link is followed, and nothing that exists is replaced.
 /// Directories that exist get the new entries.
 /// Errors: those of FileSystem; Errc::refused_by_policy: a name that would lead out of the target;
 /// Errc::invalid_argument: something with the name exists; Errc::io, no_space, access_denied.
-QCOW_API Result<ExtractReport> extract(FileSystem& files, Inode from, const std::string& target,
-                                       const std::string& name, const ExtractOptions& options = {});
+QCOW_API Result<ExtractReport> extract(FileSystem& files, const std::vector<ExtractItem>& items,
+                                       const std::string& target, const ExtractOptions& options = {});
 
 /// Reads the contents of a file, in order: each piece is at most 1 MiB. `disk` as for ExtractOptions.
 QCOW_API Result<void> read_contents(FileSystem& files, Inode inode, Disk* disk, unsigned workers,
                                     const std::function<Result<void>(std::span<const std::byte>)>& take);
 
-/// Writes the file `from`, and all below it, as a tar archive (pax format) to a file descriptor. `name` is the name of
-/// `from` in the archive; if it is empty, the names in a directory have nothing in front. Options as for extract.
-/// Sockets are left out. Errors: Errc::unsupported: the library was built without libarchive; those of FileSystem;
+/// Writes files as one tar archive (pax format) to a file descriptor. If the name of an item is empty, the names in the
+/// directory have nothing in front. Options as for extract. Sockets are left out. Errors: Errc::unsupported: the
+/// library was built without libarchive; Errc::invalid_argument: two items have the same name; those of FileSystem;
 /// Errc::io.
-QCOW_API Result<ExtractReport> write_tar(FileSystem& files, Inode from, const std::string& name, int descriptor,
+QCOW_API Result<ExtractReport> write_tar(FileSystem& files, const std::vector<ExtractItem>& items, int descriptor,
                                          const ExtractOptions& options = {});
 
 }  // namespace qcow

@@ -128,7 +128,8 @@ private:
                 std::move(filled).error().in(fmt::format("{}: {}", printable(path_), printable(path))));
         }
         if (S_ISREG(inode.mode) && archive_entry_size(entry) > 0) TRY_VOID(read_contents(inode));
-        if (is_root && !inode.is_directory()) return {};
+        if (is_root && !inode.is_directory())
+            return fail(Errc::corrupt, printable(path_), "an entry that is no directory has no name");
         auto& place = *TRY(tree_.place(path));
         // A directory may come behind what is in it.
         if (place != nullptr && place->is_directory() && inode.is_directory()) {
@@ -162,8 +163,9 @@ private:
         }
         if (S_ISLNK(inode.mode)) inode.make_rare().target = target_of_entry(entry);
         if (S_ISCHR(inode.mode) || S_ISBLK(inode.mode)) {
-            inode.make_rare().major = static_cast<unsigned>(archive_entry_rdevmajor(entry));
-            inode.make_rare().minor = static_cast<unsigned>(archive_entry_rdevminor(entry));
+            const auto device = device_of_entry(entry);
+            inode.make_rare().major = device.major;
+            inode.make_rare().minor = device.minor;
         }
         const char* name = nullptr;
         const void* value = nullptr;

@@ -9,6 +9,7 @@
 #include <charconv>
 #include <vector>
 
+#include "filesystem/readers.h"
 #include "qcow/text.h"
 
 namespace qcow {
@@ -105,6 +106,10 @@ private:
         ++needs_.inodes;
         if (inode.rare) {
             if (!inode.rare->xattrs.empty() && !fits_in_inode(plan_, *inode.rare)) needs_.blocks += 1;
+            if (inode.rare->major > most_major || inode.rare->minor > most_minor) {
+                return refuse_file(fmt::format("ext cannot hold a device with the numbers {} and {}", inode.rare->major,
+                                               inode.rare->minor));
+            }
             if (S_ISLNK(inode.mode) && inode.rare->target.size() >= 60) needs_.blocks += 1;
             if (S_ISLNK(inode.mode) && inode.rare->target.size() >= plan_.block_size)
                 return refuse_file("the target of the symbolic link is longer than a block");

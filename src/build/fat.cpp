@@ -365,7 +365,9 @@ Result<std::uint64_t> fitted_fat(const Volume& volume, unsigned sector_size) {
         size = divide_up(size, 4096) * 4096;
         const auto layout = layout_of(volume, size, sector_size, root_entries);
         if (!layout) {
-            if (layout.error().code != Errc::no_space || size > 16384 * GiB) return std::unexpected(layout.error());
+            const auto most = cluster_limits(bits_of(volume.spec.type, size)).second *
+                              volume.spec.block_size.value_or(largest_cluster);
+            if (layout.error().code != Errc::no_space || size > most) return std::unexpected(layout.error());
             size += std::max(size / 64, 64 * KiB);
             continue;
         }

@@ -15,46 +15,36 @@
 namespace qcow {
 namespace {
 
+using Extents = std::shared_ptr<const std::vector<FileExtent>>;
+
 /// A file system that several threads read from.
-struct SharedFiles {
-    std::shared_ptr<Disk> disk;
-    std::unique_ptr<FileSystem> files;
-    std::mutex mutex;  // guards `files`
-};
-
-class FileInImage final : public Contents {
+class SharedFiles {
 public:
-    FileInImage(SharedFiles& shared, Inode inode) : shared_(shared), inode_(inode) {}
+    SharedFiles(std::shared_ptr<Disk> on, std::unique_ptr<FileSystem> opened)
+        : disk(std::move(on)), files(std::move(opened)) {}
 
-    Result<void> read(std::uint64_t at, std::span<std::byte> to) const override {
-        std::unique_lock lock(shared_.mutex);
-        auto extents = shared_.files->extents(inode_, at);
-        if (!extents && extents.error().code != Errc::unsupported) return std::unexpected(std::move(extents).error());
-        if (!extents) return read_by_file_system(at, to);
-        lock.unlock();
-        const auto end = at + to.size();
-        auto done = at;
-        for (const auto& extent : *extents) {
-            const auto begin = std::max(extent.at, at);
-            const auto last = std::min(extent.at + extent.length, end);
-            if (begin >= last) continue;
-            const auto piece = to.subspan(begin - at, last - begin);
-            if (extent.stored) {
-                TRY_VOID(shared_.disk->read(*extent.stored + (begin - extent.at), piece));
-            } else {
-                std::ranges::fill(piece, std::byte{0});
-            }
-            done = last;
+    /// Returns a list of extents of the file that has the one with the byte `at`.
+    Result<Extents> extents(Inode inode, std::uint64_t at) {
+        const std::lock_guard lock(mutex_);
+        const auto known = std::ranges::find_if(known_, [&](const Known& list) {
+            const auto& [first, last] = std::pair(list.extents->front(), list.extents->back());
+            return list.inode == inode && first.at <= at && at < last.at + last.length;
+        });
+        if (known != known_.end()) {
+            std::rotate(known_.begin(), known, known + 1);
+            return known_.front().extents;
         }
-        if (done == end) return {};
-        // There are more extents than one list has.
-        return done == at ? ended() : read(done, to.subspan(done - at));
+        auto extents = std::make_shared<const std::vector<FileExtent>>(TRY(files->extents(inode, at)));
+        if (extents->empty() || extents->front().at > at) return ended();
+        if (known_.size() == most_known) known_.pop_back();
+        known_.push_front({inode, extents});
+        return extents;
     }
 
-private:
-    Result<void> read_by_file_system(std::uint64_t at, std::span<std::byte> to) const {
+    Result<void> read(Inode inode, std::uint64_t at, std::span<std::byte> to) {
+        const std::lock_guard lock(mutex_);
         while (!to.empty()) {
-            const auto got = TRY(shared_.files->read(inode_, at, to));
+            const auto got = TRY(files->read(inode, at, to));
             if (got == 0) return ended();
             at += got;
             to = to.subspan(got);
@@ -62,10 +52,49 @@ private:
         return {};
     }
 
+    const std::shared_ptr<Disk> disk;
+    const std::unique_ptr<FileSystem> files;  // used by one thread until the tree is complete
+
+private:
+    struct Known {
+        Inode inode = 0;
+        Extents extents;  // never empty
+    };
+
     static std::unexpected<Error> ended() {
         return fail(Errc::corrupt, "source", "a file of the image is shorter than its inode says");
     }
 
+    /// Finding extents takes time that grows with their number, and a file is read piece by piece.
+    static constexpr std::size_t most_known = 16;
+    std::mutex mutex_;         // guards the file system and what follows
+    std::deque<Known> known_;  // the last lists that were used, the latest first
+};
+
+class FileInImage final : public Contents {
+public:
+    FileInImage(SharedFiles& shared, Inode inode) : shared_(shared), inode_(inode) {}
+
+    Result<void> read(std::uint64_t at, std::span<std::byte> to) const override {
+        while (!to.empty()) {
+            const auto extents = shared_.extents(inode_, at);
+            if (!extents && extents.error().code == Errc::unsupported) return shared_.read(inode_, at, to);
+            if (!extents) return std::unexpected(extents.error());
+            const auto& all = **extents;
+            const auto extent = *std::prev(std::ranges::upper_bound(all, at, {}, &FileExtent::at));
+            const auto part = to.first(std::min<std::uint64_t>(to.size(), extent.at + extent.length - at));
+            if (extent.stored) {
+                TRY_VOID(shared_.disk->read(*extent.stored + (at - extent.at), part));
+            } else {
+                std::ranges::fill(part, std::byte{0});
+            }
+            at += part.size();
+            to = to.subspan(part.size());
+        }
+        return {};
+    }
+
+private:
     SharedFiles& shared_;
     Inode inode_;
 };
@@ -175,10 +204,8 @@ private:
 
 }  // namespace
 
-Result<Tree> tree_of_disk(std::shared_ptr<Disk> disk) {
-    auto shared = std::make_shared<SharedFiles>();
-    shared->disk = disk;
-    shared->files = TRY(open_file_system(std::move(disk)));
+Result<Tree> tree_of_files(std::shared_ptr<Disk> disk, std::unique_ptr<FileSystem> files) {
+    auto shared = std::make_shared<SharedFiles>(std::move(disk), std::move(files));
     return ImageLister(std::move(shared)).run();
 }
 

@@ -75,6 +75,13 @@ Result<void> verify_lies_outside(const std::string& target, const std::string& d
         fmt::format("the target would overwrite a file of the source {}; choose another file", printable(directory)));
 }
 
+Result<Tree> tree_of_disk(std::shared_ptr<Disk> disk, const std::string& source, const SourceContext& context) {
+    auto files = TRY(open_file_system(disk));
+    for (const auto& warning : TRY(files->info()).warnings)
+        context.warnings.add({Warning::Kind::odd_image, fmt::format("{}: {}", printable(source), warning)});
+    return tree_of_files(std::move(disk), std::move(files));
+}
+
 }  // namespace
 
 Result<std::shared_ptr<Disk>> disk_of_source(const std::string& source, const SourceContext& context) {
@@ -92,15 +99,22 @@ Result<Tree> tree_of(const std::string& source, const SourceContext& context) {
     const auto [path, partition] = named(source);
     if (stat(path.c_str(), &status) != 0)
         return fail(Errc::not_found, printable(source), "there is no such directory, archive or image");
-    if (S_ISDIR(status.st_mode)) {
+    const bool is_directory = S_ISDIR(status.st_mode);
+    const bool is_archive = S_ISREG(status.st_mode) && TRY(holds_archive(path));
+    if (partition && (is_directory || is_archive)) {
+        return fail(Errc::invalid_argument, printable(source),
+                    fmt::format("{} is {} and has no partitions; leave out \":{}\"", printable(path),
+                                is_directory ? "a directory" : "an archive", *partition));
+    }
+    if (is_directory) {
         TRY_VOID(verify_lies_outside(context.job.target.path, path));
         return tree_of_directory(path);
     }
-    if (S_ISREG(status.st_mode) && !partition && TRY(holds_archive(path))) {
+    if (is_archive) {
         TRY_VOID(context.in_use.add(FilesInUse::Use::read, path, "a source"));
         return tree_of_archive(path);
     }
-    auto tree = tree_of_disk(TRY(disk_of_source(source, context)));
+    auto tree = tree_of_disk(TRY(disk_of_source(source, context)), source, context);
     if (!tree) return std::unexpected(std::move(tree).error().in(printable(source)));
     return tree;
 }

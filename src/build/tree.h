@@ -19,6 +19,7 @@
 #include "base/try.h"
 #include "qcow/build.h"
 #include "qcow/disk.h"
+#include "qcow/filesystem.h"
 
 namespace qcow {
 
@@ -200,7 +201,7 @@ Result<Tree> tree_of_directory(const std::string& path);
 Result<Tree> tree_of_archive(const std::string& path);
 
 /// Lists the file system that a disk holds. Contents are read from the disk.
-Result<Tree> tree_of_disk(std::shared_ptr<Disk> disk);
+Result<Tree> tree_of_files(std::shared_ptr<Disk> disk, std::unique_ptr<FileSystem> files);
 
 /// Puts `upper` over `lower`, as OCI's and overlayfs's layers: with their whiteouts.
 Result<void> put_layer(Tree& lower, Tree upper);

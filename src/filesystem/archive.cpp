@@ -320,8 +320,9 @@ private:
         info.user = static_cast<std::uint32_t>(archive_entry_uid(entry));
         info.group = static_cast<std::uint32_t>(archive_entry_gid(entry));
         info.size = static_cast<std::uint64_t>(std::max<la_int64_t>(archive_entry_size(entry), 0));
-        info.major = static_cast<std::uint32_t>(archive_entry_rdevmajor(entry));
-        info.minor = static_cast<std::uint32_t>(archive_entry_rdevminor(entry));
+        const auto device = device_of_entry(entry);
+        info.major = device.major;
+        info.minor = device.minor;
         info.modified = mtime_of_entry(reader, entry);
         info.accessed = atime_of_entry(reader, entry);
         if (info.type == FileType::symbolic_link) {

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "base/try.h"
@@ -142,6 +143,13 @@ Result<std::vector<Attribute>> acls_of_entry(archive_entry* entry) {
         acls.push_back({name, std::move(value)});
     }
     return acls;
+}
+
+DeviceNumber device_of_entry(archive_entry* entry) {
+    const auto fitting = [](std::uint64_t number) {
+        return static_cast<std::uint32_t>(std::min<std::uint64_t>(number, std::numeric_limits<std::uint32_t>::max()));
+    };
+    return {fitting(archive_entry_rdevmajor(entry)), fitting(archive_entry_rdevminor(entry))};
 }
 
 std::optional<Timestamp> mtime_of_entry(archive* reader, archive_entry* entry) {

@@ -40,6 +40,13 @@ std::uint32_t mode_of_entry(archive_entry* entry);
 /// an ACL names a user without a number.
 Result<std::vector<Attribute>> acls_of_entry(archive_entry* entry);
 
+struct DeviceNumber {
+    std::uint32_t major = 0;
+    std::uint32_t minor = 0;
+};
+/// A number of more than 32 bits becomes the greatest one.
+DeviceNumber device_of_entry(archive_entry* entry);
+
 std::optional<Timestamp> mtime_of_entry(archive* reader, archive_entry* entry);
 std::optional<Timestamp> atime_of_entry(archive* reader, archive_entry* entry);
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <memory>
 
 #include "base/bits.h"
 #include "filesystem/ext.h"
@@ -40,6 +41,13 @@ void store_time(const std::optional<Timestamp>& time, std::uint32_t& seconds, st
     if (extra != nullptr) *extra = (time->nanoseconds << 2) | (epoch & 3);
 }
 
+/// Frees the cluster of a block. Returns false if another block of it did so before.
+bool release_block(ext2_filsys fs, blk64_t block) {
+    if (ext2fs_test_block_bitmap2(fs->block_map, block) == 0) return false;
+    ext2fs_block_alloc_stats2(fs, block, -1);
+    return true;
+}
+
 class ExtChanges final : public ExtFiles {
 public:
     using ExtFiles::ExtFiles;
@@ -66,32 +74,132 @@ public:
 
 protected:
     Result<Inode> do_create(Inode directory, const std::string& name, const NewNode& node) override {
-        return with_space([&] { return create_node(directory, name, node); });
+        return change([&] { return with_space([&] { return create_node(directory, name, node); }); });
     }
 
     Result<void> do_write(Inode inode, std::uint64_t at, std::span<const std::byte> from) override {
-        return with_space([&] { return write_data(inode, at, from); });
+        return change([&] { return with_space([&] { return write_data(inode, at, from); }); });
     }
 
     Result<void> do_truncate(Inode inode, std::uint64_t size) override {
-        TRY_VOID(expect(inode, FileType::regular));
-        TRY_VOID(begin_change());
-        auto* const file = TRY(opened_file(inode));
-        loaded_ = 0;
-        return verify(ext2fs_file_set_size2(file, static_cast<ext2_off64_t>(size)), inode_place(inode));
+        return change([&] { return set_size(inode, size); });
     }
 
     Result<void> do_remove(Inode directory, const std::string& name) override {
+        return change([&] { return remove_name(directory, name); });
+    }
+
+    Result<void> do_replace(Inode directory, const DirectoryEntry& from, const DirectoryEntry& to) override {
+        return change([&] { return replace_file(directory, from, to); });
+    }
+
+    Result<void> do_close() override {
+        forget_file();
+        auto freed = free_lost();
+        ext2_filsys closed = std::exchange(fs_, nullptr);
+        // libext2fs writes the superblock after everything else is durable.
+        if (changed_ && sound_ && freed && !io_.failed()) set_clean(*closed, true);
+        auto ended = io_.verify(ext2fs_close_free(&closed), type_);
+        return freed ? ended : freed;
+    }
+
+private:
+    /// Makes a change. If it fails halfway, the file system stays marked as not clean. What fails for lack of space
+    /// leaves nothing halfway.
+    template <class Work>
+    std::invoke_result_t<Work> change(Work&& work) {
+        begun_ = false;
+        auto done = work();
+        if (!done && begun_ && done.error().code != Errc::no_space) sound_ = false;
+        return done;
+    }
+
+    /// Refuses what is of another type, what was removed, and what belongs to the file system itself.
+    Result<void> expect_changeable(Inode inode, FileType type) {
+        const auto large = TRY(load(inode));
+        if (inode != root()) TRY_VOID(refuse_own(inode));
+        if (reinterpret_cast<const ext2_inode&>(large).i_links_count == 0 || lost_.contains(inode))
+            return fail(Errc::not_found, inode_place(inode), "this file was removed");
+        return expect(inode, type);
+    }
+
+    /// Refuses what belongs to the file system itself.
+    [[nodiscard]] Result<void> refuse_own(Inode inode) const {
+        if (inode >= EXT2_FIRST_INODE(fs_->super)) return {};
+        return fail(Errc::invalid_argument, inode_place(inode), "this belongs to the file system itself");
+    }
+
+    Result<void> set_size(Inode inode, std::uint64_t size) {
+        TRY_VOID(expect_changeable(inode, FileType::regular));
+        TRY_VOID(begin_change());
         forget_file();
         loaded_ = 0;
-        TRY_VOID(expect(directory, FileType::directory));
+        TRY_VOID(free_extents(inode, divide_up(size, std::uint64_t{fs_->blocksize})));
+        loaded_ = 0;
+        auto* const file = TRY(opened_file(inode));
+        return verify(ext2fs_file_set_size2(file, static_cast<ext2_off64_t>(size)), inode_place(inode));
+    }
+
+    /// Frees the blocks of a file with extents from `first` on. Not by ext2fs_punch: it refuses to free the last block
+    /// of a file system.
+    Result<void> free_extents(Inode inode, blk64_t first) {
+        const auto place = inode_place(inode);
+        auto large = TRY(load(inode));
+        auto& raw = reinterpret_cast<ext2_inode&>(large);
+        if ((raw.i_flags & EXT4_EXTENTS_FL) == 0) return {};
+        ext2_extent_handle_t handle = nullptr;
+        TRY_VOID(verify(ext2fs_extent_open2(fs_, number(inode), &raw, &handle), place));
+        const std::unique_ptr<ext2_extent_handle, void (*)(ext2_extent_handle_t)> owner(handle, ext2fs_extent_free);
+        std::vector<std::pair<blk64_t, blk64_t>> freed;  // the first block, and how many
+        while (true) {
+            ext2fs_extent extent = {};
+            auto code = ext2fs_extent_get(handle, EXT2_EXTENT_ROOT, &extent);
+            if (code == 0) code = ext2fs_extent_get(handle, EXT2_EXTENT_LAST_LEAF, &extent);
+            if (code == EXT2_ET_EXTENT_NO_NEXT || code == EXT2_ET_NO_CURRENT_NODE) break;
+            TRY_VOID(verify(code, place));
+            if (extent.e_lblk + extent.e_len <= first) break;
+            const auto kept = first - std::min<blk64_t>(first, extent.e_lblk);
+            const auto count = extent.e_len - kept;
+            if (!lies_within(extent.e_pblk, extent.e_len, ext2fs_blocks_count(fs_->super)))
+                return fail(Errc::corrupt, place, "an extent lies past the end of the file system");
+            freed.emplace_back(extent.e_pblk + kept, count);
+            extent.e_len = static_cast<std::uint32_t>(kept);
+            TRY_VOID(
+                verify(kept == 0 ? ext2fs_extent_delete(handle, 0) : ext2fs_extent_replace(handle, 0, &extent), place));
+        }
+        return release(inode, raw, first, freed);
+    }
+
+    /// Frees blocks that a file had from `first` on. What is in front of it may be in the same cluster.
+    Result<void> release(Inode inode, ext2_inode& raw, blk64_t first,
+                         const std::vector<std::pair<blk64_t, blk64_t>>& freed) {
+        if (freed.empty()) return {};
+        const auto place = inode_place(inode);
+        const blk64_t ratio = EXT2FS_CLUSTER_RATIO(fs_);
+        blk64_t kept = 0;
+        if (ratio > 1) TRY_VOID(verify(ext2fs_map_cluster_block(fs_, number(inode), &raw, first, &kept), place));
+        blk64_t clusters = 0;
+        for (const auto& [start, count] : freed) {
+            for (auto block = start; block < start + count; ++block) {
+                if (kept != 0 && block / ratio == kept / ratio) continue;
+                if (release_block(fs_, block)) ++clusters;
+            }
+        }
+        TRY_VOID(verify(ext2fs_iblk_sub_blocks(fs_, &raw, clusters), place));
+        return verify(ext2fs_write_inode(fs_, number(inode), &raw), place);
+    }
+
+    Result<void> remove_name(Inode directory, const std::string& name) {
+        forget_file();
+        loaded_ = 0;
+        TRY_VOID(expect_changeable(directory, FileType::directory));
         const auto inode = number(TRY(find(directory, name)));
+        TRY_VOID(refuse_own(inode));
         const auto large = TRY(load(inode));
         const bool is_directory = LINUX_S_ISDIR(reinterpret_cast<const ext2_inode&>(large).i_mode);
         std::vector<Error> refused;
         if (is_directory && (!TRY(do_list(inode, false, refused)).empty() || !refused.empty())) {
-            return fail(Errc::invalid_argument, name,
-                        "the directory is not empty; --recursive removes what is in it, too");
+            return fail(Errc::invalid_argument, name, "the directory is not empty");
         }
         TRY_VOID(begin_change());
         loaded_ = 0;
@@ -105,14 +213,12 @@ protected:
         return lose_name(inode, name);
     }
 
-    Result<void> do_replace(Inode directory, const std::string& from, const std::string& to) override {
+    Result<void> replace_file(Inode directory, const DirectoryEntry& from, const DirectoryEntry& to) {
         forget_file();
         loaded_ = 0;
-        TRY_VOID(expect(directory, FileType::directory));
-        const auto made = TRY(do_lookup(directory, from));
-        const auto old = TRY(do_lookup(directory, to));
-        if (made.type == FileType::directory || old.type == FileType::directory)
-            return fail(Errc::invalid_argument, to, "a directory is not replaced, and replaces nothing");
+        TRY_VOID(expect_changeable(directory, FileType::directory));
+        TRY_VOID(refuse_own(from.inode));
+        TRY_VOID(refuse_own(to.inode));
         TRY_VOID(begin_change());
         // The entry stays where it is, so there is always room for it.
         struct Change {
@@ -120,8 +226,8 @@ protected:
             ext2_ino_t inode;
             int type;
             bool done = false;
-        } change{to, number(made.inode), 0};
-        if (ext2fs_has_feature_filetype(fs_->super)) change.type = entry_of_type(made.type);
+        } change{to.name, number(from.inode), 0};
+        if (ext2fs_has_feature_filetype(fs_->super)) change.type = entry_of_type(from.type);
         const auto change_entry = [](ext2_ino_t, int kind, ext2_dir_entry* raw, int, int, char*, void* data) -> int {
             auto& with = *static_cast<Change*>(data);
             const auto length = static_cast<std::size_t>(ext2fs_dirent_name_len(raw));
@@ -131,25 +237,14 @@ protected:
             with.done = true;
             return DIRENT_CHANGED | DIRENT_ABORT;
         };
-        TRY_VOID(verify(ext2fs_dir_iterate2(fs_, number(directory), 0, nullptr, change_entry, &change), to));
-        if (!change.done) return fail(Errc::corrupt, to, "its entry cannot be found in the directory");
+        TRY_VOID(verify(ext2fs_dir_iterate2(fs_, number(directory), 0, nullptr, change_entry, &change), to.name));
+        if (!change.done) return fail(Errc::corrupt, to.name, "its entry cannot be found in the directory");
         loaded_ = 0;
-        TRY_VOID(verify(ext2fs_unlink(fs_, number(directory), from.c_str(), number(made.inode), 0), from));
-        return lose_name(old.inode, to);
+        const auto& name = from.name;
+        TRY_VOID(verify(ext2fs_unlink(fs_, number(directory), name.c_str(), number(from.inode), 0), name));
+        return lose_name(to.inode, to.name);
     }
 
-    Result<void> do_close() override {
-        forget_file();
-        if (fs_ == nullptr) return {};
-        auto freed = free_lost();
-        ext2_filsys closed = std::exchange(fs_, nullptr);
-        // libext2fs writes the superblock after everything else is durable.
-        if (changed_ && freed && !io_.failed()) set_clean(*closed, true);
-        auto ended = io_.verify(ext2fs_close_free(&closed), type_);
-        return freed ? ended : freed;
-    }
-
-private:
     static void set_clean(struct_ext2_filsys& fs, bool clean) {
         if (clean) {
             fs.super->s_state |= EXT2_VALID_FS;
@@ -162,6 +257,7 @@ private:
     /// Marks the file system as not clean, durably, before its first change. A process that dies meanwhile leaves work
     /// for e2fsck, as one does that has it mounted.
     Result<void> begin_change() {
+        begun_ = true;
         if (changed_) return {};
         set_clean(*fs_, false);
         const int flags = fs_->flags;
@@ -192,12 +288,18 @@ private:
     }
 
     Result<Inode> create_node(Inode directory, const std::string& name, const NewNode& node) {
-        TRY_VOID(expect(directory, FileType::directory));
+        TRY_VOID(expect_changeable(directory, FileType::directory));
         const auto above = TRY(load(directory));
         if ((reinterpret_cast<const ext2_inode&>(above).i_flags & EXT4_ENCRYPT_FL) != 0)
             return fail(Errc::encrypted, name, "the directory is encrypted (fscrypt), and takes no new files");
         if (name.size() > EXT2_NAME_LEN)
             return fail(Errc::invalid_argument, name, fmt::format("names in ext have at most {} bytes", EXT2_NAME_LEN));
+        if (node.link_target.size() >= fs_->blocksize) {
+            return fail(Errc::invalid_argument, name,
+                        fmt::format("targets of links have less than {} bytes here", fs_->blocksize));
+        }
+        if (node.info.major > most_major || node.info.minor > most_minor)
+            return fail(Errc::invalid_argument, name, "ext cannot store such a device number");
         ext2_ino_t taken = 0;
         if (ext2fs_lookup(fs_, number(directory), name.data(), static_cast<int>(name.size()), nullptr, &taken) == 0)
             return fail(Errc::invalid_argument, name, "something with this name exists");
@@ -215,13 +317,13 @@ private:
         auto done = set_attributes(made, node);
         if (done) done = set_info(made, node.info, mode);
         if (done) return made;
-        TRY_VOID(do_remove(directory, name));
+        TRY_VOID(remove_name(directory, name));
         TRY_VOID(free_lost());
         return std::unexpected(std::move(done).error());
     }
 
     Result<void> write_data(Inode inode, std::uint64_t at, std::span<const std::byte> from) {
-        TRY_VOID(expect(inode, FileType::regular));
+        TRY_VOID(expect_changeable(inode, FileType::regular));
         TRY_VOID(begin_change());
         loaded_ = 0;  // libext2fs changes the inode, even if it fails
         auto* const file = TRY(opened_file(inode));
@@ -282,7 +384,7 @@ private:
             --raw.i_links_count;
         }
         if (raw.i_links_count > 0) return write_inode(inode, large);
-        lost_.emplace_back(lost, name);
+        lost_.emplace(lost, name);
         lost_bytes_ += EXT2_I_SIZE(&raw);
         return lost_.size() < most_lost && lost_bytes_ < most_lost_bytes ? Result<void>() : free_lost();
     }
@@ -303,8 +405,7 @@ private:
         if (ext2fs_inode_has_valid_blocks2(fs_, &raw) != 0) {
             // Not ext2fs_punch: it refuses to free the last block of a file system.
             const auto release = [](ext2_filsys fs, blk64_t* block, e2_blkcnt_t, blk64_t, int, void*) -> int {
-                if (*block % static_cast<blk64_t>(EXT2FS_CLUSTER_RATIO(fs)) == 0)
-                    ext2fs_block_alloc_stats2(fs, *block, -1);
+                release_block(fs, *block);
                 return 0;
             };
             TRY_VOID(verify(ext2fs_block_iterate3(fs_, inode, BLOCK_FLAG_READ_ONLY, nullptr, release, nullptr), name));
@@ -392,8 +493,10 @@ private:
     static constexpr std::size_t most_lost = 10'000;
     static constexpr std::uint64_t most_lost_bytes = 256 * MiB;
 
-    bool changed_ = false;
-    std::vector<std::pair<Inode, std::string>> lost_;  // without a name, and not freed yet
+    bool changed_ = false;               // anything
+    bool begun_ = false;                 // by the call that runs
+    bool sound_ = true;                  // nothing failed halfway
+    std::map<Inode, std::string> lost_;  // without a name, and not freed yet
     std::uint64_t lost_bytes_ = 0;
 };
 

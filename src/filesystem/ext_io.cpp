@@ -193,10 +193,13 @@ Result<void> ExtIo::verify(errcode_t code, std::string_view place) {
     if (code == EXT2_ET_RO_FILSYS) kind = Errc::read_only;
     if (code == EXT2_ET_UNSUPP_FEATURE || code == EXT2_ET_RO_UNSUPP_FEATURE) kind = Errc::unsupported;
     if (code == EXT2_ET_BLOCK_ALLOC_FAIL || code == EXT2_ET_INODE_ALLOC_FAIL || code == EXT2_ET_DIR_NO_SPACE ||
-        code == EXT2_ET_TOOSMALL)
+        code == EXT2_ET_TOOSMALL || code == EXT2_ET_EA_NO_SPACE)
         kind = Errc::no_space;
+    if (code == EXT2_ET_FILE_TOO_BIG) kind = Errc::invalid_argument;
     const auto* text = error_message(code);
+    if (code == EXT2_ET_FILE_TOO_BIG) text = "the file would be longer than this file system allows";
     if (kind == Errc::no_space) text = "the file system is full";
+    if (code == EXT2_ET_EA_NO_SPACE) text = "ext has no room for extended attributes as long as these";
     if (code == EXT2_ET_INODE_ALLOC_FAIL) text = "the file system has no free inode, so it takes no more files";
     return fail(kind, std::string(place), text);
 }

@@ -10,6 +10,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "base/bits.h"
@@ -122,6 +123,8 @@ protected:
         const bool is_directory = node.info.type == FileType::directory;
         if (!is_directory && node.info.type != FileType::regular)
             return fail(Errc::invalid_argument, printable(name, 64), "FAT holds only regular files and directories");
+        if (!node.attributes.empty())
+            return fail(Errc::unsupported, printable(name, 64), "FAT has no extended attributes");
         if (const auto flaw = fat::flaw_of(name); !flaw.empty())
             return fail(Errc::invalid_argument, printable(name, 64), flaw);
         if (directory.list.find(name) != nullptr)
@@ -175,8 +178,7 @@ protected:
         const auto entry = directory.list.entry(file.slot);
         const auto inode = inode_at(directory, file.slot, above);
         if (type_of(entry) == FileType::directory && !TRY(directory_of(inode))->list.files().empty()) {
-            return fail(Errc::invalid_argument, printable(name, 64),
-                        "the directory is not empty; --recursive removes what is in it, too");
+            return fail(Errc::invalid_argument, printable(name, 64), "the directory is not empty");
         }
         const auto chain = TRY(table_.chain(cluster_of(entry)));
         lost_.insert(lost_.end(), chain.begin(), chain.end());
@@ -186,13 +188,10 @@ protected:
         return {};
     }
 
-    Result<void> do_replace(Inode above, const std::string& from, const std::string& to) override {
+    Result<void> do_replace(Inode above, const DirectoryEntry& from, const DirectoryEntry& to) override {
         auto& directory = *TRY(directory_of(above));
-        const auto& made = *TRY(find(directory, from));
-        const auto& old = *TRY(find(directory, to));
-        if (type_of(directory.list.entry(made.slot)) == FileType::directory ||
-            type_of(directory.list.entry(old.slot)) == FileType::directory)
-            return fail(Errc::invalid_argument, printable(to, 64), "a directory is not replaced, and replaces nothing");
+        const auto& made = *TRY(find(directory, from.name));
+        const auto& old = *TRY(find(directory, to.name));
         const auto made_entry = directory.list.entry(made.slot);
         const std::vector<std::byte> contents(made_entry.begin(), made_entry.end());
         const auto chain = TRY(table_.chain(cluster_of(directory.list.entry(old.slot))));
@@ -412,9 +411,15 @@ private:
         return taken;
     }
 
-    /// Writes all changes, and makes them durable.
+    /// Writes all changes, and makes them durable. If that fails once, the disk stays marked as in use.
     Result<void> commit() {
-        if (!changed_) return {};
+        if (failure_) return std::unexpected(*failure_);
+        auto done = changed_ ? write_all() : Result<void>();
+        if (!done) failure_ = done.error();
+        return done;
+    }
+
+    Result<void> write_all() {
         constexpr std::uint8_t in_use = 1;
         TRY_VOID(write_state(volume_.state | in_use));
         TRY_VOID(disk_->flush());  // contents
@@ -453,6 +458,7 @@ private:
     std::vector<std::uint32_t> lost_;  // clusters of removed files
     unsigned written_ = 0;             // how often the directories were written
     bool changed_ = false;
+    std::optional<Error> failure_;  // of writing changes
 };
 
 }  // namespace

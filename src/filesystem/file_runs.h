@@ -25,6 +25,7 @@ public:
             at = begin_;
         }
         if (at > end_) append(end_, at - end_, {});
+        if (full()) return true;
         append(at, std::min(length, size_ - at), stored);
         return true;
     }

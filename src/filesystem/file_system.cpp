@@ -29,6 +29,37 @@ std::unexpected<Error> not_written() {
     return unsupported("can only be read; ext2, ext3, ext4 and FAT can be changed");
 }
 
+/// As Linux has them (linux/posix_acl_xattr.h): a version, and entries of eight bytes.
+bool is_acl(std::span<const std::byte> value) {
+    constexpr std::array version = {std::byte{2}, std::byte{0}, std::byte{0}, std::byte{0}};
+    return value.size() % 8 == version.size() && std::ranges::equal(value.first(version.size()), version);
+}
+
+/// Why no file has this attribute; empty: one may.
+std::string_view flaw_of(const Attribute& attribute) {
+    constexpr std::size_t longest = 255;  // as Linux
+    constexpr auto spaces = std::to_array<std::string_view>({"user.", "trusted.", "security.", "system."});
+    const std::string_view name = attribute.name;
+    const bool has_space =
+        std::ranges::any_of(spaces, [&](auto space) { return name.starts_with(space) && name.size() > space.size(); });
+    if (!has_space || name == "system.data" || name.find('\0') != std::string_view::npos)
+        return "an extended attribute has a name that Linux does not allow";
+    if (name.size() > longest) return "an extended attribute has a name of more than 255 bytes";
+    if (name.starts_with("system.posix_acl_") && !is_acl(attribute.value)) return "its ACL is damaged";
+    return {};
+}
+
+/// Why no file system can hold this; empty: one may.
+std::string_view flaw_of(const NewNode& node) {
+    if (node.info.type == FileType::unknown) return "a new file needs a type";
+    if (node.info.type == FileType::symbolic_link &&
+        (node.link_target.empty() || node.link_target.find('\0') != std::string::npos))
+        return "a symbolic link needs a target, which has no NUL";
+    for (const auto& attribute : node.attributes)
+        if (const auto flaw = flaw_of(attribute); !flaw.empty()) return flaw;
+    return {};
+}
+
 }  // namespace
 
 bool is_entry_name(std::string_view name) {
@@ -58,15 +89,21 @@ std::uint32_t mode_of_type(FileType type) {
 
 // ---- The boundary ----
 
+template <class Work>
+std::invoke_result_t<Work> FileSystem::run(Work&& work) {
+    if (closed_) return fail(Errc::invalid_argument, "file system", "it was closed");
+    return within_memory(std::forward<Work>(work));
+}
+
 Result<FileSystemInfo> FileSystem::info() {
-    return within_memory([&] { return do_info(); });
+    return run([&] { return do_info(); });
 }
 Result<FileInfo> FileSystem::stat(Inode inode) {
-    return within_memory([&] { return do_stat(inode); });
+    return run([&] { return do_stat(inode); });
 }
 
 Result<std::vector<DirectoryEntry>> FileSystem::list(Inode directory, bool deleted, std::vector<Error>* refused) {
-    return within_memory([&]() -> Result<std::vector<DirectoryEntry>> {
+    return run([&]() -> Result<std::vector<DirectoryEntry>> {
         std::vector<Error> errors;
         auto entries = TRY(do_list(directory, deleted, errors));
         std::erase_if(entries, [&](const DirectoryEntry& entry) {
@@ -87,7 +124,7 @@ Result<std::vector<DirectoryEntry>> FileSystem::list(Inode directory, bool delet
 }
 
 Result<DirectoryEntry> FileSystem::lookup(Inode directory, const std::string& name) {
-    return within_memory([&]() -> Result<DirectoryEntry> {
+    return run([&]() -> Result<DirectoryEntry> {
         if (!is_entry_name(name)) return fail(Errc::not_found, printable(name, 64), "no file has such a name");
         auto entry = TRY(do_lookup(directory, name));
         if (entry.type == FileType::unknown) entry.type = TRY(do_stat(entry.inode)).type;
@@ -96,40 +133,52 @@ Result<DirectoryEntry> FileSystem::lookup(Inode directory, const std::string& na
 }
 
 Result<std::size_t> FileSystem::read(Inode inode, std::uint64_t at, std::span<std::byte> to) {
-    return within_memory([&] { return do_read(inode, at, to); });
+    return run([&] { return do_read(inode, at, to); });
 }
 Result<std::vector<FileExtent>> FileSystem::extents(Inode inode, std::uint64_t at) {
-    return within_memory([&] { return do_extents(inode, at); });
+    return run([&] { return do_extents(inode, at); });
 }
 Result<std::string> FileSystem::read_link(Inode inode) {
-    return within_memory([&] { return do_read_link(inode); });
+    return run([&] { return do_read_link(inode); });
 }
 Result<std::vector<Attribute>> FileSystem::attributes(Inode inode) {
-    return within_memory([&] { return do_attributes(inode); });
+    return run([&] { return do_attributes(inode); });
 }
 
 Result<Inode> FileSystem::create(Inode directory, const std::string& name, const NewNode& node) {
-    return within_memory([&]() -> Result<Inode> {
+    return run([&]() -> Result<Inode> {
         if (!is_entry_name(name))
             return fail(Errc::invalid_argument, printable(name, 64), "this is no name for an entry of a directory");
+        if (const auto flaw = flaw_of(node); !flaw.empty())
+            return fail(Errc::invalid_argument, printable(name, 64), std::string(flaw));
         return do_create(directory, name, node);
     });
 }
 
 Result<void> FileSystem::write(Inode inode, std::uint64_t at, std::span<const std::byte> from) {
-    return within_memory([&] { return do_write(inode, at, from); });
+    return run([&] { return do_write(inode, at, from); });
 }
 Result<void> FileSystem::truncate(Inode inode, std::uint64_t size) {
-    return within_memory([&] { return do_truncate(inode, size); });
+    return run([&] { return do_truncate(inode, size); });
 }
 Result<void> FileSystem::remove(Inode directory, const std::string& name) {
-    return within_memory([&] { return do_remove(directory, name); });
+    return run([&] { return do_remove(directory, name); });
 }
 Result<void> FileSystem::replace(Inode directory, const std::string& from, const std::string& to) {
-    return within_memory([&] { return do_replace(directory, from, to); });
+    return run([&]() -> Result<void> {
+        const auto made = TRY(lookup(directory, from));
+        const auto old = TRY(lookup(directory, to));
+        if (made.inode == old.inode) return {};  // as rename(2)
+        if (made.type == FileType::directory || old.type == FileType::directory)
+            return fail(Errc::invalid_argument, printable(to, 64), "a directory is not replaced, and replaces nothing");
+        return do_replace(directory, made, old);
+    });
 }
 Result<void> FileSystem::close() {
-    return within_memory([&] { return do_close(); });
+    return run([&] {
+        closed_ = true;
+        return do_close();
+    });
 }
 
 // What a reader does not have.
@@ -151,7 +200,7 @@ Result<Inode> FileSystem::do_create(Inode, const std::string&, const NewNode&) {
 Result<void> FileSystem::do_write(Inode, std::uint64_t, std::span<const std::byte>) { return not_written(); }
 Result<void> FileSystem::do_truncate(Inode, std::uint64_t) { return not_written(); }
 Result<void> FileSystem::do_remove(Inode, const std::string&) { return not_written(); }
-Result<void> FileSystem::do_replace(Inode, const std::string&, const std::string&) { return not_written(); }
+Result<void> FileSystem::do_replace(Inode, const DirectoryEntry&, const DirectoryEntry&) { return not_written(); }
 Result<void> FileSystem::do_close() { return {}; }
 
 // ---- Opening ----

@@ -23,6 +23,10 @@ void load_archive_locale();
 /// and NUL.
 bool is_entry_name(std::string_view name);
 
+/// The greatest numbers of a device that Linux and ext have.
+constexpr std::uint32_t most_major = 0xfff;
+constexpr std::uint32_t most_minor = 0xfffff;
+
 /// The place of an error in a file.
 std::string inode_place(Inode inode);
 

@@ -18,6 +18,7 @@
 #include "base/bits.h"
 #include "base/within_memory.h"
 #include "base/workers.h"
+#include "operation/extract_item.h"
 #include "operation/in_order.h"
 #include "qcow/filesystem.h"
 #include "qcow/text.h"
@@ -137,26 +138,30 @@ class Extraction {
 public:
     Extraction(FileSystem& files, const ExtractOptions& options) : files_(files), options_(options) {}
 
-    Result<ExtractReport> run(Inode from, const std::string& target, const std::string& name) {
-        name_ = name;
+    Result<ExtractReport> run(const std::vector<ExtractItem>& items, const std::string& target) {
         const int top = open(target.empty() ? "." : target.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         if (top < 0) return system_error("cannot open", target, errno);
         above_.push_back({FileDescriptor(top), {}, {}});
-        WalkOptions options;
-        if (options_.failed) {
-            options.failed = [&](const std::string& path, const Error& error) {
-                ++report_.failed;
-                options_.failed(path, error);
-            };
-        }
-        const auto walked = walk(files_, from, options, [&](const Visited& visited) { return visit(visited); });
-        auto left = leave(1);
-        if (!walked) return std::unexpected(walked.error());
-        if (!left) return std::unexpected(std::move(left).error());
+        for (const auto& item : items) TRY_VOID(add(item));
         return std::move(report_);
     }
 
 private:
+    Result<void> add(const ExtractItem& item) {
+        item_ = &item;
+        WalkOptions options;
+        if (options_.failed) options.failed = [&](const std::string& path, const Error& error) { note(path, error); };
+        auto walked = walk(files_, item.inode, options, [&](const Visited& visited) { return visit(visited); });
+        auto left = leave(1);
+        return walked ? left : walked;
+    }
+
+    /// `path` is relative to the item.
+    void note(const std::string& path, const Error& error) {
+        ++report_.failed;
+        options_.failed(shown_path(*item_, path), error);
+    }
+
     /// A directory that is being filled. Its own properties are set when all is in it.
     struct Above {
         FileDescriptor fd;
@@ -166,13 +171,14 @@ private:
 
     Result<Descend> visit(const Visited& visited) {
         // A name may be empty only for the root that goes into the target itself.
-        const bool itself = visited.depth == 0 && name_.empty();
+        const bool itself = visited.depth == 0 && item_->name.empty();
         TRY_VOID(leave(visited.depth + 1));
-        auto made = itself ? enter_target(visited) : make(visited, visited.depth == 0 ? name_ : visited.entry.name);
+        auto made =
+            itself ? enter_target(visited) : make(visited, visited.depth == 0 ? item_->name : visited.entry.name);
         if (made) return visited.info.type == FileType::directory ? Descend::yes : Descend::no;
-        if (!options_.failed) return std::unexpected(std::move(made).error().in(printable(visited.path, 256)));
-        ++report_.failed;
-        options_.failed(visited.path, made.error());
+        if (!options_.failed)
+            return std::unexpected(std::move(made).error().in(printable(shown_path(*item_, visited.path), 256)));
+        note(visited.path, made.error());
         return Descend::no;
     }
 
@@ -193,10 +199,7 @@ private:
             if (above.info) {
                 auto set = set_properties(above.fd.get(), *above.info);
                 if (!set && !options_.failed) return set;
-                if (!set) {
-                    ++report_.failed;
-                    options_.failed(above.path, set.error());
-                }
+                if (!set) note(above.path, set.error());
             }
         }
         return {};
@@ -225,7 +228,7 @@ private:
 
     [[nodiscard]] std::string relative(const Visited& visited, const std::string& name) const {
         if (visited.depth == 0) return name;
-        return name_.empty() ? visited.path : name_ + "/" + visited.path;
+        return item_->name.empty() ? visited.path : item_->name + "/" + visited.path;
     }
 
     Result<void> make_new(const Visited& visited, int parent, const std::string& name) {
@@ -438,7 +441,7 @@ private:
 
     FileSystem& files_;
     const ExtractOptions& options_;
-    std::string name_;
+    const ExtractItem* item_ = nullptr;  // what is being extracted
     std::vector<Above> above_;
     std::map<Inode, std::string> made_;  // files with several names, by their first path in the target
     std::mutex mutex_;                   // of the report while contents are copied
@@ -447,9 +450,9 @@ private:
 
 }  // namespace
 
-Result<ExtractReport> extract(FileSystem& files, Inode from, const std::string& target, const std::string& name,
+Result<ExtractReport> extract(FileSystem& files, const std::vector<ExtractItem>& items, const std::string& target,
                               const ExtractOptions& options) {
-    return within_memory([&] { return Extraction(files, options).run(from, target, name); });
+    return within_memory([&] { return Extraction(files, options).run(items, target); });
 }
 
 Result<void> read_contents(FileSystem& files, Inode inode, Disk* disk, unsigned workers,

@@ -3,7 +3,7 @@
 
 namespace qcow {
 
-Result<ExtractReport> write_tar(FileSystem&, Inode, const std::string&, int, const ExtractOptions&) {
+Result<ExtractReport> write_tar(FileSystem&, const std::vector<ExtractItem>&, int, const ExtractOptions&) {
     return fail(Errc::unsupported, "tar",
                 "qcowkit was built without libarchive, which writes it (Debian: libarchive-dev)");
 }

@@ -7,10 +7,12 @@
 #include <cerrno>
 #include <map>
 #include <memory>
+#include <set>
 
 #include "base/within_memory.h"
 #include "filesystem/little_endian.h"
 #include "filesystem/readers.h"
+#include "operation/extract_item.h"
 #include "qcow/text.h"
 #include "storage/file.h"
 
@@ -33,7 +35,14 @@ public:
           archive_(archive_write_new()),
           entry_(archive_entry_new()) {}
 
-    Result<ExtractReport> run(Inode from, const std::string& name) {
+    Result<ExtractReport> run(const std::vector<ExtractItem>& items) {
+        std::set<std::string_view> names;
+        for (const auto& item : items) {
+            if (!names.insert(item.name).second) {
+                return fail(Errc::invalid_argument, printable(shown_path(item, ""), 256),
+                            "another file gets the same name in the archive; make an archive of each");
+            }
+        }
         if (!archive_ || !entry_) return fail(Errc::no_memory, "", "out of memory");
         auto* const it = archive_.get();
         archive_write_set_format_pax(it);  // the restricted format leaves out nanoseconds
@@ -42,9 +51,15 @@ public:
         archive_write_set_bytes_per_block(it, 1 << 20);
         archive_write_set_bytes_in_last_block(it, 512);
         if (archive_write_open(it, this, nullptr, write, nullptr) != ARCHIVE_OK) return failed();
-        WalkOptions walking;
-        if (options_.failed) walking.failed = [&](const std::string& path, const Error& error) { note(path, error); };
-        TRY_VOID(walk(files_, from, walking, [&](const Visited& visited) { return visit(visited, name); }));
+        for (const auto& item : items) {
+            WalkOptions walking;
+            if (options_.failed) {
+                walking.failed = [&](const std::string& path, const Error& error) {
+                    note(shown_path(item, path), error);
+                };
+            }
+            TRY_VOID(walk(files_, item.inode, walking, [&](const Visited& visited) { return visit(visited, item); }));
+        }
         if (archive_write_close(it) != ARCHIVE_OK) return failed();
         return std::move(report_);
     }
@@ -73,22 +88,23 @@ private:
         options_.failed(path, error);
     }
 
-    Result<Descend> visit(const Visited& visited, const std::string& name) {
-        std::string path = name;
+    Result<Descend> visit(const Visited& visited, const ExtractItem& item) {
+        const auto shown = shown_path(item, visited.path);
+        std::string path = item.name;
         if (!path.empty() && !visited.path.empty()) path += '/';
         path += visited.path;
         if (path.empty()) path = ".";
         auto ready = prepare(visited, path);
         if (!ready) {
-            if (!options_.failed) return std::unexpected(std::move(ready).error().in(printable(path, 256)));
-            note(path, ready.error());
+            if (!options_.failed) return std::unexpected(std::move(ready).error().in(printable(shown, 256)));
+            note(shown, ready.error());
             return Descend::no;
         }
         if (!*ready) return Descend::no;
         if (archive_write_header(archive_.get(), entry_.get()) < ARCHIVE_WARN) return failed();
         ++report_.files;
         if (archive_entry_hardlink(entry_.get()) == nullptr && visited.info.type == FileType::regular)
-            TRY_VOID(write_contents(visited.info, path));
+            TRY_VOID(write_contents(visited.info, shown));
         return visited.info.type == FileType::directory ? Descend::yes : Descend::no;
     }
 
@@ -189,7 +205,7 @@ private:
     }
 
     /// What is written in a header cannot be taken back. So contents that cannot be read become zeros.
-    Result<void> write_contents(const FileInfo& info, const std::string& path) {
+    Result<void> write_contents(const FileInfo& info, const std::string& shown) {
         std::uint64_t done = 0;
         Result<void> written;
         auto read =
@@ -203,8 +219,8 @@ private:
         TRY_VOID(std::move(written));
         if (read && done < info.size) read = fail(Errc::corrupt, "", "the contents are shorter than the size says");
         if (read) return {};
-        if (!options_.failed) return std::unexpected(std::move(read).error().in(printable(path, 256)));
-        note(path, read.error());
+        if (!options_.failed) return std::unexpected(std::move(read).error().in(printable(shown, 256)));
+        note(shown, read.error());
         return {};
     }
 
@@ -229,9 +245,9 @@ private:
 
 }  // namespace
 
-Result<ExtractReport> write_tar(FileSystem& files, Inode from, const std::string& name, int descriptor,
+Result<ExtractReport> write_tar(FileSystem& files, const std::vector<ExtractItem>& items, int descriptor,
                                 const ExtractOptions& options) {
-    return within_memory([&] { return TarWriter(files, options, descriptor).run(from, name); });
+    return within_memory([&] { return TarWriter(files, options, descriptor).run(items); });
 }
 
 }  // namespace qcow

@@ -144,7 +144,7 @@ TEST_F(FatChangeTest, NamesAreComparedAsFatDoes) {
     refused("VALUE", "exists");
     refused("aux.c", "device");
     refused("dot.", "end with a dot");
-    EXPECT_TRUE(fails(opened->create(root, "link", node(FileType::symbolic_link)), Errc::invalid_argument,
+    EXPECT_TRUE(fails(opened->create(root, "pipe", node(FileType::fifo)), Errc::invalid_argument,
                       {"only regular files and directories"}));
     EXPECT_EQ(must(find_path(*opened, "/DIR/A LONG NAME")), must(find_path(*opened, "/dir/a long name")));
     EXPECT_TRUE(fails(opened->remove(root, "dir"), Errc::invalid_argument, {"not empty"}));
@@ -191,6 +191,24 @@ TEST_F(FatChangeTest, DirectoriesWithManyFilesAreChangedQuickly) {
     for (int i = 0; i < 8000; ++i)
         must(opened->create(directory, fmt::format("file.{:05}", i), node(FileType::regular)));
     must(opened->close());
+    save(files, directory_.path());
+    EXPECT_EQ(faults(false), "");
+}
+
+TEST_F(FatChangeTest, WhatFatCannotHoldIsRefused) {
+    shell("truncate -s 8M disk.raw; mkfs.fat disk.raw > /dev/null");
+    const Files files = {{disk_name, load(directory_.file(disk_name), disk_name)}};
+    StorageDisk disk(files.at(disk_name));
+    auto opened = must(open_file_system({&disk, [](Disk*) {}}, Access::write));
+    const auto root = opened->root();
+    auto marked = node(FileType::regular);
+    marked.attributes = {{"user.mark", {}}};
+    EXPECT_TRUE(fails(opened->create(root, "marked", marked), Errc::unsupported));
+    put(*opened, root, "file", "text");
+    must(opened->replace(root, "file", "FILE"));
+    EXPECT_EQ(contents(*opened, "/file"), "text");
+    must(opened->close());
+    EXPECT_TRUE(fails(opened->stat(root), Errc::invalid_argument));
     save(files, directory_.path());
     EXPECT_EQ(faults(false), "");
 }

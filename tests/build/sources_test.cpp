@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "filesystem/file_runs.h"
 #include "support/loop_device.h"
 #include "tool/tool_fixture.h"
 
@@ -41,6 +42,29 @@ protected:
         EXPECT_THAT(built.err, HasSubstr(what));
     }
 };
+
+TEST(FileRuns, ListsHaveALimit) {
+    constexpr std::uint64_t block = 4096;
+    // Every second block holds data: the first or the second one.
+    for (const std::uint64_t first : {0, 1}) {
+        for (const std::uint64_t blocks : {65'535, 65'536, 65'537, 131'073}) {
+            std::uint64_t at = 0;
+            while (at < blocks * block) {
+                FileRuns runs(at, blocks * block);
+                for (auto data = first; data < blocks && !runs.full(); data += 2)
+                    ASSERT_TRUE(runs.add(data * block, block, GuestOffset{data * block}));
+                const auto list = std::move(runs).finished();
+                ASSERT_LE(list.size(), FileSystem::most_extents);
+                for (const auto& extent : list) {
+                    ASSERT_EQ(extent.at, at);
+                    ASSERT_EQ(extent.stored.has_value(), (at / block + first) % 2 == 0);
+                    ASSERT_EQ(extent.length, block);
+                    at += block;
+                }
+            }
+        }
+    }
+}
 
 TEST_F(SourcesTest, ADirectoryThatCannotBeReadIsNamed) {
     shell("mkdir -p tree/a tree/b; echo > tree/a/x; mkdir -m 000 tree/z");
@@ -309,6 +333,54 @@ TEST_F(SourcesTest, ATimeOfAFileIsMoreThanTheTimeOfAll) {
     EXPECT_EQ(built.status, 0) << built.text();
     EXPECT_THAT(stat("/a"), HasSubstr("mtime: 0x00000007"));
     EXPECT_THAT(stat("/b"), HasSubstr("mtime: 0x00000005"));
+}
+
+TEST_F(SourcesTest, OnlyDisksHavePartitions) {
+    shell("mkdir tree; tar -cf tree.tar tree");
+    for (const auto* const source : {"tree:99", "tree.tar:3"}) {
+        const auto built = tool({"build", "--fs", "ext4", source, "-o", "disk.raw"});
+        EXPECT_EQ(built.status, 1) << built.text();
+        EXPECT_THAT(built.err, HasSubstr("has no partitions; leave out"));
+    }
+}
+
+TEST_F(SourcesTest, FilesInArchivesHaveNames) {
+    shell(
+        "python3 -c \"import io, tarfile; i = tarfile.TarInfo(''); i.size = 1; "
+        "tarfile.open('odd.tar', 'w').addfile(i, io.BytesIO(b'x'))\"");
+    const auto built = tool({"build", "--fs", "ext4", "odd.tar", "-o", "disk.raw"});
+    EXPECT_EQ(built.status, 1) << built.text();
+    EXPECT_THAT(built.err, HasSubstr("an entry that is no directory has no name"));
+}
+
+TEST_F(SourcesTest, DeviceNumbersFitOrAreRefused) {
+    const auto build_device = [&](const std::string& major, const std::string& minor) {
+        shell("python3 -c \"import tarfile; i = tarfile.TarInfo('c'); i.type = tarfile.CHRTYPE; i.devmajor = " + major +
+              "; i.devminor = " + minor + "; tarfile.open('c.tar', 'w', format=tarfile.GNU_FORMAT).addfile(i)\"");
+        return tool({"build", "-q", "--fs", "ext4", "c.tar", "-o", "disk.raw"});
+    };
+    EXPECT_EQ(build_device("4095", "1048575").status, 0);
+    EXPECT_THAT(shell("debugfs -R 'ls -l /' disk.raw; debugfs -R 'stat /c' disk.raw 2>&1"), HasSubstr("4095:1048575"));
+    for (const auto& [major, minor] :
+         {std::pair("4096", "0"), {"1", "1048576"}, {"2**32", "2**32"}, {"5000", "2000000"}}) {
+        const auto refused = build_device(major, minor);
+        EXPECT_EQ(refused.status, 1) << refused.text();
+        EXPECT_THAT(refused.err, AllOf(HasSubstr("/c: "), HasSubstr("ext cannot hold a device")));
+    }
+}
+
+TEST_F(SourcesTest, AJournalThatWasNotReplayedIsSaid) {
+    shell("mkdir tree; mke2fs -q -t ext4 source.raw 8M; debugfs -w -R 'feature needs_recovery' source.raw");
+    const auto built = tool({"build", "-q", "--fs", "ext4", "source.raw", "-o", "disk.raw"});
+    EXPECT_EQ(built.status, 0) << built.text();
+    EXPECT_THAT(built.err, HasSubstr("source.raw: the journal was not replayed"));
+}
+
+TEST_F(SourcesTest, TheLimitOfEachFatIsNamed) {
+    shell("mkdir tree; truncate -s 200M tree/large");
+    const auto built = tool({"build", "--fs", "fat12", "tree", "-o", "disk.raw"});
+    EXPECT_EQ(built.status, 1) << built.text();
+    EXPECT_THAT(built.err, HasSubstr("no size for FAT12, which has 1 to 4084 clusters of 512 to 32768 bytes"));
 }
 
 }  // namespace

@@ -367,6 +367,38 @@ TEST_F(InsideTest, LongHolesTakeNoTime) {
     EXPECT_EQ(shell("dd if=hole bs=1 skip=$((1 << 39)) count=2 status=none | od -An -tx1"), " 78 00\n");
 }
 
+TEST_F(InsideTest, OneArchiveHoldsAllThatIsNamed) {
+    shell("mkdir -p tree/sub; echo a > tree/a; ln tree/a tree/sub/link; echo b > tree/sub/b");
+    make_ext("disk.raw", "-t ext4", "4M");
+    const std::string tar = std::string("'") + QCOW_TOOL + "' get --tar -f raw disk.raw /a /sub";
+    EXPECT_EQ(shell(tar + " | tar -t"), "a\nsub/\nsub/b\nsub/link\n");
+    shell("mkdir from-tar out; " + tar + " | tar -C from-tar -x");
+    EXPECT_EQ(shell("stat -c %h from-tar/a; cat from-tar/sub/link"), "2\na\n");
+    must_tool({"get", "-f", "raw", "disk.raw", "/a", "/sub", "out"});
+    EXPECT_EQ(shell("stat -c %h out/a; cat out/sub/link"), "2\na\n");
+    // Neither takes the place of the other.
+    shell("mkdir tree/other; echo other > tree/other/a");
+    make_ext("disk.raw", "-t ext4", "4M");
+    expect_refusal({"get", "--tar", "-f", "raw", "disk.raw", "/a", "/other/a"},
+                   HasSubstr("/other/a: another file gets the same name in the archive"));
+    expect_refusal({"get", "-f", "raw", "disk.raw", "/a", "-"}, HasSubstr("`qcow cat` writes one to it"));
+}
+
+TEST_F(InsideTest, FilesWithManyPiecesAreRead) {
+    shell(R"SH(mkdir tree; python3 -c "
+f = open('tree/pieces', 'wb')
+for i in range(33000): f.seek(i * 2048), f.write(b'%1024d' % i)
+"
+        printf '[filesystem]\ntype = "ext4"\nblock_size = 1024\nsource = "tree"\n' > spec.toml)SH");
+    must_tool({"build", "-q", "spec.toml", "-o", "disk.raw"});
+    must_tool({"get", "-f", "raw", "disk.raw", "/pieces", "pieces"});
+    EXPECT_EQ(shell("cmp pieces tree/pieces && echo same"), "same\n");
+    shell(std::string("'") + QCOW_TOOL + "' get --tar -f raw disk.raw /pieces | tar -xO | cmp - tree/pieces");
+    // Time that grows with the square of the pieces is some minutes.
+    shell(std::string("timeout 60 '") + QCOW_TOOL + "' build -q --fs ext4 disk.raw -o copy.raw");
+    EXPECT_EQ(shell("debugfs -R 'cat /pieces' copy.raw 2>/dev/null | cmp - tree/pieces && echo same"), "same\n");
+}
+
 /// An inode may hold the first bytes of a file that ends with zeros.
 TEST_F(InsideTest, ZerosFollowWhatLiesInAnInode) {
     shell("mkdir tree; truncate -s 2M tree/hole; mke2fs -q -t ext4 -O inline_data -b 2048 -d tree disk.raw 64M");

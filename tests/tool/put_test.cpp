@@ -151,5 +151,27 @@ TEST_F(PutTest, SignalsLeaveAWholeFileSystem) {
     must_run({"e2fsck", "-fn", "disk.raw"}, directory_.path());
 }
 
+TEST_F(PutTest, LoopsOfDirectoriesAreNamed) {
+    shell("mkdir -p tree/a/b; mke2fs -q -t ext4 -d tree disk.raw 8M; debugfs -w -R 'link a a/b/again' disk.raw");
+    expect_refusal({"rm", "-r", "-f", "raw", "disk.raw", "/a"},
+                   HasSubstr("/a/b/again: the directory has two places in the file system"));
+}
+
+TEST_F(PutTest, FatHasNoAttributes) {
+    shell("mkfs.fat -C disk.raw 8192 > made; echo 1 > marked; setfattr -n user.mark -v x marked; cp -a marked again");
+    const auto put = tool({"put", "-f", "raw", "disk.raw", "marked", "again", "/"});
+    EXPECT_EQ(put.status, 0);
+    EXPECT_EQ(put.err, "qcow: warning: FAT has no extended attributes; those of the files are left out\n");
+    EXPECT_EQ(must_tool({"cat", "-f", "raw", "disk.raw", "/again"}).out, "1\n");
+}
+
+TEST_F(PutTest, ErrorsNameTheOptionThatHelps) {
+    shell("mke2fs -q -F -t ext4 disk.raw 8M");
+    expect_refusal({"mkdir", "-f", "raw", "disk.raw", "/a/b"},
+                   HasSubstr("/a/: there is no such directory in the disk; --parents"));
+    must_tool({"mkdir", "-p", "-f", "raw", "disk.raw", "/a/b"});
+    expect_refusal({"rm", "-f", "raw", "disk.raw", "/a"}, HasSubstr("--recursive removes what is in it"));
+}
+
 }  // namespace
 }  // namespace qcow::test
