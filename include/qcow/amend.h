@@ -54,11 +54,12 @@ struct AmendJob {
     AmendOptions options = {};
 };
 
-/// Changes the options of a qcow2 image, or the key slots of a LUKS1 image. First the
-/// header forgets an erased slot, then its key material is overwritten with random bytes, both durably. The same job
-/// overwrites what an interrupted one has left in unused slots. (Copies of the old bytes may remain in snapshots of the
-/// file system, and in devices that write elsewhere.) The contents of its disk stay, except for a
+/// Changes the options of a qcow2 image, or the key slots of a LUKS1 image. The contents of its disk stay, except for a
 /// larger size and another backing file.
+///
+/// First the header forgets an erased slot, then its key material is overwritten with random bytes, both durably. Each
+/// job overwrites what an interrupted one has left in unused slots. (Copies of the old bytes may remain in snapshots of
+/// the file system, and in devices that write elsewhere.)
 ///
 /// The job first verifies that all of the options can be had. Its message names everything that stands in the way. Then
 /// it makes the changes one after the other, each durable before the next. It can be cancelled, and the process may
@@ -70,8 +71,8 @@ struct AmendJob {
 ///
 /// Errors, before anything changes: Errc::unsupported: the image is not qcow2, or for key slots neither that nor LUKS1;
 /// Errc::invalid_argument: an option cannot be had, or a file would have two roles; Errc::corrupt: the refcounts cannot
-/// be counted. Later: Errc::cancelled; those of Image::resize and Disk::write. Thread safety: jobs may run at the same
-/// time. What one writes, another must not use.
+/// be counted. Later: Errc::cancelled; those of Image::resize and Disk::write.
+/// Thread safety: jobs may run at the same time. What one writes, another must not use.
 QCOW_API Result<void> amend(const AmendJob& job, const JobControl& control = {});
 
 }  // namespace qcow
