@@ -89,7 +89,7 @@ qcow::Result<qcow::AmendOptions> amendments(const AmendOptions& all) {
 
 qcow::Result<int> run(const AmendOptions& options) {
     QCOW_TRY_VOID(verify_is_not_stdin(options.target.path));
-    const qcow::AmendJob job{.image = spec_of(options.target), .options = QCOW_TRY(amendments(options))};
+    const qcow::AmendJob job{.image = QCOW_TRY(spec_of(options.target)), .options = QCOW_TRY(amendments(options))};
     const StopOnSignals signals;
     QCOW_TRY_VOID(qcow::amend(job, {.warn = warn_on_stderr(), .stop = signals.token()}));
     return ok;

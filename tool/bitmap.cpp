@@ -80,7 +80,7 @@ qcow::Result<int> run(const CLI::App& app, BitmapOptions& options) {
             return refuse("--source-file", "works only without --control: the server opens no files");
         return change_running(options.running, QCOW_TRY(actions_of(app, options)));
     }
-    qcow::BitmapJob job{.image = spec_of(options.target), .actions = QCOW_TRY(actions_of(app, options))};
+    qcow::BitmapJob job{.image = QCOW_TRY(spec_of(options.target)), .actions = QCOW_TRY(actions_of(app, options))};
     QCOW_TRY_VOID(verify_is_not_stdin(options.target.path));
     if (!options.source.path.empty()) {
         QCOW_TRY_VOID(name_source(options.source, options.source.path));

@@ -150,8 +150,14 @@ void add_force_share_option(CLI::App& app, bool& force_share) {
 
 namespace {
 
-void add_image_format_option(CLI::App& app, std::string& format) {
-    add_format_option(app, format, "-f,--format", "Format of the image (default: guessed from its contents)");
+/// The options for ImageName, except its path.
+void add_name_options(CLI::App& app, ImageName& name) {
+    add_format_option(app, name.format, "-f,--format", "Format of the image (default: guessed from its contents)");
+    add_untrusted_option(app, name.untrusted);
+    app.add_flag("--image-opts", name.image_opts,
+                 "IMAGE is a list of options: driver=FORMAT,file.filename=FILE,encrypt.key-secret=ID, and backing.NAME "
+                 "for the backing file");
+    add_encryption_options(app, name.max_kdf_seconds);
 }
 
 }  // namespace
@@ -186,7 +192,7 @@ CLI::Option* add_source_options(CLI::App& app, Source& source) {
 }
 
 void add_open_options(CLI::App& app, Source& source) {
-    add_image_format_option(app, source.format);
+    add_name_options(app, source);
     add_force_share_option(app, source.force_share);
     auto* backing =
         app.add_option("--backing", source.backing, "Use this backing file instead of the one that the image names")
@@ -197,11 +203,6 @@ void add_open_options(CLI::App& app, Source& source) {
     app.add_flag("--no-backing", source.no_backing,
                  "Ignore the backing file: what the image does not store itself reads as zeros")
         ->excludes(backing);
-    add_untrusted_option(app, source.untrusted);
-    app.add_flag("--image-opts", source.image_opts,
-                 "IMAGE is a list of options: driver=FORMAT,file.filename=FILE,encrypt.key-secret=ID, and backing.NAME "
-                 "for the backing file");
-    add_encryption_options(app, source.max_kdf_seconds);
 }
 
 void add_encryption_options(CLI::App& app, std::string& max_kdf_seconds) {
@@ -213,7 +214,7 @@ void add_encryption_options(CLI::App& app, std::string& max_kdf_seconds) {
 }
 
 void set_keys(qcow::ImageSpec& spec, const std::string& max_kdf_seconds, std::vector<LayerKey> keys) {
-    spec.keys = key_source(std::move(keys));
+    spec.keys = key_source(std::move(keys), spec.location.path);
     if (!max_kdf_seconds.empty()) spec.max_kdf_seconds = static_cast<double>(parse_size(max_kdf_seconds));
 }
 
@@ -280,19 +281,23 @@ qcow::Result<ImageOptions> parse_image_options(const std::string& text) {
     return result;
 }
 
+/// What the command line says of an image and the layers below it.
+qcow::Result<ImageOptions> options_of(const ImageName& name) {
+    ImageOptions options{.layers = {name.location}, .keys = {}};
+    if (name.image_opts) options = QCOW_TRY(parse_image_options(name.path));
+    if (!name.format.empty()) options.layers.front().format = qcow::format_from_name(name.format);
+    return options;
+}
+
 }  // namespace
 
 qcow::Result<qcow::ImageSpec> spec_of(const Source& source) {
-    qcow::ImageSpec spec{.location = source.location};
-    std::vector<LayerKey> keys;
-    if (source.image_opts) {
-        auto options = QCOW_TRY(parse_image_options(source.path));
-        spec.location = options.layers.front();
-        if (options.layers.size() > 1 && !options.layers[1].path.empty()) spec.backing = options.layers[1];
-        if (options.layers.size() > 1) spec.backing_format = options.layers[1].format;
-        keys = std::move(options.keys);
+    auto [layers, keys] = QCOW_TRY(options_of(source));
+    qcow::ImageSpec spec{.location = layers.front()};
+    if (layers.size() > 1) {
+        if (!layers[1].path.empty()) spec.backing = layers[1];
+        spec.backing_format = layers[1].format;
     }
-    if (!source.format.empty()) spec.location.format = qcow::format_from_name(source.format);
     spec.location.alone |= source.no_backing;
     if (!source.backing.empty()) spec.backing = QCOW_TRY(qcow::parse_location(source.backing));
     if (!source.backing_format.empty()) spec.backing_format = qcow::format_from_name(source.backing_format);
@@ -348,10 +353,8 @@ CLI::Option* add_target_options(CLI::App& app, Target& target) {
 }
 
 void add_change_options(CLI::App& app, Target& target) {
-    add_image_format_option(app, target.format);
+    add_name_options(app, target);
     add_cache_option(app, target.cache);
-    add_untrusted_option(app, target.untrusted);
-    add_encryption_options(app, target.max_kdf_seconds);
 }
 
 CLI::Option* add_cache_option(CLI::App& app, std::string& cache, const std::string& names) {
@@ -372,12 +375,18 @@ void add_output_options(CLI::App& app, bool& json, const std::string& descriptio
         ->default_str("human");
 }
 
-qcow::ImageSpec spec_of(const Target& target) {
-    qcow::ImageSpec spec{.location = target.location};
-    if (!target.format.empty()) spec.location.format = qcow::format_from_name(target.format);
+qcow::Result<qcow::ImageSpec> spec_of(const Target& target) {
+    auto [layers, keys] = QCOW_TRY(options_of(target));
+    qcow::ImageSpec spec{.location = layers.front()};
+    for (const auto& layer : std::span(layers).subspan(1)) {
+        if (layer.path.empty() && !layer.format) continue;
+        return std::unexpected(qcow::Error{
+            qcow::Errc::invalid_argument, "--image-opts " + target.path,
+            "an image that is changed has the backing file that it names; of that, give only encrypt.key-secret"});
+    }
     spec.untrusted = target.untrusted;
     set_cache(spec, target.cache);
-    set_keys(spec, target.max_kdf_seconds);
+    set_keys(spec, target.max_kdf_seconds, std::move(keys));
     return spec;
 }
 
@@ -397,7 +406,7 @@ qcow::Result<void> verify_names_a_file(const std::string& path) {
 
 qcow::Result<int> change(const Target& target, const Change& work) {
     const StopOnSignals signals;
-    const auto image = QCOW_TRY(open(spec_of(target)));
+    const auto image = QCOW_TRY(open(QCOW_TRY(spec_of(target))));
     QCOW_TRY_VOID(work(*image, signals.token()));
     QCOW_TRY_VOID(image->close());
     return ok;

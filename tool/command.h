@@ -71,20 +71,24 @@ std::unique_ptr<CLI::App> make_app(int& status, std::string_view command = {});
 CLI::App& declare(CLI::App& root, int& status, const std::string& name, const std::string& summary,
                   const std::string& help, std::function<qcow::Result<int>()> run);
 
-/// How to open an image for reading only.
-struct Source {
+/// An image as the command line names it.
+struct ImageName {
     std::string path;
     qcow::Location location;  // the parsed path
     std::string format;       // empty: guessed
-    std::string snapshot;     // id or name; empty: the active state
+    bool untrusted = false;
+    bool image_opts = false;  // `path` is a list of options
+    std::string max_kdf_seconds;
+};
+
+/// How to open an image for reading only.
+struct Source : ImageName {
+    std::string snapshot;  // id or name; empty: the active state
     bool force_share = false;
     std::string backing;  // replaces the backing file that the image names; empty: does not
     std::string backing_format;
     bool no_backing = false;
-    bool untrusted = false;
-    bool image_opts = false;  // `path` is a list of options
-    bool examines = false;    // only metadata: no key is needed
-    std::string max_kdf_seconds;
+    bool examines = false;  // only metadata: no key is needed
 };
 
 /// Parses `name`, and sets the path and location of `source`.
@@ -122,17 +126,12 @@ qcow::Result<std::shared_ptr<qcow::Image>> open_source(const Source& source, boo
 qcow::Result<std::shared_ptr<qcow::Disk>> disk_of(const std::shared_ptr<qcow::Image>& image, const Source& source);
 
 /// How to open an image for writing.
-struct Target {
-    std::string path;
-    qcow::Location location;  // the parsed path
-    std::string format;       // empty: guessed
+struct Target : ImageName {
     std::string cache = "writeback";
-    bool untrusted = false;
-    std::string max_kdf_seconds = {};
 };
 
-/// Returns the library's description of the target.
-qcow::ImageSpec spec_of(const Target& target);
+/// Returns the library's description of the target. Its backing file is the one that the image names.
+qcow::Result<qcow::ImageSpec> spec_of(const Target& target);
 
 /// Sets up an image for writing, with this value of --cache.
 void set_cache(qcow::ImageSpec& spec, const std::string& cache);

@@ -21,7 +21,7 @@ qcow::Result<int> run(const CommitOptions& options) {
     const StopOnSignals signals;
     Progress progress("committing", options.progress);
     const qcow::CommitJob job{
-        .image = spec_of(options.target),
+        .image = QCOW_TRY(spec_of(options.target)),
         .base = options.base,
         .keep = options.keep,
         .workers = options.workers,

@@ -66,12 +66,13 @@ qcow::Result<qcow::ConvertJob::ExistingTarget> existing_target(const ConvertOpti
     if (backing.empty() && !backing_format.empty())
         return refuse("backing file format", "-F works only with -B, the backing file that has this format");
     qcow::ConvertJob::ExistingTarget target;
-    target.image = spec_of(Target{options.target,
-                                  {.path = options.target},
-                                  options.target_format,
-                                  options.cache,
-                                  options.source.untrusted,
-                                  options.source.max_kdf_seconds});
+    Target existing;
+    existing.path = existing.location.path = options.target;
+    existing.format = options.target_format;
+    existing.cache = options.cache;
+    existing.untrusted = options.source.untrusted;
+    existing.max_kdf_seconds = options.source.max_kdf_seconds;
+    target.image = QCOW_TRY(spec_of(existing));
     target.reads_as_zeros = options.target_is_zero;
     if (!backing.empty()) {
         target.backing = QCOW_TRY(qcow::parse_location(backing, options.target));

@@ -294,18 +294,23 @@ Result<std::optional<Secret>> given_key(const std::string& file, Turn turn) {
     return QCOW_TRY(key_of(given));
 }
 
-Result<Secret> find_key(const qcow::KeyRequest& request, const std::vector<LayerKey>& layers) {
-    const auto layer = request.depth < layers.size() ? layers[request.depth] : LayerKey{};
+/// `layer`: what --image-opts says of it.
+Result<Secret> find_key(const qcow::KeyRequest& request, const LayerKey& layer) {
     if (!layer.method.empty() && layer.method != request.method) {
         return refuse(request.file, fmt::format("its header says that its encryption is {}, and encrypt.format={} says "
                                                 "something else",
                                                 request.method, layer.method));
     }
-    if (!layer.secret.empty()) return find_secret(layer.secret);
+    // A job may open the layer again, at another depth of another chain.
+    auto& known = arguments().known;
+    if (!layer.secret.empty()) {
+        auto secret = QCOW_TRY(find_secret(layer.secret));
+        known.insert_or_assign(request.file, Secret(std::as_const(secret).bytes()));
+        return secret;
+    }
     if (!request.secret.empty()) {
         if (auto secret = QCOW_TRY(defined_secret(request.secret))) return *std::move(secret);
     }
-    auto& known = arguments().known;
     if (const auto found = known.find(request.file); found != known.end())
         return Secret(std::as_const(found->second).bytes());
     auto key = QCOW_TRY(given_key(request.file, Turn::next));
@@ -343,8 +348,11 @@ void add_key_options(CLI::App& app) {
         ->check(whole_number(0, 1 << 20));
 }
 
-qcow::KeySource key_source(std::vector<LayerKey> layers) {
-    return [layers = std::move(layers)](const qcow::KeyRequest& request) { return find_key(request, layers); };
+qcow::KeySource key_source(std::vector<LayerKey> layers, std::string image) {
+    return [layers = std::move(layers), image = std::move(image)](const qcow::KeyRequest& request) {
+        const bool named = request.image == image && request.depth < layers.size();
+        return find_key(request, named ? layers[request.depth] : LayerKey{});
+    };
 }
 
 Result<std::shared_ptr<const Secret>> secret_of(const std::string& id) {

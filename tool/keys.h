@@ -21,12 +21,12 @@ struct LayerKey {
 /// one command, so their values are kept once.
 void add_key_options(CLI::App& app);
 
-/// Returns a source of keys for the layers of an image. `layers[i]` is what --image-opts says of layer i. A method that
-/// is not that of the layer is refused. Without an id, a layer takes the secret that the name of its file
-/// gives, if --object defines it, or the next key of --key and --key-fd, the last of which serves for all further
-/// layers, unless it is the key of a new image. Without these, it takes the only secret of --object that -o does not
-/// name, or else a person is asked.
-qcow::KeySource key_source(std::vector<LayerKey> layers = {});
+/// Returns a source of keys for the layers of images. `layers[i]` is what --image-opts says of layer i of `image`,
+/// whose key also opens that layer as an image of its own. A method that is not that of the layer is refused. Without
+/// an id, a layer takes the secret that the name of its file gives, if --object defines it, or the next key of --key
+/// and --key-fd, the last of which serves for all further layers, unless it is the key of a new image. Without these,
+/// it takes the only secret of --object that -o does not name, or else a person is asked.
+qcow::KeySource key_source(std::vector<LayerKey> layers = {}, std::string image = {});
 
 /// Returns the secret with this id, which -o names. From then on it is not taken for the key of an image. Errors:
 /// Errc::invalid_argument: --object does not define it; those of reading it.

@@ -76,7 +76,7 @@ qcow::Result<int> change_files(const PutOptions& options,
     Confined confined;
     confined.access = qcow::Access::write;
     confined.open = [&]() -> qcow::Result<std::shared_ptr<qcow::Disk>> {
-        image = QCOW_TRY(open(spec_of(options.disk)));
+        image = QCOW_TRY(open(QCOW_TRY(spec_of(options.disk))));
         warn_of_unused_keys();
         return qcow::file_system_disk(image, options.partition);
     };
@@ -292,7 +292,7 @@ private:
 
 qcow::Result<int> run_put(const PutOptions& options) {
     qcow::FilesInUse in_use;
-    QCOW_TRY_VOID(in_use.add_unopened(qcow::FilesInUse::Use::written, spec_of(options.disk), "the disk"));
+    QCOW_TRY_VOID(in_use.add_unopened(qcow::FilesInUse::Use::written, QCOW_TRY(spec_of(options.disk)), "the disk"));
     return change_files(options, [&](qcow::FileSystem& files, Work& work) -> qcow::Result<void> {
         const auto sources = std::span(options.paths).first(options.paths.size() - 1);
         const auto& target = options.paths.back();

@@ -21,8 +21,7 @@ constexpr auto commands = std::to_array<QemuWord>({
 });
 
 constexpr auto options = std::to_array<QemuWord>({
-    {"", "--image-opts --target-image-opts",
-     "name the file, give its format with -f, or -O for a target, and its key with --object or --key"},
+    {"", "--target-image-opts", "name the file, give its format with -O, and its key with --object or --key"},
     {"", "-T --trace", "leave it out"},
     {"", "-q --quiet", "leave it out, or add > /dev/null: errors still show"},
     {"check", "-T --cache", "leave it out: images are read through the page cache"},

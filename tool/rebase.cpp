@@ -23,7 +23,7 @@ qcow::Result<int> run(const RebaseOptions& options) {
     const StopOnSignals signals;
     Progress progress("rebasing", options.progress);
     const qcow::RebaseJob job{
-        .image = spec_of(options.target),
+        .image = QCOW_TRY(spec_of(options.target)),
         .backing = options.backing,
         .backing_format = qcow::format_from_name(options.backing_format),
         .unsafe = options.unsafe,

@@ -51,7 +51,7 @@ qcow::Result<int> run(const ResizeOptions& options) {
     if (options.running.named()) return resize_running(options, size);
     QCOW_TRY_VOID(verify_is_not_stdin(options.target.path));
     const qcow::ResizeJob job{
-        .image = spec_of(options.target),
+        .image = QCOW_TRY(spec_of(options.target)),
         .change = size.starts_with('+')   ? grow
                   : size.starts_with('-') ? shrink
                                           : to,

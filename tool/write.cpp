@@ -78,9 +78,9 @@ void declare_write(CLI::App& root, int& status) {
         [options]() -> qcow::Result<int> {
             qcow::FilesInUse in_use;
             auto added = in_use.add(qcow::FilesInUse::Use::read, "/dev/stdin", "standard input");
-            if (added)
-                added = in_use.add_unopened(qcow::FilesInUse::Use::written, spec_of(options->target), "the image");
-            if (!added) return std::unexpected(std::move(added).error());
+            QCOW_TRY_VOID(added);
+            QCOW_TRY_VOID(
+                in_use.add_unopened(qcow::FilesInUse::Use::written, QCOW_TRY(spec_of(options->target)), "the image"));
             return change(options->target, [&](qcow::Image& image, const std::stop_token& stop) {
                 return write_input(image, *options, stop);
             });

@@ -44,10 +44,11 @@ struct KeyRequest {
     std::string method;  ///< "luks" or "aes" (the legacy encryption of qcow and qcow2)
     /// Its place in the chain that is opened: 0 is the image that is opened, 1 its backing file, ... A job may open
     /// several chains, and counts from 0 in each: create() opens the backing file, rebase() the new backing file and
-    /// then the image, commit() the image and then its base. The image that is meant is told by `file`.
+    /// then the image, commit() the image and then its base. `image` tells which chain it is.
     unsigned depth = 0;
     /// Location::secret of the name that leads to the image: a hint that nobody has to follow. Empty: there is none.
     std::string secret = {};
+    std::string image = {};  ///< the name of the Storage at depth 0
 };
 
 /// Returns the key of an encrypted image: the passphrase, exactly as it is. Called while an image is opened, at most

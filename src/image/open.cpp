@@ -344,7 +344,8 @@ private:
             const auto& layer = layers_[depth];
             const auto method = layer.pending->encryption();
             if (!method) continue;
-            keys[depth] = TRY(options_.keys({layer.storage->name(), *method, depth, layer.secret}));
+            keys[depth] =
+                TRY(options_.keys({layer.storage->name(), *method, depth, layer.secret, layers_[0].storage->name()}));
             if (*method == "aes" && depth == 0 && options_.writable) {
                 warn(
                     fmt::format("{}: its encryption (the legacy AES of qcow2) is weak; qcow convert -O qcow2 -o "

@@ -224,6 +224,50 @@ TEST_F(KeysTest, OptionsThatContradictTheImageOrEachOther) {
                    HasSubstr("given twice"));
 }
 
+/// Each layer has a key of its own, and each job finds it, whichever chain it opens first.
+TEST_F(KeysTest, ImageOptionsNameTheKeysOfImagesThatAreChanged) {
+    for (const std::string name : {"top", "new"}) put_file(directory_.file(name), name);
+    make_qcow2("disk.qcow2");
+    const auto encrypted = "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret=";
+    const Arguments secrets = {"--object", secret_option,         "--object", "secret,id=t,file=top",
+                               "--object", "secret,id=n,file=new"};
+    const auto with_secrets = [&](Arguments command) {
+        command.insert(command.begin() + 1, secrets.begin(), secrets.end());
+        return command;
+    };
+    must_tool({"convert", "-O", "qcow2", "--object", secret_option, "--object", "secret,id=n,file=new", "-o",
+               std::string(encrypted) + "n", "disk.qcow2", "new.qcow2"});
+    must_tool({"create", "-q", "--object", secret_option, "--object", "secret,id=t,file=top", "-o",
+               std::string(encrypted) + "t", "-b", "disk.qcow2", "-F", "qcow2", "top.qcow2"});
+    const auto top = [](const std::string& below) {
+        return "driver=qcow2,file.filename=top.qcow2,encrypt.key-secret=t,backing.encrypt.key-secret=" + below;
+    };
+    const auto contents = [&](const std::string& below) {
+        return must_tool(with_secrets({"read", "--image-opts", top(below), "0", "1M"})).out;
+    };
+    for (const Arguments& command : {Arguments{"zero", "--image-opts", top("s"), "512", "700"},
+                                     {"discard", "--image-opts", top("s"), "64k", "64k"},
+                                     {"resize", "--image-opts", top("s"), "+1M"},
+                                     {"bitmap", "--add", "--image-opts", top("s"), "changes"},
+                                     {"amend", "-o", "lazy_refcounts=on", "--image-opts", top("s")}})
+        must_tool(with_secrets(command));
+    const auto before = contents("s");
+    EXPECT_EQ(before.substr(512, 700), std::string(700, '\0'));
+    // The new backing file is opened first, and its secret is not in the options: it comes from its name.
+    must_tool(with_secrets({"rebase", "--image-opts", top("s"), "-F", "qcow2", "-b",
+                            R"(json:{"file.filename":"new.qcow2","encrypt.key-secret":"n"})"}));
+    EXPECT_EQ(contents("n"), before);
+    // The base is opened as a layer, and then as an image of its own.
+    must_tool(with_secrets({"commit", "--image-opts", top("n")}));
+    EXPECT_EQ(contents("n"), before);
+    EXPECT_EQ(must_tool(with_secrets({"read", "--image-opts",
+                                      "driver=qcow2,file.filename=new.qcow2,encrypt.key-secret=n", "0", "1M"}))
+                  .out,
+              before);
+    expect_refusal(with_secrets({"resize", "--image-opts", top("n") + ",backing.file.filename=disk.qcow2", "+1M"}),
+                   HasSubstr("the backing file that it names"));
+}
+
 /// As long as cryptsetup takes them.
 TEST_F(KeysTest, KeyFilesMayBeLong) {
     auto random = Random::named("long key");
