@@ -440,7 +440,7 @@ TEST_F(RepairTest, EncryptedDataStayWhatTheyAreAfterPowerLosses) {
         SCOPED_TRACE(fmt::format("{} {}; {}", i, subject.name, replay_hint()));
         copied += expect_repair_survives(subject, overlap(subject), 10, true);
     }
-    EXPECT_GE(copied, 6U);
+    EXPECT_GE(copied, rounds(6));
 }
 
 /// The key lies where the header says. So the header is corrected first.
