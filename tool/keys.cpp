@@ -160,10 +160,11 @@ Result<std::map<std::string, std::string>> parse_object(const std::string& text)
     for (const auto& part : std::span(parts).subspan(1)) {
         const auto equals = std::min(part.find('='), part.size());
         const auto name = part.substr(0, equals);
-        if (name != "id" && name != "file" && name != "data" && name != "format")
+        if (name != "id" && name != "file" && name != "data" && name != "format") {
             return refuse("--object secret",
                           "it has a part that is none of id=, file=, data= and format=; a comma in a value is written "
                           "twice");
+        }
         values[name] = part.substr(std::min(equals + 1, part.size()));
     }
     if (values["id"].empty()) return refuse("--object secret", "its id is missing");
