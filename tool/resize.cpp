@@ -36,9 +36,10 @@ qcow::Result<int> resize_running(const ResizeOptions& options, const std::string
     std::uint64_t bytes = parse_size(size.substr(is_relative(size) ? 1 : 0));
     if (size.starts_with('-') && bytes > now) return refuse(fmt::format("the disk has only {} bytes", now));
     if (is_relative(size)) bytes = size.starts_with('-') ? now - bytes : now + bytes;
-    if (bytes < now && !options.shrink)
+    if (bytes < now && !options.shrink) {
         return refuse(
             fmt::format("the disk has {} bytes, and the rest would be lost; add --shrink to allow that", now));
+    }
     QCOW_TRY(execute(options.running, "block_resize", {{"size", bytes}, {"shrink", options.shrink}}));
     return ok;
 }
