@@ -78,9 +78,10 @@ Gate gate_for(const ImageSpec& spec, bool force_share) {
 KeySource keys_for(const ImageSpec& spec) {
     if (!spec.keys) return {};
     const auto backing = spec.backing ? spec.backing->secret : std::string();
-    return [keys = spec.keys, top = spec.location.secret, backing](const KeyRequest& request) {
+    return [keys = spec.keys, top = spec.location, backing](const KeyRequest& request) {
         auto named = request;
-        if (request.depth == 0) named.secret = top;
+        named.image = top.path;
+        if (request.depth == 0) named.secret = top.secret;
         if (request.depth == 1 && !backing.empty()) named.secret = backing;
         return keys(named);
     };

@@ -7,7 +7,7 @@ namespace qcow {
 /// The gate for the files that an image names, as ImageSpec::untrusted says it.
 Gate gate_for(const ImageSpec& spec, bool force_share);
 
-/// ImageSpec::keys, which is told the secrets that the names in `spec` give. Unset if it is.
+/// ImageSpec::keys, which is told what the names in `spec` say: KeyRequest::image and secret. Unset if it is.
 KeySource keys_for(const ImageSpec& spec);
 
 }  // namespace qcow

@@ -246,7 +246,7 @@ Result<void> change_key_slots(const AmendJob& job, const OpenOptions& open, cons
         if (!open.keys) return fail(Errc::encrypted, file->name(), "adding a key needs one that the image has");
         const auto seconds = TRY(luks::key_seconds({*file, slots.at, slots.bytes}));
         TRY_VOID(luks::verify_work(*file, seconds, open.max_kdf_seconds));
-        existing = TRY(open.keys({.file = file->name(), .method = "luks", .image = file->name()}));
+        existing = TRY(open.keys({.file = file->name(), .method = "luks"}));
     }
     return luks::change_slots(*file, slots.at, slots.bytes, change, existing ? &*existing : nullptr,
                               open.max_kdf_seconds, control);

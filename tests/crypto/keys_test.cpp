@@ -251,6 +251,11 @@ TEST_F(KeysTest, ImageOptionsNameTheKeysOfImagesThatAreChanged) {
                                      {"bitmap", "--add", "--image-opts", top("s"), "changes"},
                                      {"amend", "-o", "lazy_refcounts=on", "--image-opts", top("s")}})
         must_tool(with_secrets(command));
+    // These open the image alone, by its metadata.
+    must_tool(with_secrets({"compact", "--zeroes", "--image-opts", top("s")}));
+    must_tool(with_secrets({"check", "-r", "all", "--image-opts", top("s")}));
+    must_tool(with_secrets(
+        {"amend", "-o", "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=10", "--image-opts", top("s")}));
     const auto before = contents("s");
     EXPECT_EQ(before.substr(512, 700), std::string(700, '\0'));
     // The new backing file is opened first, and its secret is not in the options: it comes from its name.
