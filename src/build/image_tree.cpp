@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "build/tree.h"
 #include "qcow/filesystem.h"
@@ -15,30 +16,26 @@
 namespace qcow {
 namespace {
 
-using Extents = std::shared_ptr<const std::vector<FileExtent>>;
-
 /// A file system that several threads read from.
 class SharedFiles {
 public:
     SharedFiles(std::shared_ptr<Disk> on, std::unique_ptr<FileSystem> opened)
         : disk(std::move(on)), files(std::move(opened)) {}
 
-    /// Returns a list of extents of the file that has the one with the byte `at`.
-    Result<Extents> extents(Inode inode, std::uint64_t at) {
+    /// Returns the extent of a file that has the byte `at`.
+    Result<FileExtent> extent(Inode inode, std::uint64_t at) {
         const std::lock_guard lock(mutex_);
-        const auto known = std::ranges::find_if(known_, [&](const Known& list) {
-            const auto& [first, last] = std::pair(list.extents->front(), list.extents->back());
-            return list.inode == inode && first.at <= at && at < last.at + last.length;
-        });
+        const auto known = std::ranges::find_if(
+            known_, [&](const Known& list) { return list.inode == inode && list.extent(at).has_value(); });
         if (known != known_.end()) {
             std::rotate(known_.begin(), known, known + 1);
-            return known_.front().extents;
+        } else {
+            auto extents = TRY(files->extents(inode, at));
+            if (known_.size() == most_known) known_.pop_back();
+            known_.push_front({inode, std::move(extents)});
         }
-        auto extents = std::make_shared<const std::vector<FileExtent>>(TRY(files->extents(inode, at)));
-        if (extents->empty() || extents->front().at > at) return ended();
-        if (known_.size() == most_known) known_.pop_back();
-        known_.push_front({inode, extents});
-        return extents;
+        if (const auto found = known_.front().extent(at)) return *found;
+        return ended();
     }
 
     Result<void> read(Inode inode, std::uint64_t at, std::span<std::byte> to) {
@@ -58,7 +55,13 @@ public:
 private:
     struct Known {
         Inode inode = 0;
-        Extents extents;  // never empty
+        std::vector<FileExtent> extents;
+
+        [[nodiscard]] std::optional<FileExtent> extent(std::uint64_t at) const {
+            const auto next = std::ranges::upper_bound(extents, at, {}, &FileExtent::at);
+            if (next == extents.begin() || at - std::prev(next)->at >= std::prev(next)->length) return std::nullopt;
+            return *std::prev(next);
+        }
     };
 
     static std::unexpected<Error> ended() {
@@ -77,14 +80,12 @@ public:
 
     Result<void> read(std::uint64_t at, std::span<std::byte> to) const override {
         while (!to.empty()) {
-            const auto extents = shared_.extents(inode_, at);
-            if (!extents && extents.error().code == Errc::unsupported) return shared_.read(inode_, at, to);
-            if (!extents) return std::unexpected(extents.error());
-            const auto& all = **extents;
-            const auto extent = *std::prev(std::ranges::upper_bound(all, at, {}, &FileExtent::at));
-            const auto part = to.first(std::min<std::uint64_t>(to.size(), extent.at + extent.length - at));
-            if (extent.stored) {
-                TRY_VOID(shared_.disk->read(*extent.stored + (at - extent.at), part));
+            const auto extent = shared_.extent(inode_, at);
+            if (!extent && extent.error().code == Errc::unsupported) return shared_.read(inode_, at, to);
+            if (!extent) return std::unexpected(extent.error());
+            const auto part = to.first(std::min<std::uint64_t>(to.size(), extent->at + extent->length - at));
+            if (extent->stored) {
+                TRY_VOID(shared_.disk->read(*extent->stored + (at - extent->at), part));
             } else {
                 std::ranges::fill(part, std::byte{0});
             }

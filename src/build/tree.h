@@ -200,7 +200,7 @@ Result<Tree> tree_of_directory(const std::string& path);
 /// Lists an archive. Its contents are in an unnamed temporary file then.
 Result<Tree> tree_of_archive(const std::string& path);
 
-/// Lists the file system that a disk holds. Contents are read from the disk.
+/// Lists a file system, which `disk` holds. Contents are read from the disk where they lie in it as they are.
 Result<Tree> tree_of_files(std::shared_ptr<Disk> disk, std::unique_ptr<FileSystem> files);
 
 /// Puts `upper` over `lower`, as OCI's and overlayfs's layers: with their whiteouts.
